@@ -1,0 +1,50 @@
+"""BEM: adapt a frozen language model chunk by chunk, and know whether the new version is better.
+
+The names below load what they need when first used: `import bem` itself stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bem.adapters.attach import Attached, attach, load
+    from bem.adapters.checks import check_adapter
+    from bem.adapters.peft_method import BemConfig
+    from bem.bases import load_base
+    from bem.stats import bca_bootstrap, benjamini_hochberg_correction, judge
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Attached": "bem.adapters.attach",
+    "BemConfig": "bem.adapters.peft_method",
+    "attach": "bem.adapters.attach",
+    "bca_bootstrap": "bem.stats",
+    "benjamini_hochberg_correction": "bem.stats",
+    "check_adapter": "bem.adapters.checks",
+    "judge": "bem.stats",
+    "load": "bem.adapters.attach",
+    "load_base": "bem.bases",
+}
+
+__all__ = [
+    "Attached",
+    "BemConfig",
+    "attach",
+    "bca_bootstrap",
+    "benjamini_hochberg_correction",
+    "check_adapter",
+    "judge",
+    "load",
+    "load_base",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'bem' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

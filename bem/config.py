@@ -1,0 +1,315 @@
+"""Every knob of BEM, with its unit.
+
+A config is frozen, refuses keys it does not know (and names the nearest one), and is loaded from YAML:
+
+    cfg = load("configs/quickstart.yaml", ["training.steps=50", "adapters.rank=8"])
+
+The classes here hold plain values only; modules take plain numbers, never a config object.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bem.errors import ConfigError
+
+VARIANTS = ("s0", "pt1", "v1", "v3", "v4")
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class AdapterConfig(Section):
+    """What is attached to the frozen base, and where."""
+
+    variant: Literal["s0", "pt1", "v1", "v3", "v4"] = "s0"
+    """s0 static LoRA | pt1 head-group gate | v1 pt1 + dynamic rank mask | v3 Kronecker | v4 FiLM."""
+    rank: int = Field(8, ge=1)
+    """Rank of the update at each site (v3: number of Kronecker terms; v4: width of the modulation)."""
+    alpha: float | None = Field(None, gt=0)
+    """Update scale is alpha / rank. None: 2 * rank, so a scale of 2."""
+    rank_attn: int | None = Field(None, ge=0)
+    """Rank at the attention output alone; None: `rank`. 0 leaves the site out."""
+    rank_mlp: int | None = Field(None, ge=0)
+    """Rank at the MLP down projection alone; None: `rank`. 0 leaves the site out."""
+    head_groups: int = Field(4, ge=1)
+    """Head groups of pt1 and v1; the nearest divisor of n_heads is taken."""
+    k_active: int | None = Field(None, ge=1)
+    """Active ranks per chunk of v1. None: rank // 2."""
+    mask: Literal["learned", "random", "fixed"] = "learned"
+    """Who chooses the ranks of v1; random and fixed are its controls."""
+    mask_temperature: float = Field(1.0, gt=0)
+    """Temperature of the Gumbel top-k relaxation while v1 trains."""
+    film_range: Literal["narrow", "wide"] = "narrow"
+    """v4: gamma in [0.8, 1.2] and |beta| <= 0.1, or gamma in [0.5, 2] and |beta| <= 0.5."""
+    chunk_size: int = Field(64, ge=1)
+    """Tokens for which one control holds; chunks also restart at every turn."""
+    router_layer: int | None = Field(None, ge=0)
+    """Layer whose input the controller reads; sites of this layer and above are adapted.
+    None: a quarter of the way up. 0: the embeddings."""
+    d_control: int = Field(32, ge=1)
+    """Width of the controller's code z."""
+    spectral_cap: float | None = Field(1.0, gt=0)
+    """v3: largest singular value of each Kronecker update, in the units of the weight."""
+    trust_radius: float | None = Field(None, gt=0)
+    """Largest Frobenius norm of a site's update in any chunk. None: not projected."""
+    trust_relative: bool = False
+    """Radius in units of the frozen weight's Frobenius norm instead of absolute."""
+    decorrelation: float = Field(0.0, ge=0)
+    """Weight of the penalty on the correlation between head-group gates (pt1, v1)."""
+    sites: dict[str, str | list[str]] | None = None
+    """Override of the site search: {'attn_out': pattern, 'mlp_down': pattern}, glob or regex."""
+    seed: int = 0
+    """Seed of the initial weights."""
+
+
+class TrainingConfig(Section):
+    """How an adapter is fitted. All arms of an experiment share one of these."""
+
+    steps: int = Field(200, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(16, ge=1)
+    """Examples per optimiser step, over all accumulated micro-batches."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches per optimiser step."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps with a linearly rising learning rate; then cosine to a tenth."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    max_length: int = Field(512, ge=8)
+    """Longest sequence in tokens; longer prompts lose their beginning, longer answers are refused."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between resumable states."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast precision of the forward pass."""
+
+
+class TaskConfig(Section):
+    """One task family: where its rows come from and how they are scored."""
+
+    name: str
+    """Name of a built-in or public task, or of your own."""
+    train: str | None = None
+    """JSONL (or .gz) file; None: the named task's own file under `data`."""
+    dev: str | None = None
+    """Held-out JSONL file."""
+    metric: str | None = None
+    """Primary metric; None: the task's own."""
+    metrics: list[str] | None = None
+    """Every metric to report; None: the task's own."""
+    instruction: str = ""
+    """Text put before every input."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generated answer in tokens."""
+    hf_dataset: str | None = None
+    """A Hugging Face dataset id (extra `datasets`) instead of files."""
+    hf_config: str | None = None
+    """Configuration name of that dataset."""
+    hf_splits: dict[str, str] = {"train": "train", "dev": "validation"}
+    """Which of its splits serve as train and dev."""
+    columns: dict[str, str] = {}
+    """Mapping of our fields (input, references, evidence, group, id) to its columns."""
+
+
+class DataConfig(Section):
+    """Which tasks, and how much of them."""
+
+    root: str | None = None
+    """Folder of public sets; None: the suite embedded in the package."""
+    tasks: list[str | TaskConfig] = Field(min_length=1)
+    """Names of built-in or public tasks, or full task entries."""
+    train_rows: int | None = Field(None, ge=1)
+    """Rows per task for training; None: all."""
+    dev_rows: int | None = Field(200, ge=1)
+    """Held-out rows per task for measuring; None: all."""
+    seed: int = 0
+    """Seed of the choice of rows and of the training order."""
+
+
+class GatesConfig(Section):
+    """What a candidate must pass to be promoted."""
+
+    alpha: float = Field(0.05, gt=0, lt=1)
+    """Level of the intervals and of the false discovery rate."""
+    n_bootstrap: int = Field(10_000, ge=100)
+    """Bootstrap resamples."""
+    seed: int = 0
+    """Seed of the resampling."""
+    quality_margin: float = Field(0.0, ge=0)
+    """A gain counts only beyond this many points."""
+    regression_margin_points: float = Field(0.5, ge=0)
+    """No core metric's lower limit may lie further below the baseline, in points."""
+    slice_margin_points: float = Field(1.0, ge=0)
+    """Non-inferiority margin of each named slice, in points."""
+    budget_tolerance: float = Field(0.05, ge=0)
+    """Allowed relative difference in adapter parameters and in adapter FLOPs per token."""
+    allow_cheaper: bool = True
+    """A candidate below the tolerance passes the budget gate, with a note."""
+    latency_ratio_max: float = Field(1.15, gt=0)
+    """Largest upper limit of the p50 latency ratio to the baseline."""
+    memory_ratio_max: float = Field(1.05, gt=0)
+    """Largest peak-memory ratio to the baseline."""
+    kv_hit_margin_points: float = Field(0.5, ge=0)
+    """The KV-hit rate may fall by this many points."""
+    min_items: int = Field(20, ge=1)
+    """Fewer examples than this: INCONCLUSIVE."""
+    min_discordant: int = Field(10, ge=0)
+    """Fewer examples that differ than this: INCONCLUSIVE."""
+    fdr: Literal["bh", "by"] = "bh"
+    """Benjamini-Hochberg, or Benjamini-Yekutieli for arbitrary dependence."""
+    power: float = Field(0.8, gt=0, lt=1)
+    """Power for which the minimal detectable effect and 'n more' are stated."""
+
+
+class ArmConfig(Section):
+    """One arm of an experiment: a name and what it changes in `adapters` (or no adapter at all)."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name in the report and on disk."""
+    adapters: dict[str, Any] = {}
+    """Changes to the experiment's `adapters` section."""
+    match: Literal["parameters", "flops", "none"] = "parameters"
+    """What is held within the budget tolerance of the baseline by choosing the rank."""
+    role: Literal["baseline", "candidate", "control"] = "candidate"
+    """Controls are measured and shown, never promoted."""
+    compare_to: str | None = None
+    """Arm that this one is judged against; None: the baseline."""
+
+
+class ExperimentConfig(Section):
+    """A whole experiment: `bem run` trains, measures, judges and reports it."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Folder of the run under `output`."""
+    output: str = "runs"
+    """Folder that holds all runs."""
+    base: str = "bem-tiny"
+    """`bem-tiny`, a Hugging Face id or a local folder."""
+    data: DataConfig
+    adapters: AdapterConfig = AdapterConfig()
+    """Defaults of every arm."""
+    arms: list[ArmConfig] = Field(min_length=1)
+    """The arms; exactly one has the role baseline."""
+    seeds: list[int] = Field([0, 1], min_length=1)
+    """Seeds of initial weights and data order; scores are averaged over them within an example."""
+    training: TrainingConfig = TrainingConfig()
+    gates: GatesConfig = GatesConfig()
+    latency_rounds: int = Field(15, ge=1)
+    """Interleaved timing rounds per arm."""
+    eval_batch_size: int = Field(16, ge=1)
+    """Examples per batch while measuring."""
+    threads: int | None = Field(None, ge=1)
+    """Torch threads; None: torch's own choice."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ... or auto."""
+
+    @model_validator(mode="after")
+    def _arms_make_sense(self) -> ExperimentConfig:
+        names = [arm.name for arm in self.arms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"arm names must be unique; used twice: {', '.join(twice)}")
+        baselines = [arm.name for arm in self.arms if arm.role == "baseline"]
+        if len(baselines) != 1:
+            raise ValueError(f"exactly one arm needs `role: baseline`, found {baselines or 'none'}")
+        unknown = [a.compare_to for a in self.arms if a.compare_to and a.compare_to not in names]
+        if unknown:
+            raise ValueError(f"compare_to names no arm: {', '.join(unknown)}. Arms: {', '.join(names)}")
+        for arm in self.arms:
+            parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, f"arms.{arm.name}")
+        return self
+
+    @property
+    def baseline(self) -> ArmConfig:
+        """The one arm that all others are compared with."""
+        return next(arm for arm in self.arms if arm.role == "baseline")
+
+    def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
+        """The adapter section of one arm: the shared defaults with the arm's changes."""
+        return parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, arm.name)
+
+
+def parse(section: type[S], values: dict[str, Any], where: str) -> S:
+    """Validate `values` as `section`; a problem becomes one readable ConfigError."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(section, e, where) for e in error.errors())) from None
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read an experiment from YAML and apply overrides such as `training.steps=50`.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest is named) or a bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"No config file at {path}. Shipped ones lie in configs/.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, found {type(values).__name__}.")
+    for override in overrides or []:
+        _override(values, override)
+    return parse(ExperimentConfig, values, str(path))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"Override {override!r} must look like section.key=value.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"Override {override!r}: {parent!r} is not a section.")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _explain(section: type[Section], error: Any, where: str) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "(whole)"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {key}: {message} (got {error['input']!r:.80})" if error["loc"] else f"{where}: {message}"
+    known = _known_keys(section)
+    nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{where}: unknown key {key!r}.{hint}"
+
+
+def _known_keys(section: type[Section], seen: frozenset[type] = frozenset()) -> list[str]:
+    """All keys of a section and of the sections below it."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(name)
+        for inner in _sections_in(field.annotation):
+            if inner not in seen:
+                keys += _known_keys(inner, seen | {inner})
+    return keys
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [s for arg in getattr(annotation, "__args__", ()) for s in _sections_in(arg)]

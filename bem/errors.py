@@ -1,0 +1,63 @@
+"""Every error that BEM raises on purpose, in one tree.
+
+    BemError
+    ├── ConfigError        a config file or option that cannot be right
+    ├── DataError          a data file or row that cannot be used
+    ├── AttachError        a model that cannot be adapted as asked
+    ├── CheckpointError    a checkpoint that is missing, foreign or changed
+    │   └── BaseMismatch   made for another base model
+    ├── TrainingError      training stopped; the last good state is kept
+    │   └── Diverged       the loss or a gradient was not finite
+    ├── MeasurementError   a number that could not be measured
+    ├── NotAccepted        promotion refused: no verdict says PROMOTE
+    └── MissingExtra       an optional library is not installed
+
+The command line prints these as one message without a traceback; anything else is a defect of ours.
+"""
+
+
+class BemError(Exception):
+    """Base of all errors that BEM raises on purpose."""
+
+
+class ConfigError(BemError):
+    """A config file or option that cannot be right."""
+
+
+class DataError(BemError):
+    """A data file or row that cannot be used."""
+
+
+class AttachError(BemError):
+    """A model that cannot be adapted as asked."""
+
+
+class CheckpointError(BemError):
+    """A checkpoint that is missing, foreign or changed."""
+
+
+class BaseMismatch(CheckpointError):
+    """A checkpoint that was made for another base model."""
+
+
+class TrainingError(BemError):
+    """Training stopped; the last good state is kept."""
+
+
+class Diverged(TrainingError):
+    """The loss or a gradient was not finite."""
+
+
+class MeasurementError(BemError):
+    """A number that could not be measured."""
+
+
+class NotAccepted(BemError):
+    """Promotion refused: no verdict says PROMOTE."""
+
+
+class MissingExtra(BemError):
+    """An optional library is not installed."""
+
+    def __init__(self, library: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs {library}: pip install 'bem[{extra}]'")
