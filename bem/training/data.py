@@ -320,15 +320,15 @@ def encode(
             )
     surplus = len(ids) - max_length
     if surplus > 0:
-        keep_bos = form.bos is not None
-        first = surplus + keep_bos
+        lead = [] if form.bos is None else [form.bos]
+        first = surplus + len(lead)
         cut_answer = labels[first] != IGNORED and not starts[first]
         ids, labels, starts = ids[first:], labels[first:], starts[first:]
         if cut_answer:  # the rest of an answer whose beginning is gone is only context
             stop = next((i for i, label in enumerate(labels) if label == IGNORED), len(labels))
             labels[:stop] = [IGNORED] * stop
-        if keep_bos:
-            ids, labels, starts = [form.bos, *ids], [IGNORED, *labels], [False, *starts]
+        ids = [*lead, *ids]
+        labels, starts = [IGNORED] * len(lead) + labels, [False] * len(lead) + starts
         prompt_length = max(0, prompt_length - surplus)
     return Encoded(ids, labels, prompt_length, starts)
 
