@@ -62,7 +62,8 @@ def _smooth(values: Floats) -> bool:
     if values.size < MIN_SADDLEPOINT:
         return False
     squares = (values - values.mean()) ** 2
-    apart = np.count_nonzero(np.abs(values - np.median(values)) > 0)
+    middle = np.partition(values, values.size // 2)[values.size // 2]
+    apart = np.count_nonzero(values != middle)
     return bool(squares.max() <= MAX_SHARE * squares.sum() and apart >= MIN_NONZERO)
 
 

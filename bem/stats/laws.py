@@ -8,7 +8,7 @@ p-value and a BCa interval can never contradict each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, sqrt
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ TIE = 1e-5
 MAX_DENOMINATOR = 60
 """Scores that are multiples of 1/k for some k up to this are discrete (EM averaged over k seeds)."""
 MAX_LATTICE = 1 << 20
-"""Longest lattice that the exact engine convolves."""
+"""Longest lattice (40 standard deviations of the sum, in steps) that the exact engine convolves."""
 
 
 class Law(Protocol):
@@ -101,14 +101,11 @@ class Lattice:
 
 def as_lattice(values: Floats) -> Lattice | None:
     """`values` on a grid of step 1/k, k <= MAX_DENOMINATOR, made as coarse as possible; else None."""
-    support = np.unique(values)
-    if support.size > 4096 or np.abs(support).max() > 1e6:
+    if _denominator(values[:16]) is None:  # continuous data leave here
         return None
-    for k in range(1, MAX_DENOMINATOR + 1):
-        scaled = support * k
-        if np.abs(scaled - np.rint(scaled)).max() < 1e-9 * k:
-            break
-    else:
+    support = np.unique(values)
+    k = _denominator(support) if support.size <= 4096 else None
+    if k is None or (support[-1] - support[0]) * k * (20 * sqrt(values.size) + 32) > MAX_LATTICE:
         return None
     whole = np.rint(values * k).astype(np.int64)
     common = gcd(*np.unique(whole - whole.min()).tolist()) or 1
@@ -116,6 +113,15 @@ def as_lattice(values: Floats) -> Lattice | None:
         common = gcd(common, int(whole.min()))
     start = int(whole.min()) // common
     return Lattice(whole // common - start, start, common / k)
+
+
+def _denominator(values: Floats) -> int | None:
+    """Smallest k <= MAX_DENOMINATOR for which every value is a multiple of 1/k."""
+    if np.abs(values).max() > 1e6:
+        return None
+    scaled = values * np.arange(1, MAX_DENOMINATOR + 1)[:, None]
+    fits = (np.abs(scaled - np.rint(scaled)) < 1e-7).all(axis=1)
+    return int(np.argmax(fits)) + 1 if fits.any() else None
 
 
 def power_of_pmf(pmf: Floats, n: int, periods: int) -> Floats:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import erfc, inf, log, sqrt
-from statistics import NormalDist
+from math import inf, log, sqrt
 
 import numpy as np
 
+from bem.stats import normal
 from bem.stats.inputs import Floats
 
 NEAR = 0.05
@@ -37,15 +37,26 @@ class SaddlepointLaw:
         self.low, self.high = float(self.y.min()), float(self.y.max())
         self.skew = float(self.y2 @ self.y) / (6 * self.n**1.5)
         self._scratch = np.empty(self.n)
+        self._last = (0.0, self.skew)
 
     def mid(self, x: float) -> float:
         return self.at_most(x)
 
     def at_most(self, x: float) -> float:
-        return _normal_cdf(self._r_at(x))
+        target = (x - self.mean) / self.sd
+        if target <= self.low + 1e-12:  # at the smallest score the law has an atom
+            return self._all_draws(self.low) if target >= self.low - 1e-12 else 0.0
+        return normal.cdf(self._r_at(target)) if target < self.high else 1.0
 
     def at_least(self, x: float) -> float:
-        return _normal_cdf(-self._r_at(x))
+        target = (x - self.mean) / self.sd
+        if target >= self.high - 1e-12:
+            return self._all_draws(self.high) if target <= self.high + 1e-12 else 0.0
+        return normal.cdf(-self._r_at(target)) if target > self.low else 1.0
+
+    def _all_draws(self, end: float) -> float:
+        """P(every draw is one of the units at this end of the range)."""
+        return (np.count_nonzero(np.abs(self.y - end) < 1e-12) / self.n) ** self.n
 
     def lower(self, p: float) -> float:
         return self._quantile(p)
@@ -71,17 +82,19 @@ class SaddlepointLaw:
             return w + self.skew
         return w + log(t * sqrt(self.n * max(curve, 1e-300)) / w) / w
 
-    def _r_at(self, x: float) -> float:
-        target = (x - self.mean) / self.sd
-        if not self.low < target < self.high:
-            return -inf if target <= self.low else inf
+    def _r_at(self, target: float) -> float:
+        if target == 0.0:
+            return self.skew  # t = 0: the mean itself
+        if target == self._last[0]:
+            return self._last[1]
         t, cumulants = self._solve(lambda _, c: c[1] - target, lambda c: c[2], target)
-        return self._r(t, cumulants)
+        self._last = (target, self._r(t, cumulants))
+        return self._last[1]
 
     def _quantile(self, p: float) -> float:
         if not 0 < p < 1:
             return self.mean + self.sd * (self.low if p <= 0 else self.high)
-        goal = NormalDist().inv_cdf(p)
+        goal = normal.quantile(p)
         # dr/dt is close to sqrt(n K''): the step is Newton's up to O(n^-1/2)
         _, cumulants = self._solve(
             lambda t, c: self._r(t, c) - goal,
@@ -96,20 +109,22 @@ class SaddlepointLaw:
         slope: Callable[[tuple[float, float, float]], float],
         start: float,
     ) -> tuple[float, tuple[float, float, float]]:
-        """Root in t of an increasing function, by Newton steps that never leave the bracket."""
+        """Root in t of an increasing function: a Newton step, then secants that never leave the bracket."""
         below, above, t = -inf, inf, start
+        last_t, last_gap = t, inf
         for _ in range(100):
             cumulants = self._cumulants(t)
             gap = excess(t, cumulants)
-            if gap == 0:
+            if abs(gap) < 1e-10:
                 break
             below, above = (t, above) if gap < 0 else (below, t)
-            step = t - gap / max(slope(cumulants), 1e-300)
-            if not below < step < above:
-                step = _inside(below, above)
-            if abs(step - t) <= 1e-9 * (1 / sqrt(self.n) + abs(t)):
+            rise = slope(cumulants) if last_gap == inf else (gap - last_gap) / (t - last_t)
+            last_t, last_gap = t, gap
+            t = t - gap / rise if rise > 0 else inf
+            if not below < t < above:
+                t = _inside(below, above)
+            if t == last_t:
                 break
-            t = step
         return t, cumulants
 
 
@@ -119,6 +134,3 @@ def _inside(below: float, above: float) -> float:
         return above - 1 - abs(above)
     return below + 1 + abs(below) if above == inf else 0.5 * (below + above)
 
-
-def _normal_cdf(x: float) -> float:
-    return 0.5 * erfc(-x / sqrt(2))
