@@ -163,8 +163,8 @@ def _counted(drawn: Floats, observed: float, eps: float, n: int, discordant: int
     """P-values from drawn statistics; the observed one counts as drawn unless all were enumerated."""
     own = 0 if n <= ENUMERATE else 1
     total = drawn.size + own
-    greater = (np.count_nonzero(drawn >= observed - eps) + own) / total
-    less = (np.count_nonzero(drawn <= observed + eps) + own) / total
+    greater = (int(np.count_nonzero(drawn >= observed - eps)) + own) / total
+    less = (int(np.count_nonzero(drawn <= observed + eps)) + own) / total
     method = "monte_carlo" if own else "enumeration"
     return SignFlip(min(1.0, 2 * min(greater, less)), greater, less, n, discordant, method)
 
