@@ -174,6 +174,12 @@ class GatesConfig(Section):
     """Benjamini-Hochberg, or Benjamini-Yekutieli for arbitrary dependence."""
     power: float = Field(0.8, gt=0, lt=1)
     """Power for which the minimal detectable effect and 'n more' are stated."""
+    useful_gain_points: float = Field(1.0, gt=0)
+    """Smallest gain worth promoting, in points; once it can be excluded the candidate is rejected."""
+    reported_slices: tuple[str, ...] = ("A",)
+    """Slices that are reported only; every other named slice is a guard."""
+    waived: tuple[Literal["budget", "latency", "memory", "kv_hit", "router", "slices"], ...] = ()
+    """Cost gates that do not apply (score files alone have no costs); every verdict lists them."""
 
 
 class ArmConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,19 @@ class Measurement:
                 f"missing{f' (first: {missing[0]})' if missing else ''}, it has {len(place)}."
             )
         return np.array([place[example] for example in ids], dtype=np.intp)
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write as JSON, gzipped if the name ends in .gz."""
+        from bem.stats.files import save
+
+        return save(self, path)
+
+    @staticmethod
+    def from_json(path: str | Path) -> Measurement:
+        """Read what `to_json` wrote, or a plain table (.csv, .jsonl; see `bem.stats.files`)."""
+        from bem.stats.files import load
+
+        return load(path)
 
     def _scores(self, where: str, values: ArrayLike, n: int) -> Floats:
         array = self._numbers(where, values)
