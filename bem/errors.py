@@ -4,6 +4,7 @@
     ├── ConfigError        a config file or option that cannot be right
     ├── DataError          a data file or row that cannot be used
     ├── AttachError        a model that cannot be adapted as asked
+    ├── CacheError         a KV cache that does not fit the adapter
     ├── CheckpointError    a checkpoint that is missing, foreign or changed
     │   └── BaseMismatch   made for another base model
     ├── TrainingError      training stopped; the last good state is kept
@@ -30,6 +31,10 @@ class DataError(BemError):
 
 class AttachError(BemError):
     """A model that cannot be adapted as asked."""
+
+
+class CacheError(BemError):
+    """A KV cache that does not fit the adapter."""
 
 
 class CheckpointError(BemError):

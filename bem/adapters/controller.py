@@ -1,0 +1,168 @@
+"""The controller: one small network that reads pooled hidden states and writes each chunk's code.
+
+    z = MLP([mean hidden of the last chunk, mean hidden of all earlier tokens])        in R^d_control
+
+It never sees the chunk that its code governs: the code of a chunk depends on earlier tokens only, so
+all chunks of a prompt are coded in one parallel pass, and a token decoded later changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bem.adapters.base import Code
+from bem.adapters.chunks import chunk_starts
+
+
+@dataclass(frozen=True)
+class Running:
+    """What the next token needs beside keys and values; one row per sequence."""
+
+    sums: Tensor  # (batch, features): sum over the running chunk
+    count: Tensor  # int (batch,): tokens in it
+    done_sums: Tensor  # (batch, features): sum over all completed chunks
+    done_count: Tensor  # int (batch,)
+    number: Tensor  # int (batch,): chunks begun so far
+    control: Tensor  # (batch, control_width): control of the running chunk
+
+    def select(self, rows: Tensor) -> Running:
+        """Keep, repeat or reorder sequences."""
+        return Running(**{k: v.index_select(0, rows.to(v.device)) for k, v in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Result of reading one piece of a sequence."""
+
+    control: Tensor  # (batch, slots, width): control of each slot; slot 0 is the running chunk
+    slot: Tensor  # int (batch, tokens): which slot governs each token
+    sums: Tensor  # (batch, slots, features): sums per slot, the carried part included
+    count: Tensor  # int (batch, slots)
+    before: Running  # the state that the piece was read from
+
+    @property
+    def number(self) -> Tensor:
+        """Chunk number in the sequence of each slot, (batch, slots)."""
+        return self.before.number[:, None] + torch.arange(self.sums.shape[1], device=self.slot.device)
+
+    def per_token(self) -> Tensor:
+        """(batch, tokens, width)."""
+        index = self.slot[..., None].expand(-1, -1, self.control.shape[-1])
+        return self.control.gather(1, index)
+
+    def after(self) -> Running:
+        """The state after the last token of the piece."""
+        last = self.slot[:, -1]
+        earlier = (torch.arange(self.sums.shape[1], device=last.device) < last[:, None]).to(self.sums.dtype)
+        rows = torch.arange(len(last), device=last.device)
+        return Running(
+            sums=self.sums[rows, last],
+            count=self.count[rows, last],
+            done_sums=self.before.done_sums + (earlier[..., None] * self.sums).sum(1),
+            done_count=self.before.done_count + (earlier.to(self.count.dtype) * self.count).sum(1),
+            number=self.before.number + last,
+            control=self.control[rows, last],
+        )
+
+
+class Controller(nn.Module):
+    """Codes every chunk from the tokens before it; see the module's docstring.
+
+    Features of a token: its hidden state entering the router layer and, if `n_heads` > 0, each
+    head's energy (mean square of its slice of the attention output one layer below) and the square
+    of that, from which mean and spread over a chunk follow. A sequence's first chunk has no past:
+    its code is a learned prior.
+    """
+
+    def __init__(self, d_model: int, d_control: int, chunk_size: int, n_heads: int = 0):
+        super().__init__()
+        self.d_model, self.n_heads, self.chunk_size = d_model, n_heads, chunk_size
+        self.read = nn.Linear(2 * d_model, d_control)
+        self.write = nn.Linear(d_control, d_control)
+        self.prior = nn.Parameter(torch.zeros(d_control))
+        self.width = d_model + 2 * n_heads  # features per token
+
+    def start(self, batch: int, control_width: int, device: torch.device) -> Running:
+        """The state of a sequence of which nothing has been read."""
+        floats = torch.zeros(batch, self.width, device=device)
+        ints = torch.zeros(batch, dtype=torch.long, device=device)
+        control = torch.zeros(batch, control_width, device=device)
+        return Running(floats, ints, floats, ints, ints, control)
+
+    def pool(self, features: Tensor, valid: Tensor, turns: Tensor | None, before: Running, slots: int) -> Routed:
+        """Cut a piece into chunks and sum the features of each; controls are filled in by the caller.
+
+        Args:
+            features: float32 (batch, tokens, self.width).
+            valid, turns: see `chunk_starts`.
+            before: state after the tokens before this piece.
+            slots: most chunks that can begin in the piece; one more slot is the running chunk.
+        """
+        slot = chunk_starts(valid, turns, before.count, self.chunk_size).long().cumsum(1)
+        member = slot[:, None] == torch.arange(slots + 1, device=slot.device)[:, None]
+        member = member & valid[:, None]
+        # a product with a 0/1 matrix sums in a fixed order: scatter_add does not on a GPU
+        sums = torch.bmm(member.to(features.dtype), features)
+        count = member.long().sum(-1)
+        sums = torch.cat([sums[:, :1] + before.sums[:, None], sums[:, 1:]], 1)
+        count = torch.cat([count[:, :1] + before.count[:, None], count[:, 1:]], 1)
+        return Routed(before.control[:, None], slot, sums, count, before)
+
+    def code(self, pooled: Routed) -> Code:
+        """The code of every chunk that begins in the piece: slots 1, 2, ..."""
+        sums, count = pooled.sums[:, :-1], pooled.count[:, :-1]
+        all_sums = pooled.before.done_sums[:, None] + sums.cumsum(1)
+        all_count = pooled.before.done_count[:, None] + count.cumsum(1)
+        last = sums / count.clamp(min=1)[..., None]
+        past = all_sums / all_count.clamp(min=1)[..., None]
+        seen = (all_count > 0)[..., None]
+        d = self.d_model
+        z = self._mlp(torch.cat([_scale(last[..., :d]), _scale(past[..., :d])], -1))
+        z = torch.where(seen, z, self.prior)
+        heads = torch.where(seen, self._head_statistics(last), 0.0) if self.n_heads else None
+        return Code(z, heads, pooled.number[:, 1:])
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.write(F.gelu(self.read(x)))
+
+    def _head_statistics(self, mean: Tensor) -> Tensor:
+        """log energy and relative spread of each head over a chunk, (..., 2 * n_heads)."""
+        energy, square = mean[..., self.d_model :].chunk(2, -1)
+        energy = energy.clamp(min=1e-12)
+        spread = (square - energy.square()).clamp(min=0.0).sqrt() / energy
+        return torch.cat([energy.log() / 10, spread / 10], -1)
+
+    def flops_per_chunk(self) -> int:
+        """Matrix FLOPs for one chunk slot, without pooling."""
+        return 2 * (self.read.weight.numel() + self.write.weight.numel())
+
+
+def token_features(hidden: Tensor, head_input: Tensor | None, n_heads: int) -> Tensor:
+    """Float32 features of each token: (batch, tokens, d_model + 2 * n_heads).
+
+    Args:
+        hidden: hidden states entering the router layer (batch, tokens, d_model).
+        head_input: input of the attention output projection one layer below, or None at layer 0.
+        n_heads: 0 leaves the head statistics out.
+    """
+    hidden = hidden.detach().float()  # the base is frozen: nothing below can learn
+    if not n_heads:
+        return hidden
+    if head_input is None:
+        return torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], 2 * n_heads)], -1)
+    energy = head_input.detach().float().unflatten(-1, (n_heads, -1)).square().mean(-1)
+    return torch.cat([hidden, energy, energy.square()], -1)
+
+
+def with_control(pooled: Routed, control: Tensor) -> Routed:
+    """Put the controls of the new chunks behind the running chunk's."""
+    return replace(pooled, control=torch.cat([pooled.control, control], 1))
+
+
+def _scale(x: Tensor) -> Tensor:
+    """Layer norm without weights: hidden states of any model come at one scale."""
+    return F.layer_norm(x, x.shape[-1:])

@@ -1,0 +1,85 @@
+"""PT1: head-group gates on the attention output projection, and V1: PT1 with a dynamic rank mask.
+
+Both are one primitive, y = W x + s * U (c * V x): the gate of a head group is a block of c whose
+rows of V see only that group's heads; a rank mask is a k-hot c.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bem.adapters.base import Adapter, Code, Flops, add_product
+from bem.adapters.projection import gram, into_ball
+from bem.adapters.rank_mask import RankMask
+
+
+class HeadGate(Adapter):
+    """Adds s * sum_g gate_g * U_g V_g x_g, where V_g reads only head group g's slice of x.
+
+    gate_g = 2 sigmoid(head(z, head statistics of the last chunk)); 1 at start. With `mask`, each
+    chunk also keeps only k of the R ranks (V1).
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        alpha: float,
+        groups: int,
+        d_control: int,
+        n_heads: int,
+        mask: RankMask | None = None,
+        radius: float | None = None,
+        decorrelation: float = 0.0,
+    ):
+        """rank is split evenly over `groups`; alpha / rank scales the update; see `AdapterConfig`."""
+        super().__init__()
+        if rank % groups or d_in % groups:
+            raise ValueError(f"{groups} head groups must divide rank {rank} and input width {d_in}.")
+        self.v = nn.Parameter(torch.empty(groups, d_in // groups, rank // groups))
+        bound = (groups / d_in) ** 0.5  # as LoRA's V, for the inputs that a group sees
+        nn.init.uniform_(self.v, -bound, bound)
+        self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
+        self.gate = nn.Linear(d_control + 2 * n_heads, groups)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)  # 2 sigmoid(0) = 1
+        self.mask = mask
+        self.groups, self.rank, self.scale = groups, rank, alpha / rank
+        self.radius, self.decorrelation = radius, decorrelation
+        self.control_width = rank
+        self._gates: Tensor | None = None
+
+    def control(self, code: Code) -> Tensor:
+        assert code.heads is not None, "the controller must hand over head statistics"
+        gates = 2 * torch.sigmoid(self.gate(torch.cat([code.z, code.heads], -1)))
+        self._gates = gates if self.training and self.decorrelation else None
+        c = self.scale * gates.repeat_interleave(self.rank // self.groups, -1)
+        if self.mask is not None:
+            c = c * self.mask(code)
+        return c if self.radius is None else into_ball(gram(self.u, self._dense_v()), c, self.radius)
+
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+        slices = x.reshape(-1, self.groups, self.v.shape[1]).transpose(0, 1)
+        h = torch.bmm(slices, self.v.to(x.dtype)).transpose(0, 1).reshape(*x.shape[:-1], self.rank)
+        return add_product(y, h * control, self.u.to(x.dtype))
+
+    def flops(self) -> Flops:
+        head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)
+        return Flops(per_token=2 * (self.v.numel() + self.u.numel()), per_chunk=head)
+
+    def penalty(self) -> Tensor | None:
+        """Mean squared correlation between the gates of different groups over the chunks seen."""
+        if self._gates is None or self._gates[..., 0].numel() < 3:
+            return None
+        centred = self._gates.flatten(0, -2)
+        centred = F.normalize(centred - centred.mean(0), dim=0, eps=1e-6)
+        correlation = centred.t() @ centred
+        off = correlation - torch.diag(correlation.diagonal())
+        return self.decorrelation * off.square().sum() / max(1, self.groups * (self.groups - 1))
+
+    def _dense_v(self) -> Tensor:
+        """V as one (rank, d_in) matrix, zero where a group's rows do not see an input."""
+        return torch.block_diag(*self.v.transpose(1, 2))

@@ -1,0 +1,308 @@
+"""BEM as a PEFT method. The one file that knows PEFT.
+
+    from bem import BemConfig
+    model = peft.get_peft_model(model, BemConfig(variant="v1", rank=8))
+
+Then Trainer, TRL, `save_pretrained`, `PeftModel.from_pretrained`, `disable_adapter` and the hub work
+as for any method. PEFT has no public door for a new method: `register_peft_method` takes only names
+of its own enum. We enter the three tables that it reads, under a string that looks like a member.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, make_dataclass
+from typing import Any
+
+from peft import PeftConfig
+from peft import mapping as peft_mapping
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from bem.adapters.build import Parts, build
+from bem.adapters.controller import Controller
+from bem.adapters.runtime import MarkedGenerate, Runtime, Wiring
+from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
+from bem.config import AdapterConfig, parse
+from bem.errors import AttachError
+
+
+class _MethodName(str):
+    """A string with the `value` and `name` that PEFT expects of an enum member."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+BEM = _MethodName("BEM")
+
+
+def _post_init(self: Any) -> None:
+    PeftConfig.__post_init__(self)
+    self.peft_type = BEM
+    named = self.target_modules
+    self.target_modules = {named} if isinstance(named, str) else None if named is None else set(named)
+    refused = sorted(name for name in self.target_modules or () if FORBIDDEN.search(name))
+    if refused:
+        raise AttachError(
+            f"target_modules names {', '.join(refused)}: a query, key or value projection cannot be adapted "
+            "without invalidating the KV cache. Leave target_modules out: BEM finds its sites."
+        )
+
+
+def _adapter_config(self: Any) -> AdapterConfig:
+    """The adapter's own settings, validated."""
+    values = {name: getattr(self, name) for name in AdapterConfig.model_fields}
+    return parse(AdapterConfig, values, "BemConfig")
+
+
+# The fields are those of AdapterConfig, so that every knob is defined in one place.
+BemConfig: Any = make_dataclass(
+    "BemConfig",
+    [
+        *((name, Any, f.default) for name, f in AdapterConfig.model_fields.items()),
+        ("target_modules", Any, field(default=None)),
+        ("exclude_modules", Any, field(default=None)),
+        ("modules_to_save", Any, field(default=None)),
+    ],
+    bases=(PeftConfig,),
+    namespace={"__post_init__": _post_init, "adapter_config": _adapter_config},
+)
+BemConfig.__module__ = __name__
+BemConfig.__doc__ = "PEFT config of BEM; its fields are those of `bem.config.AdapterConfig`."
+
+
+class BemSite(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and, per adapter name, what is attached to it."""
+
+    adapter_layer_names = ("bem_update", "bem_film", "bem_controller")
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime):
+        super().__init__()
+        self.base_layer = base_layer
+        self.bem_update, self.bem_film, self.bem_controller = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self._disable_adapters, self.merged_adapters, self._active_adapter = False, [], []
+        self.runtime = runtime
+        self.indices: dict[str, int | None] = {}  # adapter name -> place of its control; None: static
+        self._calls = (0, 0)
+        self._refresh()
+
+    def add(self, name: str, parts: Parts) -> None:
+        """Attach one adapter's modules."""
+        for home, module in (
+            (self.bem_update, parts.update),
+            (self.bem_film, parts.film),
+            (self.bem_controller, parts.controller),
+        ):
+            if module is not None:
+                home[name] = module
+        self._move_adapter_to_device_of_base_layer(name)
+        self._refresh()
+
+    def parts(self, name: str) -> Parts:
+        """One adapter's modules here."""
+
+        def of(home: nn.ModuleDict) -> Any:
+            return home[name] if name in home else None
+
+        return Parts(of(self.bem_update), of(self.bem_film), of(self.bem_controller))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        live = self.live
+        if live is None:
+            return y
+        if self.runtime.checkpointing:
+            self._calls = self.runtime.count_call(self._calls)
+        update, index = live
+        return update.update(y, x, None if index is None else self.runtime.parts[index])
+
+    def _refresh(self) -> None:
+        """Look up the active update once, not in every forward pass."""
+        name = next(iter(self.active_adapters), None)
+        found = None if self.disable_adapters or name not in self.bem_update else self.bem_update[name]
+        # past Module.__setattr__: it must not become a second child
+        self.__dict__["live"] = None if found is None else (found, self.indices.get(str(name)))
+
+    def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise AttachError(f"one BEM adapter is active at a time, not {len(names)}: {', '.join(names)}.")
+        super().set_adapter(names, inference_mode=inference_mode)
+        self._refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.indices.pop(adapter_name, None)
+        self._refresh()
+
+    def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        raise NotImplementedError(
+            "a controlled update changes from chunk to chunk and cannot be merged into one weight; "
+            "s0 can be exported as PEFT LoRA (Attached.save_lora) and merged there."
+        )
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+
+class BemModel(BaseTuner):
+    """Injects BEM into a model; PEFT calls it."""
+
+    prefix = "bem_"
+    tuner_layer_cls = BemSite
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        self._plan = _Plan(self.model, peft_config.adapter_config())
+        peft_config.target_modules = set(self._plan.parts)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        site = target
+        if not isinstance(target, BemSite):
+            site = BemSite(target, runtime_of(self.model))
+            self._replace_module(parent, target_name, site, target)
+        assert isinstance(site, BemSite)
+        site.add(adapter_name, self._plan.parts[clean_name(current_key)])
+        inference = bool(getattr(peft_config, "inference_mode", False))
+        if adapter_name in self.active_adapters:
+            site.set_adapter(adapter_name, inference_mode=inference)
+        else:
+            site.set_requires_grad(adapter_name, False)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        return clean_name(key) in peft_config.target_modules and not key.endswith(".base_layer")
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        runtime_of(model).plans[adapter_name] = self._plan
+        rewire(model)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        rewire(self.model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        rewire(self.model)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        rewire(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        runtime_of(self.model).remove()
+        for name in ("generate", "bem_runtime"):
+            self.model.__dict__.pop(name, None)
+        return model
+
+
+class _Plan:
+    """Which modules go where in one model, for one adapter."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig):
+        self.sites = find_sites(model, config.sites)
+        self.layer = self.sites.router_layer(config.router_layer)
+        norms = None
+        if config.trust_relative:
+            named = {clean_name(n): m for n, m in model.named_modules() if not isinstance(m, BemSite)}
+            norms = {s.name: float(_weight(named[s.name]).norm()) for s in self.sites.found}
+        self.parts = build(self.sites, config, norms)
+
+
+def _weight(linear: Any) -> Tensor:
+    return linear.weight.detach().float()
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The model's runtime; made, and `generate` taught to mark the prompt's end, on first use."""
+    if "bem_runtime" not in model.__dict__:
+        model.__dict__["bem_runtime"] = Runtime()
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = MarkedGenerate(model, model.__dict__["bem_runtime"])
+    return model.__dict__["bem_runtime"]
+
+
+def rewire(model: nn.Module) -> None:
+    """After anything was attached, removed, switched on or off: renew hooks and the order of controls."""
+    runtime = runtime_of(model)
+    sites = {clean_name(n): m for n, m in model.named_modules() if isinstance(m, BemSite)}
+    present = {name for site in sites.values() for name in site._get_available_adapters()}
+    plans = {name: plan for name, plan in runtime.plans.items() if name in present}
+    wirings = {name: w for name, plan in plans.items() if (w := _wire(name, plan.sites, plan.layer, sites))}
+    first = next(iter(sites.values()), None)
+    active = next(iter(first.active_adapters), "") if first and not first.disable_adapters else ""
+    runtime.plans, runtime.wiring = plans, wirings.get(active)
+    runtime.remove()
+    if plans:
+        known = next(iter(plans.values())).sites
+        modules = {clean_name(n): m for n, m in model.named_modules()}
+        blocks = [modules[name] for name in known.blocks]
+        attn_out = {s.layer: modules[s.name] for s in known.found if s.role == ATTN_OUT}
+        runtime.install(model, list(wirings.values()), blocks, attn_out)
+    for site in sites.values():
+        site._refresh()
+
+
+def _wire(name: str, plan: Sites, layer: int, sites: dict[str, BemSite]) -> Wiring | None:
+    """The wiring of one adapter; None if it is static."""
+    controller: Controller | None = None
+    controlled: list[Any] = []
+    films: dict[int, int] = {}
+    for place in plan.above(layer):
+        if place.name not in sites:
+            continue
+        site = sites[place.name]
+        parts = site.parts(name)
+        controller = controller or parts.controller
+        site.indices[name] = None
+        if parts.update is not None and parts.update.control_width:
+            site.indices[name] = len(controlled)
+            controlled.append(parts.update)
+        if parts.film is not None:
+            films[place.layer] = len(controlled)
+            controlled.append(parts.film)
+    if controller is None:
+        return None
+    return Wiring(name, layer, len(plan.blocks), controller, controlled, films)
+
+
+def adapters_of(model: nn.Module, name: str) -> list[tuple[str, Parts]]:
+    """(site name, its modules) of one adapter, bottom to top."""
+    return [
+        (clean_name(n), m.parts(name))
+        for n, m in model.named_modules()
+        if isinstance(m, BemSite) and name in m._get_available_adapters()
+    ]
+
+
+def _register() -> None:
+    """Enter BEM into PEFT's tables, unless PEFT ships a method of that name one day."""
+    if BEM in peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[BEM] = BemConfig  # type: ignore[index]
+    peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[BEM] = BemModel  # type: ignore[index]
+    peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[BEM] = BemModel.prefix  # type: ignore[index]
+
+
+_register()

@@ -1,0 +1,239 @@
+"""What happens during a forward pass: the router layer's input becomes control, the sites use it.
+
+One `Runtime` per model. It holds nothing of a sequence (that lives with the cache) but what passes
+from layer to layer while one forward pass runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from bem.adapters.cache import ControlLayer, control_layer
+from bem.adapters.chunks import slots_needed, turns_from_labels
+from bem.adapters.controller import Controller, Routed, token_features, with_control
+from bem.errors import AttachError, CacheError, TrainingError
+
+
+@dataclass
+class Wiring:
+    """How one adapter hangs together."""
+
+    name: str
+    layer: int  # router layer
+    depth: int  # decoder blocks of the model
+    controller: Controller
+    members: list[Any]  # modules with a control, in order
+    films: dict[int, int]  # decoder block -> index into `members`
+
+    @property
+    def widths(self) -> list[int]:
+        """Control floats of each member."""
+        return [member.control_width for member in self.members]
+
+
+class _NoControl:
+    def __getitem__(self, index: int) -> Tensor:
+        raise AttachError("No control was computed: call the whole model, not a part of it above the router layer.")
+
+
+class Runtime:
+    """Carries control from the router layer to the sites during one forward pass."""
+
+    def __init__(self) -> None:
+        self.wiring: Wiring | None = None  # the active adapter, if it has a controller
+        self.parts: Any = _NoControl()  # control per token of each member, or of the chunk when decoding
+        self.serial = 0  # forward passes begun
+        self.checkpointing = False
+        self.generating = False
+        self.prompt_end: int | None = None  # column behind the prompt while `generate` runs
+        self.plans: dict[str, Any] = {}  # adapter name -> where its modules go (see peft_method)
+        self.handles: list[Any] = []
+        self._mask: Tensor | None = None
+        self._turns: Tensor | None = None
+        self._prompt_turns: Tensor | None = None
+        self._head_input: Tensor | None = None
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    def install(self, model: nn.Module, wirings: list[Wiring], blocks: list[nn.Module], attn_out: dict[int, nn.Module]) -> None:
+        """(Re)place the hooks that the given adapters need."""
+        self.remove()
+        self.handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for layer in sorted({w.layer for w in wirings}):
+            hook = partial(self._route, layer)
+            self.handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            reads_heads = any(w.layer == layer and w.controller.n_heads for w in wirings)
+            if reads_heads and layer - 1 in attn_out:
+                self.handles.append(attn_out[layer - 1].register_forward_pre_hook(self._listen))
+        for block in sorted({block for w in wirings for block in w.films}):
+            self.handles.append(blocks[block].register_forward_hook(partial(self._modulate, block)))
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Note padding and turn starts; `turn_starts` is ours and goes no further."""
+        turns = kwargs.pop("turn_starts", None)
+        if self.wiring is None:
+            return args, kwargs
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise AttachError("BEM needs the 2-D attention mask (batch, tokens): it tells padding from text.")
+        if turns is None and kwargs.get("labels") is not None:
+            turns = turns_from_labels(kwargs["labels"])
+        self._mask, self._turns = mask, turns
+        self._head_input = None
+        self.parts = _NoControl()
+        self.serial += 1
+        return args, kwargs
+
+    def _listen(self, attn_out: nn.Module, args: tuple) -> None:
+        self._head_input = args[0]
+
+    def _modulate(self, block: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        wiring = self.wiring
+        if wiring is None or block not in wiring.films:
+            return output
+        index = wiring.films[block]
+        film, control = wiring.members[index], self.parts[index]
+        if isinstance(output, tuple):
+            return film.modulate(output[0], control), *output[1:]
+        return film.modulate(output, control)
+
+    def _route(self, layer: int, block: Any, args: tuple, kwargs: dict) -> None:
+        """Before the router layer runs: turn what was read so far into control for every site above."""
+        wiring = self.wiring
+        if wiring is None or wiring.layer != layer:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.checkpointing = bool(getattr(block, "gradient_checkpointing", False)) and block.training
+        cache = None if self.checkpointing else _find_cache(args, kwargs)
+        if cache is None:
+            self._route_piece(wiring, hidden, None)
+        else:
+            self._route_cached(wiring, hidden, cache)
+
+    @torch.compiler.disable
+    def _route_cached(self, wiring: Wiring, hidden: Tensor, cache: Cache) -> None:
+        state = control_layer(cache, wiring.name, wiring.depth, wiring.controller.n_heads)
+        held = cache.get_seq_length(wiring.layer)
+        if isinstance(held, int) and held != state.columns:
+            raise CacheError(
+                f"the cache holds {held} tokens of which adapter {wiring.name!r} has seen {state.columns}. "
+                "It was filled without the adapter or cut behind its back: start with a new cache."
+            )
+        if self._stays_in_chunk(wiring, hidden, state):
+            self.parts = state.parts
+            state.append_token(hidden.detach(), self._head_input)
+        else:
+            self._route_piece(wiring, hidden, state)
+
+    def _stays_in_chunk(self, wiring: Wiring, hidden: Tensor, state: ControlLayer) -> bool:
+        """Is this one decoded token, inside the running chunk of every row? Then nothing is computed."""
+        if hidden.shape[1] != 1 or state.running is None or self._turns is not None:
+            return False
+        if self._mask is not None and not self.generating:
+            return False  # the mask may declare padding
+        if self.prompt_end is not None and state.columns < self.prompt_end:
+            return False
+        if state.left is None:
+            run = state.running
+            left = torch.where(run.number > 0, wiring.controller.chunk_size - run.count, 0)
+            state.left = int(left.min())
+            state.parts = run.control[:, None].to(hidden.dtype).split(wiring.widths, -1)
+        return state.left > 0
+
+    def _route_piece(self, wiring: Wiring, hidden: Tensor, state: ControlLayer | None) -> None:
+        controller, (batch, tokens) = wiring.controller, hidden.shape[:2]
+        before = state.settle() if state is not None else None
+        if before is None:
+            before = controller.start(batch, sum(wiring.widths), hidden.device)
+        valid = self._valid(batch, tokens, hidden.device)
+        turns = self._turn_starts(batch, tokens, state.columns if state is not None else 0, hidden.device)
+        slots = slots_needed(tokens, turns, controller.chunk_size)
+        with torch.autocast(hidden.device.type, enabled=False):
+            features = token_features(hidden, self._head_input, controller.n_heads)
+            pooled = controller.pool(features, valid, turns, before, slots)
+            routed = self._decide(wiring, pooled)
+            per_token = routed.per_token()
+        self.parts = per_token.to(hidden.dtype).split(wiring.widths, -1)
+        if state is not None:
+            state.append(routed, features, valid)
+
+    def _decide(self, wiring: Wiring, pooled: Routed) -> Routed:
+        code = wiring.controller.code(pooled)
+        return with_control(pooled, torch.cat([m.control(code) for m in wiring.members], -1))
+
+    def _valid(self, batch: int, tokens: int, device: torch.device) -> Tensor:
+        if self._mask is None:
+            return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        return self._mask[:, -tokens:].bool()
+
+    def _turn_starts(self, batch: int, tokens: int, offset: int, device: torch.device) -> Tensor | None:
+        """Turn starts of this piece, from the caller, the labels or the end of the prompt."""
+        turns = self._turns
+        if turns is not None and turns.shape != (batch, tokens):
+            raise AttachError(f"turn_starts {tuple(turns.shape)} must have the shape of the tokens: {(batch, tokens)}.")
+        at = None if self.prompt_end is None else self.prompt_end - 1 - offset
+        if at is None or at < 0:
+            return turns
+        turns = torch.zeros(batch, tokens, dtype=torch.bool, device=device) if turns is None else turns.clone()
+        if self._prompt_turns is not None:  # beams repeat each row of the prompt
+            known = self._prompt_turns[:, offset : offset + tokens]
+            turns[:, : known.shape[1]] |= known.repeat_interleave(batch // len(known), 0)
+        if at < tokens:
+            turns[:, at] = True
+        return turns
+
+    def count_call(self, calls: tuple[int, int]) -> tuple[int, int]:
+        """Under gradient checkpointing a site may run twice per forward pass: at first, and recomputed.
+
+        Raises:
+            TrainingError: a third time: two forward passes came before one backward, and the first
+                one's control is gone.
+        """
+        serial, n = calls
+        n = n + 1 if serial == self.serial else 1
+        if n > 2:
+            raise TrainingError(
+                "two forward passes before one backward under gradient checkpointing: the control of the "
+                "first is gone. Put both in one batch, call backward after each, or switch checkpointing off."
+            )
+        return self.serial, n
+
+
+class MarkedGenerate:
+    """`model.generate` that marks the prompt's end as a turn start; `turn_starts` marks earlier turns."""
+
+    def __init__(self, model: Any, runtime: Runtime):
+        self.model, self.runtime = model, runtime
+
+    def __call__(self, *args: Any, turn_starts: Tensor | None = None, **kwargs: Any) -> Any:
+        prompt = next(
+            (p for p in (*args[:1], *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds"))) if p is not None),
+            None,
+        )
+        runtime = self.runtime
+        runtime.prompt_end = prompt.shape[1] if isinstance(prompt, Tensor) else None
+        runtime.generating, runtime._prompt_turns = True, turn_starts
+        try:
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            runtime.prompt_end, runtime._prompt_turns, runtime.generating = None, None, False
+
+
+def _find_cache(args: tuple, kwargs: dict) -> Cache | None:
+    """The cache among a decoder block's arguments: its name differs between architectures."""
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

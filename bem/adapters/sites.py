@@ -1,0 +1,194 @@
+"""Where a module may be attached: found by structure and name in any causal language model.
+
+Two sites per decoder block: the attention output projection (W_O) and the MLP down projection
+(W_down). Never q, k or v: keys and values of a token must not depend on what a later chunk decides,
+and an adapter there would also change the frozen cache of the layers below the router layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from bem.errors import AttachError
+
+ATTN_OUT, MLP_DOWN = "attn_out", "mlp_down"
+ATTN_OUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out")
+MLP_DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "lin2")
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+FORBIDDEN = re.compile(
+    r"(^|\.)(q|k|v|qk|kv|qkv|query|key|value|query_key_value|w_?qkv|q_proj|k_proj|v_proj|qkv_proj"
+    r"|wq|wk|wv|c_attn|in_proj)$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer that may be adapted."""
+
+    name: str  # full module name
+    layer: int  # index of its decoder block
+    role: str  # ATTN_OUT or MLP_DOWN
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a model, and the sizes that adapters need."""
+
+    blocks: tuple[str, ...]  # module names of the decoder blocks, bottom to top
+    found: tuple[Site, ...]
+    d_model: int
+    n_heads: int
+
+    def above(self, layer: int) -> list[Site]:
+        """The sites of block `layer` and all blocks above it."""
+        return [site for site in self.found if site.layer >= layer]
+
+    def at(self, layer: int, role: str) -> Site | None:
+        """The site of one block with one role, if there is one."""
+        return next((s for s in self.found if s.layer == layer and s.role == role), None)
+
+    def router_layer(self, wanted: int | None) -> int:
+        """The block whose input the controller reads; None: a quarter of the way up."""
+        layer = len(self.blocks) // 4 if wanted is None else wanted
+        if not 0 <= layer < len(self.blocks):
+            raise AttachError(f"router_layer {layer} must lie in 0..{len(self.blocks) - 1}.")
+        return layer
+
+
+def find_sites(model: nn.Module, overrides: dict[str, str | list[str]] | None = None) -> Sites:
+    """Find the decoder blocks and both sites in each.
+
+    Args:
+        model: a Hugging Face causal LM.
+        overrides: {'attn_out': pattern(s), 'mlp_down': pattern(s)}; a pattern is a glob or, with a
+            leading 're:', a regular expression over full module names.
+    Raises:
+        AttachError: no blocks or no site found, an unknown role, or a q/k/v projection was named.
+    """
+    modules = {clean_name(n): m for n, m in model.named_modules() if ".bem_" not in n}
+    blocks = _blocks(model)
+    for role in overrides or {}:
+        if role not in (ATTN_OUT, MLP_DOWN):
+            raise AttachError(f"Unknown site role {role!r}: use {ATTN_OUT!r} or {MLP_DOWN!r}.")
+    found: list[Site] = []
+    for index, block in enumerate(blocks):
+        inside = {n: m for n, m in modules.items() if n.startswith(block + ".") and is_linear(m)}
+        for role in (ATTN_OUT, MLP_DOWN):
+            patterns = (overrides or {}).get(role)
+            name = _named(inside, patterns) if patterns else _recognised(model, block, inside, role)
+            if name:
+                d_in, d_out = linear_shape(inside[name])
+                found.append(Site(name, index, role, d_in, d_out))
+    if not found:
+        raise AttachError(
+            f"{type(model).__name__} has no attention output or MLP down projection I recognise. Name them: "
+            "attach(model, ..., sites={'attn_out': 'model.layers.*.attn.proj', 'mlp_down': '...'})."
+        )
+    config = _text_config(model)
+    d_model = next((s.d_out for s in found), 0)
+    n_heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    return Sites(tuple(blocks), tuple(found), d_model, n_heads or 1)
+
+
+def clean_name(name: str) -> str:
+    """A module's name as it was before anything was attached to it."""
+    return name.replace(".base_layer", "")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and its kin (quantised ones too), or the transposed Conv1D of GPT-2."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features") or hasattr(module, "nf")
+
+
+def linear_shape(module: Any) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer."""
+    if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight as (in, out)
+        return module.weight.shape[0], module.nf
+    return module.in_features, module.out_features
+
+
+def base_hash(model: nn.Module) -> str:
+    """sha256 over the names, shapes and bytes of the frozen base's weights (tied weights once).
+
+    Independent of what is attached; a checkpoint made for one base is refused by another.
+    """
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    named = [(clean_name(n), p) for n, p in model.named_parameters() if ".bem_" not in n and "lora_" not in n]
+    for name, parameter in sorted(named, key=lambda item: item[0]):
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        name = name.removeprefix("base_model.model.")
+        data = parameter.detach().to(torch.float32).cpu().contiguous()
+        digest.update(f"{name} {tuple(data.shape)}".encode())
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder blocks: the module list as long as the config says, else the longest."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and any(map(is_linear, module[0].modules()))
+    ]
+    if not lists:
+        raise AttachError(f"{type(model).__name__} has no list of decoder blocks: not a causal LM?")
+    depth = _first(_text_config(model), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    name, chosen = max(lists, key=lambda item: (len(item[1]) == depth, len(item[1]), -item[0].count(".")))
+    return [f"{name}.{i}" for i in range(len(chosen))]
+
+
+def _named(inside: dict[str, nn.Module], patterns: str | list[str]) -> str | None:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        regex = re.compile(pattern[3:]) if pattern.startswith("re:") else None
+        for name in inside:
+            if regex.fullmatch(name) if regex else fnmatchcase(name, pattern):
+                if FORBIDDEN.search(name):
+                    raise AttachError(
+                        f"{name} is a query, key or value projection: an adapter there would make cached "
+                        "keys and values depend on later decisions. Use attention output or MLP down."
+                    )
+                return name
+    return None
+
+
+def _recognised(model: nn.Module, block: str, inside: dict[str, nn.Module], role: str) -> str | None:
+    """The site by the usual names, else by structure: the last layer that writes the residual stream."""
+    usual = ATTN_OUT_NAMES if role == ATTN_OUT else MLP_DOWN_NAMES
+    mine = {
+        name: module
+        for name, module in inside.items()
+        if bool(ATTENTION.search(name[len(block) :])) == (role == ATTN_OUT) and not FORBIDDEN.search(name)
+    }
+    by_name = [name for name in mine if name.rsplit(".", 1)[-1] in usual]
+    if len(by_name) > 1:
+        raise AttachError(
+            f"{block} has several candidates for {role}: {', '.join(by_name)} (a mixture of experts?). "
+            f"Name one: attach(model, ..., sites={{{role!r}: '{by_name[0].replace(block, block[:-1] + '*')}'}})."
+        )
+    if by_name:
+        return by_name[0]
+    width = _first(_text_config(model), "hidden_size", "n_embd", "d_model")
+    writers = [name for name, module in mine.items() if linear_shape(module)[1] == width]
+    return writers[-1] if writers else None
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _first(config: Any, *names: str) -> int | None:
+    return next((v for n in names if isinstance(v := getattr(config, n, None), int)), None)
