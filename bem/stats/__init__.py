@@ -1,7 +1,7 @@
 """Scores, intervals, tests and gates: the one verdict on whether a candidate is better.
 
-    verdicts = judge(baseline, {"v1": measurement}, GatesConfig())
-    print(verdicts["v1"].summary())
+verdicts = judge(baseline, {"v1": measurement}, GatesConfig())
+print(verdicts["v1"].summary())
 """
 
 from bem.stats.bootstrap import Bca, bca_bootstrap, joint_bca

@@ -32,7 +32,7 @@ class Bca:
     """z0, in standard normal units."""
     acceleration: float
     p_value: float
-    """Two-sided, for H0: statistic = margin. p <= alpha exactly when the interval excludes the margin."""
+    """Two-sided, H0: statistic = margin. p <= alpha exactly when the interval excludes it."""
     p_greater: float
     """One-sided, against H0: statistic <= margin."""
     p_less: float
@@ -80,16 +80,18 @@ def bca_bootstrap(
 ) -> Bca:
     """Bias-corrected and accelerated interval of a paired score difference (Efron 1987).
 
-        level(z) = Phi(z0 + (z0 + z) / (1 - a (z0 + z)));  interval = quantiles at level(-z), level(z)
+        interval = quantiles of T* at level(-z) and level(z)
+        level(z) = Phi(z0 + (z0 + z) / (1 - a (z0 + z)))
         z0 = Phi^-1(P(T* < T) + P(T* = T) / 2), clamped to [1/2B, 1 - 1/2B]
-        a = sum d^3 / (6 (sum d^2)^1.5),  d = jackknife deviations (units: clusters if given)
-        z = z_{alpha/2}; below 200 units sqrt(n / (n-1)) t_{n-1, alpha/2} (Hesterberg 2015, sec. 5.3)
+        a  = sum d^3 / (6 (sum d^2)^1.5), d the jackknife deviations (of clusters if given)
+        z  = z_{1-alpha/2}; below 200 units sqrt(n / (n-1)) t_{n-1, 1-alpha/2} (Hesterberg 2015)
 
-    Ties count half: with strict `<` exact-match scores get a z0 that is wrong by the share of ties. The
-    p-value solves level(z) for the margin and is significant exactly when the interval excludes it.
+    Ties count half: with strict `<` exact-match scores get a z0 that is wrong by the share of ties.
+    The p-value solves level(z) for the margin and is significant exactly when the interval excludes
+    it.
 
     Args:
-        paired_scores: candidate minus baseline, [examples] or [seeds, examples] (averaged over seeds).
+        paired_scores: candidate minus baseline, [examples] or [seeds, examples] (then averaged).
         n_bootstrap: resamples of the Monte-Carlo engines; sets the clamp of z0 in all.
         alpha: miscoverage of the two-sided interval.
         seed: same seed, same answer; the exact and saddlepoint engines use none.
@@ -105,7 +107,9 @@ def bca_bootstrap(
     codes = cluster_codes(clusters, scores.size)
     if callable(statistic):
         if codes is not None:
-            raise DataError("clusters need a mean or a Statistic of sums, not a function of samples.")
+            raise DataError(
+                "clusters need a mean or a Statistic of sums, not a function of samples."
+            )
         return _of_function(scores, statistic, n_bootstrap, alpha, seed, margin)
     columns = sum_by_cluster(np.stack([scores, np.ones_like(scores)], axis=1), codes)
     one = Statistic("mean", columns, ratio)
@@ -121,10 +125,11 @@ def joint_bca(
     margins: Sequence[float] | None = None,
     engine: Engine = "auto",
 ) -> list[Bca]:
-    """BCa of many statistics of the same units (metrics x variants x slices) on one shared resample.
+    """BCa of many statistics of the same units on one shared resample.
 
-    With `auto`, plain means take their exact or saddlepoint law; whatever is left shares one set of
-    multinomial weights. With `weights` all share it.
+    The statistics are metrics x variants x slices (a mask is a column). With `auto`, plain means
+    take their exact or saddlepoint law and whatever is left shares one set of multinomial weights.
+    With `weights` all share it.
     """
     _check_options(n_bootstrap, alpha)
     margins = margins if margins is not None else [0.0] * len(statistics)
@@ -139,7 +144,9 @@ def joint_bca(
         if law is None:
             waiting.append(i)
         else:
-            results[i] = _read(law, _clamped(parts[i], law, n_bootstrap), alpha, margins[i], name, [])
+            results[i] = _read(
+                law, _clamped(parts[i], law, n_bootstrap), alpha, margins[i], name, []
+            )
     if waiting:
         laws = resampled_laws([statistics[i] for i in waiting], n_bootstrap, seed)
         for i, (law, flags) in zip(waiting, laws, strict=True):
@@ -165,7 +172,9 @@ def _parts(statistic: Statistic) -> _Parts:
     totals = columns.sum(axis=0)
     observed = float(statistic.of(totals[None])[0])
     if not np.isfinite(observed):
-        raise DataError(f"{statistic.name} is {observed}: it has no defined value on these examples.")
+        raise DataError(
+            f"{statistic.name} is {observed}: it has no defined value on these examples."
+        )
     return _jackknifed(observed, statistic.of(totals - columns))
 
 

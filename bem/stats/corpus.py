@@ -1,7 +1,8 @@
 """Corpus BLEU and chrF from per-example sufficient statistics, vectorised over resamples.
 
-Both scores are functions of sums over examples. Keeping the summands makes a resample one matrix product
-and a jackknife one subtraction, where sacrebleu counts n-grams again or loops over resamples.
+Both scores are functions of sums over examples. Keeping the summands makes a resample one matrix
+product and a jackknife one subtraction, where sacrebleu counts n-grams again or loops over
+resamples.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def corpus_bleu(sums: Floats) -> Floats:
 
 
 def corpus_chrf(sums: Floats) -> Floats:
-    """chrF2 in [0, 100] from summed statistics [..., 18] (Popovic 2015; sacrebleu's effective order).
+    """chrF2 in [0, 100] from summed statistics [..., 18] (Popovic 2015; effective order).
 
     F_beta of the precision and the recall, each averaged over the orders that both sides have.
     """
@@ -73,7 +74,9 @@ def _statistics(
     name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Floats:
     if len(predictions) != len(references):
-        raise DataError(f"{len(predictions)} predictions but {len(references)} lists of references.")
+        raise DataError(
+            f"{len(predictions)} predictions but {len(references)} lists of references."
+        )
     if any(isinstance(refs, str) or not refs for refs in references):
         raise DataError("Every prediction needs a non-empty list of reference strings.")
     metric = sacrebleu_metric(name)

@@ -1,4 +1,4 @@
-"""The gates on what a candidate costs: budget, latency, memory, cache hits; and a router's own rules."""
+"""The gates on what a candidate costs: budget, latency, memory, cache hits; a router's rules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ MAX_PLAN = 3
 """Most actions in a router's plan."""
 
 
-def cost_checks(
-    baseline: Measurement, candidate: Measurement, gates: GatesConfig
-) -> list[Check]:
+def cost_checks(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
     """Every cost gate that is not waived. What is missing is open, never passed."""
     kinds: dict[str, Callable[[Measurement, Measurement, GatesConfig], list[Check]]] = {
         "budget": _budget,
@@ -53,14 +51,17 @@ def _budget(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
 def _parity(name: str, new: float | None, old: float | None, gates: GatesConfig) -> Check:
     if not _positive(old) or new is None or not isfinite(new):
         return Check(name, None, f"cannot be computed: candidate {new}, baseline {old}.")
-    change, tolerance = float(new) / float(old) - 1, gates.budget_tolerance  # type: ignore[arg-type]
+    assert old is not None
+    change, tolerance = float(new) / float(old) - 1, gates.budget_tolerance
     numbers = f"{new:g} against {old:g} ({change:+.1%}, allowed +-{tolerance:.0%})"
     if change > tolerance + 1e-12:
         return Check(name, False, f"too expensive: {numbers}.", change, tolerance)
     if change >= -tolerance - 1e-12:
         return Check(name, True, f"at parity: {numbers}.", change, tolerance)
     if gates.allow_cheaper:
-        return Check(name, True, f"below parity, allowed because cheaper: {numbers}.", change, tolerance)
+        return Check(
+            name, True, f"below parity, allowed because cheaper: {numbers}.", change, tolerance
+        )
     return Check(name, False, f"below parity: {numbers}.", change, tolerance)
 
 
@@ -81,8 +82,8 @@ def _phase(phase: str, baseline: Measurement, candidate: Measurement, gates: Gat
     passed = True if r.upper <= most else False if r.lower > most else None
     advice = "" if passed is not None else " More rounds would decide."
     reason = (
-        f"p50 ratio {r.ratio:.3f}, one-sided {1 - r.alpha:.0%} limits {r.lower:.3f} and {r.upper:.3f} "
-        f"over {r.rounds} paired rounds; the upper one may be {most:g}.{advice}"
+        f"p50 ratio {r.ratio:.3f}, one-sided {1 - r.alpha:.0%} limits {r.lower:.3f} and "
+        f"{r.upper:.3f} over {r.rounds} paired rounds; the upper one may be {most:g}.{advice}"
     )
     return Check(name, passed, reason, r.ratio, most, r.lower, r.upper)
 
@@ -92,7 +93,8 @@ def _memory(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
     if not _positive(old) or not _positive(new):
         reason = f"cannot be computed: candidate {new}, baseline {old} bytes."
         return [Check("memory", None, reason)]
-    change = float(new) / float(old)  # type: ignore[arg-type]
+    assert new is not None and old is not None
+    change = float(new) / float(old)
     reason = f"peak ratio {change:.3f}, allowed {most:g} ({new:g} against {old:g} bytes)."
     return [Check("memory", change <= most, reason, change, most)]
 
@@ -107,8 +109,8 @@ def _kv_hit(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
     bca = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
     passed = True if bca.lower >= margin else False if bca.upper < margin else None
     reason = (
-        f"hit rate {100 * bca.observed:+.2f} points [{100 * bca.lower:.2f}, {100 * bca.upper:.2f}] over "
-        f"{bca.n} paired requests; the lower limit may be {100 * margin:g}."
+        f"hit rate {100 * bca.observed:+.2f} points [{100 * bca.lower:.2f}, "
+        f"{100 * bca.upper:.2f}] over {bca.n} paired requests; the lower limit may be {100 * margin:g}."
     )
     return [Check("kv_hit", passed, reason, bca.observed, margin, bca.lower, bca.upper)]
 
@@ -143,23 +145,28 @@ def _router(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
         reason = f"longest plan {longest:g} actions, allowed {MAX_PLAN}."
         checks.append(Check("router.plan", longest <= MAX_PLAN, reason, longest, MAX_PLAN))
     if facts.index_swap is not None:
-        checks += _index_swap({k: finite(f"router.index_swap.{k}", v) for k, v in facts.index_swap.items()}, gates)
+        checks += _index_swap(
+            {k: finite(f"router.index_swap.{k}", v) for k, v in facts.index_swap.items()}, gates
+        )
     return checks
 
 
 def _index_swap(scores: dict[str, Floats], gates: GatesConfig) -> list[Check]:
-    """A router that reads its evidence does no better on a worse index: clean >= corrupt >= shuffled."""
+    """A router that reads its evidence does no better on a worse index."""
     checks = []
     for better, worse in (("clean", "corrupt"), ("corrupt", "shuffled")):
         name = f"router.{better}>={worse}"
-        if better not in scores or worse not in scores or scores[better].size != scores[worse].size:
-            checks.append(Check(name, None, "cannot be computed: needs both, on the same examples."))
+        if {better, worse} - set(scores) or scores[better].size != scores[worse].size:
+            checks.append(
+                Check(name, None, "cannot be computed: needs both, on the same examples.")
+            )
             continue
         d = (scores[better] - scores[worse])[:, None]
         bca = joint_bca([Statistic(name, np.append(d, np.ones_like(d), 1), ratio)],
                         gates.n_bootstrap, gates.alpha, gates.seed)[0]  # fmt: skip
         passed = True if bca.observed >= 0 else False if bca.upper < 0 else None
-        reason = f"difference {bca.observed:+.4f} [{bca.lower:.4f}, {bca.upper:.4f}], may not be negative."
+        interval = f"[{bca.lower:.4f}, {bca.upper:.4f}]"
+        reason = f"difference {bca.observed:+.4f} {interval}, may not be negative."
         checks.append(Check(name, passed, reason, bca.observed, 0.0, bca.lower, bca.upper))
     return checks
 

@@ -1,4 +1,4 @@
-"""Effects of all candidates on all metrics and slices, from one shared resample and one FDR family."""
+"""Effects of all candidates on all metrics and slices: one shared resample, one FDR family."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class _Comparison:
     means: tuple[float, float]
     """Baseline and candidate score."""
     discordant: int
+    examples: int
     meaning: Metric
 
 
@@ -103,7 +104,7 @@ def _compare(
 ) -> _Comparison:
     place = candidate.aligned_to(baseline.example_ids)
     codes = cluster_codes(baseline.clusters, baseline.n)
-    mask = np.ones(baseline.n) if part is None else baseline.slices[part].astype(float)  # type: ignore[union-attr]
+    mask = np.ones(baseline.n) if part is None else np.asarray(baseline.slices[part], dtype=float)
     if not mask.any():
         raise DataError(f"slice {part} has no examples.")
     meaning = _meaning(baseline, metric)
@@ -114,16 +115,19 @@ def _compare(
         columns = np.concatenate([_flat(new), _flat(old)], axis=1) * inside
         scores = [float(CORPUS[metric][1](x[:, mask > 0].sum(axis=1)).mean()) for x in (old, new)]
         of = _corpus_gain(metric, len(new), len(old))
-        differ = int(np.any(((new - old) * inside)[:] != 0, axis=(0, 2)).sum())
+        differ = ((new - old) * inside != 0).any(axis=(0, 2))
     else:
         new, old = _score_pair(baseline, candidate, metric, place)
         gain = meaning.sign * (new - old)
         columns = np.stack([gain * mask, mask], axis=1)
         scores = [float(x[mask > 0].mean()) for x in (old, new)]
         of = ratio
-        differ = int(np.count_nonzero(np.abs(gain * mask) > 1e-12))
+        differ = np.abs(gain * mask) > 1e-12
     statistic = Statistic(label, sum_by_cluster(columns, codes), of)
-    return _Comparison(name, metric, part, statistic, (scores[0], scores[1]), differ, meaning)
+    units = np.flatnonzero(differ) if codes is None else np.unique(codes[differ])
+    return _Comparison(
+        name, metric, part, statistic, (scores[0], scores[1]), units.size, int(mask.sum()), meaning
+    )
 
 
 def _score_pair(
@@ -166,7 +170,8 @@ def _effect(c: _Comparison, bca: Bca, gates: GatesConfig, primary: bool) -> Effe
     return Effect(
         metric=c.metric, slice=c.slice, primary=primary, baseline=c.means[0], candidate=c.means[1],
         gain=bca.observed, ci_low=bca.lower, ci_high=bca.upper,
-        points_per_unit=c.meaning.points_per_unit, p_value=bca.p_value, n=bca.n, se=bca.se,
+        points_per_unit=c.meaning.points_per_unit, p_value=bca.p_value,
+        n=bca.n, examples=c.examples, se=bca.se,
         mde=minimal_detectable_effect(bca.se, gates.alpha, gates.power), engine=bca.engine,
         flags=bca.flags, discordant=c.discordant,
     )  # fmt: skip
@@ -199,7 +204,9 @@ def _second_opinion(
             new, old, of, clusters=baseline.clusters, n_resamples=gates.n_bootstrap, seed=gates.seed
         )
     return [
-        replace(e, exact_p=tests[i].p_value, exact_p_greater=tests[i].p_greater) if i in tests else e
+        replace(e, exact_p=tests[i].p_value, exact_p_greater=tests[i].p_greater)
+        if i in tests
+        else e
         for i, e in enumerate(effects)
     ]
 
@@ -207,7 +214,7 @@ def _second_opinion(
 def _corrected(
     effects: list[Effect], intervals: list[Bca], gates: GatesConfig, family_size: int
 ) -> list[Effect]:
-    """Adds adjusted p and FCR intervals; what could not be computed stays in the family with p = 1."""
+    """Adds adjusted p and FCR intervals; what could not be computed counts with p = 1."""
     primary = [i for i, e in enumerate(effects) if e.primary]
     if not primary:
         return effects
@@ -217,7 +224,9 @@ def _corrected(
     out = list(effects)
     for k, i in enumerate(primary):
         rejected = bool(found.rejected[k])
-        adjusted = replace(effects[i], adjusted_p=float(found.adjusted_p_values[k]), rejected=rejected)
+        adjusted = replace(
+            effects[i], adjusted_p=float(found.adjusted_p_values[k]), rejected=rejected
+        )
         if rejected and intervals[i].law is not None:
             selected = intervals[i].at(found.fcr_level)
             adjusted = replace(adjusted, fcr_low=selected.lower, fcr_high=selected.upper)

@@ -26,7 +26,7 @@ MIN_NONZERO = 20
 def mean_of(statistic: Statistic) -> Floats | None:
     """The values whose plain mean the statistic is, or None if it is no plain mean.
 
-    A slice of unclustered examples is a plain mean over its members (its size is given, not random).
+    A slice of unclustered examples is a plain mean over its members: its size is given, not random.
     """
     if statistic.of is not ratio:
         return None
@@ -80,7 +80,8 @@ def function_law(
 ) -> tuple[float, Floats, Law, list[str]]:
     """Observed value, leave-one-out values and resampled law of any function of a sample.
 
-    The function maps [rows, n] to [rows]. Index draws in blocks of bounded memory; O(n^2) jackknife.
+    The function maps [rows, n] to [rows]. Index draws in blocks of bounded memory; O(n^2)
+    jackknife.
     """
     n = scores.size
     observed = float(_call(statistic, scores[None])[0])

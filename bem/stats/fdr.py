@@ -31,10 +31,12 @@ def benjamini_hochberg_correction(
 ) -> Discoveries:
     """Step-up control of the false discovery rate.
 
-    adjusted p_(i) = min_{j >= i} min(1, c m p_(j) / j),  rejected where adjusted p <= alpha
-    c = 1: Benjamini & Hochberg 1995 (independent or positively dependent tests);
+        adjusted p_(i) = min_{j >= i} min(1, c m p_(j) / j),  rejected where adjusted p <= alpha
+
+    c = 1: Benjamini & Hochberg 1995 (independent or positively dependent tests).
     c = sum_{k=1}^m 1/k: Benjamini & Yekutieli 2001 (any dependence).
-    Intervals of the R selected hold jointly at level 1 - R alpha / (c m) (FCR; Benjamini & Yekutieli 2005).
+    The intervals of the R selected keep their false coverage rate at level 1 - R alpha / (c m)
+    (Benjamini & Yekutieli 2005).
 
     Args:
         p_values: [m], each in [0, 1].

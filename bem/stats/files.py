@@ -46,7 +46,7 @@ def from_dict(values: Mapping[str, Any], where: str = "measurement") -> Measurem
     """The inverse of `to_dict`.
 
     Raises:
-        DataError: another format, an unknown or missing field, a wrong shape; names `where` and field.
+        DataError: another format, an unknown or missing field, a wrong shape; names the field.
     """
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise DataError(f'{where} is not a measurement: it has no "format": "{FORMAT}".')
@@ -81,7 +81,7 @@ def load(path: str | Path, declared: Mapping[str, Metric] | None = None) -> Meas
     """Read a measurement: .json, .csv or .jsonl, each also .gz.
 
     Args:
-        declared: meaning of a table's metrics that the registry does not know and its header does not say.
+        declared: meaning of metrics that neither the registry nor the table's header tells.
     Raises:
         DataError: names the file, and the line and column where there is one.
     """
@@ -181,8 +181,9 @@ def _declare(path: Path, column: str, declared: dict[str, Metric]) -> str:
     if not rest:
         if name not in METRICS and name not in declared:
             raise DataError(
-                f"{path}: column {name!r} is no metric I know ({', '.join(METRICS)}). Say which way is "
-                f"better: '{name}:higher', '{name}:lower', '{name}:higher:100' for points per unit."
+                f"{path}: column {name!r} is no metric I know ({', '.join(METRICS)}). Say which "
+                f"way is better: '{name}:higher', '{name}:lower', or '{name}:higher:100' with the "
+                "points in one unit."
             )
         return name
     if rest[0] not in ("higher", "lower") or len(rest) > 2:

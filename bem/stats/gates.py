@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 
 from bem.config import GatesConfig
 from bem.stats.costs import cost_checks
@@ -21,18 +22,21 @@ def judge(
 ) -> dict[str, Verdict]:
     """Compare every candidate with the baseline on the same examples.
 
-    PROMOTE       every gate passed. Quality passes if in one primary metric the BCa lower limit exceeds the
-                  margin, Benjamini-Hochberg rejects over candidates x family, and the exact sign-flip test
-                  agrees, on at least `min_items` units and `min_discordant` examples that differ.
-    REJECT        a gate is definitely failed: over budget, over memory, a latency or cache interval wholly
-                  beyond its limit, a core metric or slice wholly below its margin, or quality: in every
-                  primary metric the upper limit lies below the smallest useful gain.
-    INCONCLUSIVE  anything else. What cannot be computed (no baseline, other examples, NaN, too few) is open.
+    PROMOTE: every gate passed. Quality passes if in one primary metric the BCa lower limit exceeds
+    the margin, Benjamini-Hochberg rejects over candidates x family, and the exact sign-flip test
+    agrees, on at least `min_items` independent examples of which `min_discordant` differ.
+
+    REJECT: a gate is definitely failed. That is: over budget; over memory; a latency or cache
+    interval wholly beyond its limit; a core metric or a slice wholly below its margin; or quality:
+    in every primary metric the upper limit lies below the smallest useful gain.
+
+    INCONCLUSIVE: anything else. What cannot be computed (no baseline, other examples, NaN, too few)
+    is open, never passed.
 
     Args:
         family: primary metrics, declared before looking; None: the baseline's core metrics.
     """
-    gates = gates or GatesConfig()
+    gates = gates or GatesConfig.model_validate({})
     if baseline is None:
         return {name: _without_baseline(name, gates) for name in candidates}
     family = tuple(family) if family is not None else default_family(baseline)
@@ -49,15 +53,17 @@ def _verdict(
 ) -> Verdict:  # fmt: skip
     size = n_candidates * len(family)
     checks = [
-        _quality(judged, gates, family, size),
+        _quality(judged, gates, family, size, baseline.n),
         *_regressions(baseline, judged, gates),
         *_slices(baseline, judged, gates, family),
         *cost_checks(baseline, candidate, gates),
     ]
-    open_counts = [c.n_more for c in checks if c.passed is None and c.n_more is not None]
+    decision = _decide(checks)
+    counts = [c.n_more for c in checks if c.passed is None and c.n_more is not None]
+    n_more = max(counts, default=None) if decision == "INCONCLUSIVE" else None
     return Verdict(
-        name, baseline.name, _decide(checks), tuple(checks), judged.effects,
-        max(open_counts, default=None), gates.alpha, size, tuple(gates.waived),
+        name, baseline.name, decision, tuple(checks), judged.effects,
+        n_more, gates.alpha, size, tuple(gates.waived),
     )  # fmt: skip
 
 
@@ -67,15 +73,19 @@ def _decide(checks: Sequence[Check]) -> Decision:
     return "PROMOTE" if all(c.passed for c in checks) else "INCONCLUSIVE"
 
 
-def _quality(judged: Judged, gates: GatesConfig, family: Sequence[str], size: int) -> Check:
+def _quality(
+    judged: Judged, gates: GatesConfig, family: Sequence[str], size: int, total: int
+) -> Check:
     """Passed by one primary metric; failed when no primary metric can hold a useful gain."""
     primary = [e for e in judged.effects if e.primary]
     missing = [f"{m}: {judged.problems[m]}" for m in family if m in judged.problems]
     if not primary:
-        return Check("quality", None, "cannot be computed: " + " ".join(missing or ["no primary metric."]))
+        return Check(
+            "quality", None, "cannot be computed: " + " ".join(missing or ["no primary metric."])
+        )
     tests = {e.metric: _shortfalls(e, gates) for e in primary}
     winners = [e for e in primary if not tests[e.metric]]
-    best = max(winners or primary, key=lambda e: -e.p_value if e.gain > 0 else -2 + e.p_value)
+    best = min(winners or primary, key=lambda e: (e.gain <= 0, e.p_value))
     margin = margin_of(_meaning(best), gates.quality_margin)
     numbers = {
         "value": best.gain, "limit": margin, "ci_low": best.ci_low, "ci_high": best.ci_high,
@@ -89,9 +99,9 @@ def _quality(judged: Judged, gates: GatesConfig, family: Sequence[str], size: in
     if winners:
         return Check("quality", True, said, **numbers)
     if not missing and all(_no_useful_gain(e, gates) for e in primary):
-        rule = f"Rule: every upper limit is below the smallest useful gain ({gates.useful_gain_points:g} points)"
-        return Check("quality", False, f"{said} {rule}.", **numbers)
-    more = [m for e in primary if (m := _n_more(e, gates, size)) is not None]
+        useful = f"the smallest useful gain ({gates.useful_gain_points:g} points)"
+        return Check("quality", False, f"{said} Every upper limit is below {useful}.", **numbers)
+    more = [m for e in primary if (m := _n_more(e, gates, size, total)) is not None]
     return Check("quality", None, said, **numbers, n_more=min(more, default=None))
 
 
@@ -108,7 +118,7 @@ def _shortfalls(e: Effect, gates: GatesConfig) -> list[str]:
     if e.exact_p_greater is None:
         out.append("no exact test applies")
     elif e.exact_p_greater > gates.alpha / 2:
-        out.append(f"exact test disagrees (p = {e.exact_p:.3g})")
+        out.append("the exact test shows no gain")
     return out
 
 
@@ -127,15 +137,15 @@ def _no_useful_gain(e: Effect, gates: GatesConfig) -> bool:
         return False
     meaning = _meaning(e)
     margin = margin_of(meaning, gates.quality_margin)
-    return e.ci_high < max(margin, margin_of(meaning, gates.useful_gain_points)) or e.ci_high < margin
+    return e.ci_high < max(margin, margin_of(meaning, gates.useful_gain_points))
 
 
-def _n_more(e: Effect, gates: GatesConfig, size: int) -> int | None:
+def _n_more(e: Effect, gates: GatesConfig, size: int, total: int) -> int | None:
     """Examples until the margin is cleared, or a useful gain excluded, whichever is nearer."""
     if e.n < gates.min_items:
-        return gates.min_items - e.n
+        return _examples(gates.min_items - e.n, e, total)
     if e.discordant < gates.min_discordant:
-        return max(1, e.n * gates.min_discordant // max(e.discordant, 1) - e.n)
+        return _examples(e.n * gates.min_discordant / max(e.discordant, 1) - e.n, e, total)
     meaning = _meaning(e)
     margin = margin_of(meaning, gates.quality_margin)
     useful = max(margin, margin_of(meaning, gates.useful_gain_points))
@@ -143,8 +153,12 @@ def _n_more(e: Effect, gates: GatesConfig, size: int) -> int | None:
         more_examples(e.gain - margin, e.se, e.n, gates.alpha / size, gates.power),
         more_examples(useful - e.gain, e.se, e.n, gates.alpha, gates.power),
     ]
-    known = [max(1, n) for n in roads if n is not None]
-    return min(known, default=None)
+    return min((_examples(n, e, total) for n in roads if n is not None), default=None)
+
+
+def _examples(units: float, e: Effect, total: int) -> int:
+    """Held-out examples that hold so many more units (clusters, members of a slice); at least 1."""
+    return max(1, ceil(units * total / e.n))
 
 
 def _regressions(baseline: Measurement, judged: Judged, gates: GatesConfig) -> list[Check]:
@@ -155,7 +169,9 @@ def _regressions(baseline: Measurement, judged: Judged, gates: GatesConfig) -> l
         if not meaning.core:
             continue
         name = f"regression.{metric}"
-        checks.append(_guard(name, metric, None, judged, gates, gates.regression_margin_points))
+        checks.append(
+            _guard(name, metric, None, judged, gates, gates.regression_margin_points, baseline.n)
+        )
     return checks
 
 
@@ -169,31 +185,44 @@ def _slices(
     checks = []
     for part in guarded:
         for metric in family:
-            if metric in names_of(baseline) and not (METRICS.get(metric) or baseline.metric(metric)).core:
+            if (
+                metric in names_of(baseline)
+                and not (METRICS.get(metric) or baseline.metric(metric)).core
+            ):
                 continue
             name = f"slice.{part}.{metric}"
-            checks.append(_guard(name, metric, part, judged, gates, gates.slice_margin_points))
+            checks.append(
+                _guard(name, metric, part, judged, gates, gates.slice_margin_points, baseline.n)
+            )
     return checks
 
 
 def _guard(
-    name: str, metric: str, part: str | None, judged: Judged, gates: GatesConfig, points: float
+    name: str,
+    metric: str,
+    part: str | None,
+    judged: Judged,
+    gates: GatesConfig,
+    points: float,
+    total: int,
 ) -> Check:
     """Non-inferiority: the lower limit lies above minus the margin."""
     found = [e for e in judged.effects if (e.metric, e.slice) == (metric, part)]
     if not found:
-        problem = judged.problems.get(metric if part is None else f"{metric}@{part}", "not measured.")
+        problem = judged.problems.get(
+            metric if part is None else f"{metric}@{part}", "not measured."
+        )
         return Check(name, None, f"cannot be computed: {problem}")
     e = found[0]
     if e.n < gates.min_items:
         return Check(name, None, f"only {e.n} independent examples of {gates.min_items}.",
-                     n_more=gates.min_items - e.n)  # fmt: skip
+                     n_more=_examples(gates.min_items - e.n, e, total))  # fmt: skip
     limit = -margin_of(_meaning(e), points)
     passed = True if e.ci_low >= limit else False if e.ci_high < limit else None
     more = None
     if passed is None:
-        more = more_examples(e.gain - limit, e.se, e.n, gates.alpha, gates.power)
-        more = max(1, more) if more is not None else None
+        units = more_examples(e.gain - limit, e.se, e.n, gates.alpha, gates.power)
+        more = _examples(units, e, total) if units is not None else None
     reason = f"{_in_words(e)}; the lower limit may be {_shown(e, limit)}."
     return Check(name, passed, reason, e.gain, limit, e.ci_low, e.ci_high, e.p_value, None, more)
 
@@ -204,9 +233,10 @@ def _in_words(e: Effect) -> str:
         p += f", adjusted {e.adjusted_p:.3g}"
     if e.exact_p is not None:
         p += f", exact {e.exact_p:.3g}"
+    where = f"n {e.examples}" + (f" in {e.n} clusters" if e.n < e.examples else "")
     return (
         f"{e.metric} {_shown(e, e.gain)} [{_shown(e, e.ci_low)}, {_shown(e, e.ci_high)}]"
-        f"{' points' if e.points_per_unit else ''}{p}, n {e.n}, MDE {_shown(e, e.mde)}"
+        f"{' points' if e.points_per_unit else ''}{p}, {where}, MDE {_shown(e, e.mde)}"
     )
 
 
@@ -220,4 +250,6 @@ def _meaning(e: Effect) -> Metric:
 
 def _without_baseline(name: str, gates: GatesConfig) -> Verdict:
     check = Check("baseline", None, "cannot be computed: there is no baseline to compare with.")
-    return Verdict(name, None, "INCONCLUSIVE", (check,), (), None, gates.alpha, 0, tuple(gates.waived))
+    return Verdict(
+        name, None, "INCONCLUSIVE", (check,), (), None, gates.alpha, 0, tuple(gates.waived)
+    )

@@ -1,4 +1,4 @@
-"""Checks on arrays that come from outside: shape, finiteness, with the offending index in the error."""
+"""Checks on arrays from outside: shape and finiteness, with the offending index in the error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def over_seeds(name: str, values: ArrayLike) -> Floats:
 
 
 def cluster_codes(clusters: Any, n: int) -> NDArray[np.intp] | None:
-    """Cluster labels as codes 0..C-1 in order of first appearance; None if every example is its own."""
+    """Labels as codes 0..C-1 in order of appearance; None if every example is its own cluster."""
     if clusters is None:
         return None
     labels = [str(label) for label in clusters]

@@ -23,9 +23,9 @@ class RatioLimits:
 
     ratio: float
     lower: float
-    """One-sided: the true ratio lies below it with probability at most alpha. 0 if too few rounds."""
+    """The true ratio lies below it with probability at most alpha. 0 if too few rounds."""
     upper: float
-    """One-sided: the true ratio lies above it with probability at most alpha. inf if too few rounds."""
+    """The true ratio lies above it with probability at most alpha. inf if too few rounds."""
     rounds: int
     alpha: float
 
@@ -35,18 +35,20 @@ def paired_ratio(candidate: ArrayLike, baseline: ArrayLike, alpha: float = 0.05)
 
         ratio = exp(median over i <= j of (d_i + d_j) / 2),  d = log candidate - log baseline
 
-    The limits are the Walsh averages at which the one-sided signed-rank test would just reject. Rounds are
-    pairs: interleave them (A B A B), so that drift of the machine cancels. Below 5 rounds no limit exists
-    at alpha = 0.05.
+    The limits are the Walsh averages at which the one-sided signed-rank test would just reject.
+    Rounds are pairs: interleave them (A B A B), so that drift of the machine cancels. Below 5
+    rounds no limit exists at alpha = 0.05.
 
     Args:
-        candidate, baseline: [rounds], same unit, > 0; round i of one was run beside round i of the other.
+        candidate, baseline: [rounds], same unit, > 0; rounds i of both were run side by side.
     Raises:
         DataError: different lengths, NaN, or a time that is not positive.
     """
     a, b = finite("candidate", candidate), finite("baseline", baseline)
     if a.size != b.size:
-        raise DataError(f"{a.size} candidate rounds cannot be paired with {b.size} baseline rounds.")
+        raise DataError(
+            f"{a.size} candidate rounds cannot be paired with {b.size} baseline rounds."
+        )
     if a.size > MAX_ROUNDS:
         raise DataError(f"{a.size} rounds: at most {MAX_ROUNDS}; take the median of blocks first.")
     if min(a.min(), b.min()) <= 0:

@@ -1,8 +1,8 @@
-"""The law of a resampled statistic, as BCa needs it: probabilities below, at and above a value, and quantiles.
+"""The law of a resampled statistic, as BCa needs it: tail probabilities and quantiles.
 
 Every engine ends in one of these. Quantiles and tails agree exactly: `lower(p) > x` if and only if
-`at_most(x) <= p`, and `upper(p) < x` if and only if `at_least(x) <= 1 - p`. From this follows that a BCa
-p-value and a BCa interval can never contradict each other.
+`at_most(x) <= p`, and `upper(p) < x` if and only if `at_least(x) <= 1 - p`. From this follows that
+a BCa p-value and a BCa interval can never contradict each other.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from bem.stats.inputs import Floats
 
 TIE = 1e-5
-"""Values closer than this many standard deviations are ties: float32 sums are right to about 1e-6."""
+"""Values closer than this many standard deviations are ties: float32 sums err by about 1e-6."""
 MAX_DENOMINATOR = 60
-"""Scores that are multiples of 1/k for some k up to this are discrete (EM averaged over k seeds)."""
+"""Multiples of 1/k for some k up to this are discrete scores (EM averaged over k seeds)."""
 MAX_LATTICE = 1 << 20
 """Longest lattice (40 standard deviations of the sum, in steps) that the exact engine convolves."""
 
@@ -55,8 +55,8 @@ class Law(Protocol):
 class EmpiricalLaw:
     """B Monte-Carlo values of the statistic.
 
-    End points are order statistics of B + 1 (Davison & Hinkley 1997, eq. 5.6), so that tails of the form
-    (count + 1) / (B + 1) are their exact inverse.
+    End points are order statistics of B + 1 (Davison & Hinkley 1997, eq. 5.6), so that tails of the
+    form (count + 1) / (B + 1) are their exact inverse.
     """
 
     def __init__(self, values: Floats):
@@ -100,7 +100,7 @@ class Lattice:
 
 
 def as_lattice(values: Floats) -> Lattice | None:
-    """`values` on a grid of step 1/k, k <= MAX_DENOMINATOR, made as coarse as possible; else None."""
+    """`values` on the coarsest grid through 0 of step m/k, k <= MAX_DENOMINATOR; else None."""
     if _denominator(values[:16]) is None:  # continuous data leave here
         return None
     support = np.unique(values)
@@ -132,8 +132,9 @@ def power_of_pmf(pmf: Floats, n: int, periods: int) -> Floats:
 class LatticeLaw:
     """The ideal bootstrap law of a mean of discrete scores: no Monte Carlo, the same at every seed.
 
-    The resampled sum is n draws from the observed frequencies: its law is their n-fold convolution. The
-    Fourier transform wraps at 40 standard deviations, beyond which nothing is left to round off.
+    The resampled sum is n draws from the observed frequencies: its law is their n-fold convolution.
+    The Fourier transform wraps at 40 standard deviations, beyond which nothing is left to round
+    off.
     """
 
     floor = 1e-12  # what is left of double precision after the transform

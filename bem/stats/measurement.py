@@ -25,15 +25,15 @@ class RouterFacts:
     plan_lengths: Sequence[int] | None = None
     """Actions in each plan."""
     index_swap: Mapping[str, ArrayLike] | None = None
-    """Scores with a `clean`, a `corrupt` and a `shuffled` evidence index, per example, higher better."""
+    """Scores per example with a `clean`, a `corrupt` and a `shuffled` index; higher is better."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """One arm, measured. Arrays may be given as lists; shapes are checked, values are not.
 
-    NaN is allowed in here so that one diverged arm does not hide the others: `judge` finds it, names its
-    place and does not pass the gate.
+    NaN is allowed in here so that one diverged arm does not hide the others: `judge` finds it,
+    names its place and does not pass the gate.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Measurement:
     slices: Mapping[str, ArrayLike] = field(default_factory=dict)
     """Named subsets: bool [examples]."""
     corpus: Mapping[str, ArrayLike] = field(default_factory=dict)
-    """Sufficient statistics of corpus metrics: `corpus_bleu` [seeds, examples, 10], `corpus_chrf` 18."""
+    """Sufficient statistics: `corpus_bleu` [seeds, examples, 10], `corpus_chrf` [.., .., 18]."""
     declared: Mapping[str, Metric] = field(default_factory=dict)
     """Meaning of metrics that METRICS does not know."""
     latency_ms: Mapping[str, ArrayLike] = field(default_factory=dict)
-    """Per phase (prefill, decode, ...): p50 of each round, round i run beside the baseline's round i."""
+    """Per phase (prefill, decode): p50 of each round; round i ran beside the baseline's round i."""
     memory_bytes: float | None = None
     """Peak memory."""
     adapter_parameters: float | None = None
@@ -78,7 +78,8 @@ class Measurement:
             if getattr(self, key) is not None:
                 put(key, self._row(key, getattr(self, key)))
         for key in self.metrics:
-            self.metric(key)
+            if self.metric(key).kind == "corpus":
+                raise DataError(f"{self.name}: {key} has no per-example scores; use corpus.{key}.")
 
     @property
     def n(self) -> int:
@@ -106,8 +107,9 @@ class Measurement:
         missing = [example for example in ids if example not in place]
         if missing or len(place) != len(ids):
             raise DataError(
-                f"{self.name} was not measured on the same examples: {len(missing)} of {len(ids)} are "
-                f"missing{f' (first: {missing[0]})' if missing else ''}, it has {len(place)}."
+                f"{self.name} was not measured on the same examples: it has {len(place)}, "
+                f"{len(missing)} of {len(ids)} are missing"
+                f"{f' (first: {missing[0]})' if missing else ''}."
             )
         return np.array([place[example] for example in ids], dtype=np.intp)
 
@@ -139,7 +141,8 @@ class Measurement:
         width = CORPUS[key][0]
         if array.ndim != 3 or array.shape[1:] != (n, width):
             raise DataError(
-                f"{self.name}: corpus.{key} has shape {array.shape}, expected [seeds, {n}, {width}]."
+                f"{self.name}: corpus.{key} has shape {array.shape}, "
+                f"expected [seeds, {n}, {width}]."
             )
         return array
 
@@ -152,7 +155,9 @@ class Measurement:
     def _row(self, where: str, values: ArrayLike) -> Floats:
         array = self._numbers(where, values)
         if array.ndim != 1:
-            raise DataError(f"{self.name}: {where} has shape {array.shape}, expected one dimension.")
+            raise DataError(
+                f"{self.name}: {where} has shape {array.shape}, expected one dimension."
+            )
         return array
 
     def _numbers(self, where: str, values: ArrayLike) -> Floats:

@@ -1,4 +1,5 @@
-"""Standard normal probabilities and quantiles of scalars, right far into the tails, without scipy."""
+"""Standard normal probabilities and quantiles of scalars, right far into the tails, without
+scipy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Exact paired tests: sign flips of differences (McNemar's test on exact match) and swaps of corpora."""
+"""Exact paired tests: sign flips of differences (McNemar's test on exact match) and swaps of
+corpora."""
 
 from __future__ import annotations
 
@@ -46,9 +47,10 @@ def sign_flip_test(
 ) -> SignFlip:
     """Whether paired differences are symmetric about `margin` (Fisher 1935).
 
-    T = sum_i e_i (d_i - margin), e_i = +-1 with equal chance; whole clusters flip together. Discrete
-    scores get the exact law of T for any n by Fourier inversion of prod_i cos(|d_i| t): on exact match
-    this is the exact McNemar test. Otherwise p = (1 + #{T* >= T}) / (1 + n_resamples), a valid level.
+    T = sum_i e_i (d_i - margin), e_i = +-1 with equal chance; whole clusters flip together.
+    Discrete scores get the exact law of T for any n by Fourier inversion of prod_i cos(|d_i| t): on
+    exact match this is the exact McNemar test. Otherwise p = (1 + #{T* >= T}) / (1 + n_resamples),
+    a valid level.
 
     Args:
         differences: [examples] or [seeds, examples] (averaged over seeds).
@@ -70,7 +72,9 @@ def sign_flip_tests(columns: Floats, n_resamples: int = 10_000, seed: int = 0) -
         blocks = [signs @ unit.astype(np.float32) for signs in sign_blocks(n, n_resamples, seed)]
         drawn = np.concatenate(blocks).astype(np.float64)
         for i, j in enumerate(rest):
-            tests[j] = _counted(drawn[:, i], observed[i], TIE, n, int(np.count_nonzero(columns[:, j])))
+            tests[j] = _counted(
+                drawn[:, i], observed[i], TIE, n, int(np.count_nonzero(columns[:, j]))
+            )
     return [test for test in tests if test is not None]
 
 
@@ -86,7 +90,8 @@ def swap_test(
     """Approximate randomisation for corpus scores (Noreen 1989): examples change sides at random.
 
     Args:
-        candidate, baseline: sufficient statistics [seeds, n, k]; all seeds of an example swap together.
+        candidate, baseline: sufficient statistics [seeds, n, k]; all seeds of an example swap
+            together.
         of: corpus score from summed statistics, [..., k] to [...]; averaged over seeds.
     """
     seeds, n, k = candidate.shape
@@ -108,9 +113,8 @@ def swap_test(
 def variance_components(scores: ArrayLike) -> tuple[float, float]:
     """Variance between examples and between seeds within an example, of scores [seeds, n].
 
-    Averaging over K seeds leaves var_examples + var_seeds / K (Miller 2024, arXiv:2411.00640). The first
-    is corrected for the second and not below 0. One seed: the second is unknown (NaN).
-    """
+    Averaging over K seeds leaves var_examples + var_seeds / K (Miller 2024, arXiv:2411.00640). The
+    first is corrected for the second and not below 0. One seed: the second is unknown (NaN)."""
     table = finite("scores", scores, 2)
     seeds = len(table)
     within = float(table.var(axis=0, ddof=1).mean()) if seeds > 1 else float("nan")
@@ -128,7 +132,9 @@ def sign_blocks(n: int, n_resamples: int, seed: int) -> Iterator[NDArray[np.floa
     for number, start in enumerate(range(0, n_resamples, rows)):
         rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, number])))
         count = min(rows, n_resamples - start)
-        bits = np.unpackbits(np.frombuffer(rng.bytes((count * n + 7) // 8), np.uint8), count=count * n)
+        bits = np.unpackbits(
+            np.frombuffer(rng.bytes((count * n + 7) // 8), np.uint8), count=count * n
+        )
         signs = bits.astype(np.float32).reshape(count, n)
         signs *= 2
         signs -= 1
@@ -160,7 +166,8 @@ def _exact(d: Floats) -> SignFlip | None:
 
 
 def _counted(drawn: Floats, observed: float, eps: float, n: int, discordant: int) -> SignFlip:
-    """P-values from drawn statistics; the observed one counts as drawn unless all were enumerated."""
+    """P-values from drawn statistics; the observed one counts as drawn unless all were
+    enumerated."""
     own = 0 if n <= ENUMERATE else 1
     total = drawn.size + own
     greater = (int(np.count_nonzero(drawn >= observed - eps)) + own) / total

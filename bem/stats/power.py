@@ -21,11 +21,11 @@ def minimal_detectable_effect(se: float, alpha: float = 0.05, power: float = 0.8
 def more_examples(
     distance: float, se: float, n: int, alpha: float = 0.05, power: float = 0.8
 ) -> int | None:
-    """Examples beyond `n` after which a limit would clear a bound that the estimate is `distance` from.
+    """Examples beyond `n` after which a limit would clear a bound that the estimate is `distance`
+    from.
 
-    The standard error falls with sqrt(n). None if the estimate lies on the wrong side (distance <= 0):
-    more examples of the same kind would not help.
-    """
+    The standard error falls with sqrt(n). None if the estimate lies on the wrong side (distance <=
+    0): more examples of the same kind would not help."""
     if distance <= 0:
         return None
     needed = n * (_total_z(alpha, power) * se / distance) ** 2

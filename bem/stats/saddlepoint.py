@@ -17,12 +17,12 @@ NEAR = 0.05
 class SaddlepointLaw:
     """P(mean of n draws with replacement <= x), from the cumulants' generating function.
 
-        K(t) = log mean_i exp(t y_i),  K'(t) = x,  w = sign(t) sqrt(2n(tx - K)),  v = t sqrt(n K''(t))
-        P = Phi(r),  r = w + log(v / w) / w           (Barndorff-Nielsen 1986; Davison & Hinkley 1988)
+        K(t) = log mean_i exp(t y_i),  K'(t) = x,  w = sign(t) sqrt(2n(tx - K)),  v = t sqrt(n
+        K''(t)) P = Phi(r),  r = w + log(v / w) / w           (Barndorff-Nielsen 1986; Davison &
+        Hinkley 1988)
 
-    y is centred and scaled to variance 1. Relative error O(n^-3/2) also in the tails; the Monte-Carlo
-    noise of 10,000 resamples is larger for n >= 20.
-    """
+    y is centred and scaled to variance 1. Relative error O(n^-3/2) also in the tails; the
+    Monte-Carlo noise of 10,000 resamples is larger for n >= 20."""
 
     floor = 1e-300
     eps = 0.0
@@ -109,7 +109,8 @@ class SaddlepointLaw:
         slope: Callable[[tuple[float, float, float]], float],
         start: float,
     ) -> tuple[float, tuple[float, float, float]]:
-        """Root in t of an increasing function: a Newton step, then secants that never leave the bracket."""
+        """Root in t of an increasing function: a Newton step, then secants that never leave the
+        bracket."""
         below, above, t = -inf, inf, start
         last_t, last_gap = t, inf
         for _ in range(100):
@@ -133,4 +134,3 @@ def _inside(below: float, above: float) -> float:
     if below == -inf:
         return above - 1 - abs(above)
     return below + 1 + abs(below) if above == inf else 0.5 * (below + above)
-

@@ -1,4 +1,5 @@
-"""What one answer is worth: exact match, token F1, chrF, BLEU, JSON validity; and METRICS, the registry."""
+"""What one answer is worth: exact match, token F1, chrF, BLEU, JSON validity; and METRICS, the
+registry."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Metric:
 
     @property
     def core(self) -> bool:
-        """Core metrics have points; they form the default family and are guarded against regression."""
+        """Core metrics have points; they form the default family and are guarded against
+        regression."""
         return self.points_per_unit is not None
 
     @property
@@ -64,9 +66,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """Best token F1 over the references, in [0, 1] (SQuAD).
 
-    Tokens are counted with multiplicity. If either side is empty after normalisation, F1 is 1 when both
-    are and 0 otherwise (the rule of SQuAD 2.0).
-    """
+    Tokens are counted with multiplicity. If either side is empty after normalisation, F1 is 1 when
+    both are and 0 otherwise (the rule of SQuAD 2.0)."""
     answer = normalize_answer(prediction).split()
     return max(_f1(answer, normalize_answer(ref).split()) for ref in _nonempty(references))
 
@@ -96,7 +97,8 @@ def sentence_chrf(prediction: str, references: Sequence[str]) -> float:
 
 
 def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
-    """Sentence BLEU in [0, 100] as sacrebleu computes it (13a tokens, exp smoothing, effective order)."""
+    """Sentence BLEU in [0, 100] as sacrebleu computes it (13a tokens, exp smoothing, effective
+    order)."""
     return float(sacrebleu_metric("bleu").sentence_score(prediction, _nonempty(references)).score)
 
 

@@ -11,7 +11,8 @@ Decision = Literal["PROMOTE", "REJECT", "INCONCLUSIVE"]
 
 @dataclass(frozen=True)
 class Check:
-    """One gate. Only True counts as passed; None could not be decided, False is definitely failed."""
+    """One gate. Only True counts as passed; None could not be decided, False is definitely
+    failed."""
 
     name: str
     passed: bool | None
@@ -29,7 +30,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Effect:
-    """How much better (positive) or worse (negative) the candidate is, in one metric on one slice."""
+    """How much better (positive) or worse (negative) the candidate is, in one metric on one
+    slice."""
 
     metric: str
     slice: str | None
@@ -47,12 +49,14 @@ class Effect:
     """Two-sided BCa p against the quality margin."""
     n: int
     """Independent units: examples, or clusters."""
+    examples: int
     se: float
     mde: float
     """Smallest true gain that these data would show with the configured power."""
     engine: str
     flags: tuple[str, ...]
     discordant: int
+    """Units that differ."""
     exact_p: float | None = None
     """Two-sided sign-flip (exact McNemar) p; only of primary effects."""
     exact_p_greater: float | None = None

@@ -1,4 +1,5 @@
-"""Exact multinomial bootstrap weights, fast and in bounded memory, and sums of columns under them."""
+"""Exact multinomial bootstrap weights, fast and in bounded memory, and sums of columns under
+them."""
 
 from __future__ import annotations
 
@@ -38,20 +39,18 @@ class Statistic:
 
 
 def ratio(sums: Floats) -> Floats:
-    """Column 0 over column 1: a mean over a cluster sample or a slice. NaN where nothing was drawn."""
+    """Column 0 over column 1: a mean over a cluster sample or a slice. NaN where nothing was
+    drawn."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[..., 1] > 0.5, sums[..., 0] / sums[..., 1], np.nan)
 
 
-def resample(
-    statistics: Sequence[Statistic], n_bootstrap: int, seed: int
-) -> Floats:
+def resample(statistics: Sequence[Statistic], n_bootstrap: int, seed: int) -> Floats:
     """[n_bootstrap, S]: every statistic on the same resamples of the same units.
 
-    Joint resampling of metrics, variants and slices for the price of one: one weight block, one float32
-    matrix product with all columns side by side (centred and scaled first: rounding is about 1e-6 of a
-    standard error). The resamples depend on (n, n_bootstrap, seed) alone.
-    """
+    Joint resampling of metrics, variants and slices for the price of one: one weight block, one
+    float32 matrix product with all columns side by side (centred and scaled first: rounding is
+    about 1e-6 of a standard error). The resamples depend on (n, n_bootstrap, seed) alone."""
     columns = np.concatenate([s.columns for s in statistics], axis=1)
     ends = np.cumsum([s.columns.shape[1] for s in statistics])
     values = np.empty((n_bootstrap, len(statistics)))
@@ -67,7 +66,7 @@ def resample(
 
 def _resampled_sums(columns: Floats, n_bootstrap: int, seed: int) -> Iterator[Floats]:
     """Blocks [rows, k] of column sums over resamples; n_bootstrap rows in all."""
-    n, k = columns.shape
+    n = len(columns)
     rows, counts = _collapse(columns)
     centre, spread = columns.mean(axis=0), columns.std(axis=0)
     live = np.flatnonzero(spread > 1e-12 * np.abs(centre))  # the others sum to n * centre, always
@@ -94,11 +93,11 @@ def _resampled_sums(columns: Floats, n_bootstrap: int, seed: int) -> Iterator[Fl
 
 
 def weight_blocks(n: int, n_bootstrap: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """Blocks [rows, n] of independent Multinomial(n; 1/n, ..., 1/n) weights; n_bootstrap rows in all.
+    """Blocks [rows, n] of independent Multinomial(n; 1/n, ..., 1/n) weights; n_bootstrap rows in
+    all.
 
-    Every block has its own generator, seeded by (seed, block number): the answer does not depend on who
-    consumes the blocks, or when. A block is valid until the next one is asked for.
-    """
+    Every block has its own generator, seeded by (seed, block number): the answer does not depend on
+    who consumes the blocks, or when. A block is valid until the next one is asked for."""
     rows = max(1, min(n_bootstrap, CELLS // n))
     draw = _draw_by_index if n < SMALL else _PoissonTopUp(n, rows)
     for number, start in enumerate(range(0, n_bootstrap, rows)):
@@ -113,13 +112,14 @@ def _draw_by_index(n: int, rows: int, rng: np.random.Generator) -> NDArray[np.ui
 
 
 class _PoissonTopUp:
-    """Multinomial rows from iid Poisson counts: about 2 ns per weight, against 46 for `multinomial`.
+    """Multinomial rows from iid Poisson counts: about 2 ns per weight, against 46 for
+    `multinomial`.
 
-    Poisson(r) counts given their sum N are Multinomial(N, uniform), whatever r is; adding n - N uniform
-    draws makes them Multinomial(n, uniform). Rows with N > n are dropped, which conditions on N only, so
-    the law stays exact. Counts come from 16-bit uniforms compared with the Poisson distribution function
-    (SIMD); the one approximation is the rounding of its steps to multiples of 2^-16.
-    """
+    Poisson(r) counts given their sum N are Multinomial(N, uniform), whatever r is; adding n - N
+    uniform draws makes them Multinomial(n, uniform). Rows with N > n are dropped, which conditions
+    on N only, so the law stays exact. Counts come from 16-bit uniforms compared with the Poisson
+    distribution function (SIMD); the one approximation is the rounding of its steps to multiples of
+    2^-16."""
 
     def __init__(self, n: int, rows: int):
         self.thresholds = _poisson_thresholds(1.0 - TOP_UP / sqrt(n))
@@ -135,7 +135,7 @@ class _PoissonTopUp:
 
     def _poisson_rows(self, n: int, rows: int, rng: np.random.Generator) -> NDArray[np.uint8]:
         cells = rows * n
-        words: NDArray[np.uint64] = rng.bit_generator.random_raw((cells + 3) // 4)  # type: ignore[attr-defined]
+        words = np.asarray(rng.bit_generator.random_raw((cells + 3) // 4))  # type: ignore
         uniform = words.view(np.uint16)[:cells]
         counts, above = self.counts[:cells], self.above[:cells]
         np.greater_equal(uniform, self.thresholds[0], out=above)
@@ -178,7 +178,8 @@ def _collapse(columns: Floats) -> tuple[Floats, NDArray[np.intp] | None]:
 def _distinct_blocks(
     counts: NDArray[np.intp], n_bootstrap: int, seed: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Blocks [rows, K] of how often each distinct row is drawn: multinomial(n, counts / n), exact."""
+    """Blocks [rows, K] of how often each distinct row is drawn: multinomial(n, counts / n),
+    exact."""
     n = int(counts.sum())
     for number, start in enumerate(range(0, n_bootstrap, BUFFER_ROWS)):
         rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, number])))
