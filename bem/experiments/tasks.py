@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from bem.config import DataConfig, TaskConfig
+from bem.config import DataConfig, TaskConfig, parse
 from bem.errors import ConfigError, DataError
 from bem.experiments.family import Family
 from bem.experiments.scoring import FORMS
@@ -75,7 +75,7 @@ def load_task(
         ConfigError: no such task or metric; the nearest name is shown.
         DataError: no rows where they are needed.
     """
-    config = TaskConfig(name=entry) if isinstance(entry, str) else entry
+    config = parse(TaskConfig, {"name": entry}, "tasks") if isinstance(entry, str) else entry
     family = TASKS.get(config.name)
     own_rows = bool(config.train or config.dev or config.hf_dataset)
     if family is None and not own_rows:

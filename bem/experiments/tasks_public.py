@@ -1,8 +1,8 @@
 """The public sets: files NAME.train.jsonl.gz and NAME.dev.jsonl.gz in one folder (`data.root`).
 
-Sources and licences stand in the README beside the files. The cluster of each row (its `group`) is the thing
-that several rows were made from: a story, an article, a table, a dialogue, a command, a scene; rows
-that stand alone are their own cluster.
+Sources and licences stand in the README beside the files. The cluster of each row (its `group`) is
+the thing that several rows were made from: a story, an article, a table, a dialogue, a command, a
+scene; rows that stand alone are their own cluster.
 
     snips_forms    the same utterance -> JSON, its intent, or its slots; the cue one chunk earlier
     rnnlg_styles   a dialogue act without its domain -> a sentence; the domain one chunk earlier
