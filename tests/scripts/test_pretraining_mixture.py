@@ -92,7 +92,7 @@ def draws(seed: int) -> list[mix.Piece]:
 
 def test_random_spans_come_back_and_only_what_can_be_foretold_is_learned():
     for seed in range(20):
-        piece = drills().repeated_tokens(np.random.default_rng(seed))
+        piece = drills().repeats(np.random.default_rng(seed))
         ids = piece.ids.tolist()
         assert piece.learn.any()
         for at in np.flatnonzero(piece.learn):
@@ -158,8 +158,8 @@ def test_long_documents_are_cut_and_lose_nothing():
 
 def test_shares_count_tokens_and_drills_lead_at_first():
     early, late = (np.array(list(mixture().chances(p).values())) for p in (0.0, 0.5))
-    lengths = np.array([22.0, drills().mean_length()])
-    np.testing.assert_allclose(early * lengths / (early @ lengths), [0.65, 0.35])
+    lengths = np.array([22.0, mixture()._lengths["drills"]])
+    np.testing.assert_allclose(early * lengths / (early @ lengths), [0.8, 0.2])
     np.testing.assert_allclose(late * lengths / (late @ lengths), [0.7, 0.3])
 
 
