@@ -119,7 +119,12 @@ class BemSite(nn.Module, BaseTunerLayer):
         if self.runtime.checkpointing:
             self._calls = self.runtime.count_call(self._calls)
         update, index = live
-        return update.update(y, x, None if index is None else self.runtime.parts[index])
+        if index is None:
+            return update.update(y, x, None)
+        control = self.runtime.parts[index]
+        if x.dim() == 2:  # some MLPs flatten batch and tokens (OPT)
+            control = control.flatten(0, 1)
+        return update.update(y, x, control)
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""

@@ -116,6 +116,8 @@ class Runtime:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         self.checkpointing = bool(getattr(block, "gradient_checkpointing", False)) and block.training
+        if self.checkpointing:
+            _refuse_reentrant(block)
         cache = None if self.checkpointing else _find_cache(args, kwargs)
         if cache is None:
             self._route_piece(wiring, hidden, None)
@@ -229,6 +231,16 @@ class MarkedGenerate:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
             runtime.prompt_end, runtime._prompt_turns, runtime.generating = None, None, False
+
+
+def _refuse_reentrant(block: Any) -> None:
+    """Reentrant checkpointing runs backward once per block: through the control, which all blocks share."""
+    settings = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+    if settings.get("use_reentrant", False):
+        raise TrainingError(
+            "reentrant gradient checkpointing cannot carry a control that several blocks share: call "
+            "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )
 
 
 def _find_cache(args: tuple, kwargs: dict) -> Cache | None:
