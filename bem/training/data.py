@@ -265,7 +265,7 @@ class Encoded:
     prompt_length: int
     """Position of the first token of the last answer."""
     turn_starts: list[bool]
-    """True at the first token of each answer."""
+    """True at the position that predicts the first token of an answer, where a chunk begins."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -293,24 +293,25 @@ def encode(
     form = _form(tokenizer, tokenizer.chat_template)
     ids: list[int] = []
     labels: list[int] = []
-    starts: list[bool] = []
+    answers: list[int] = []  # position of the first token of each answer
 
-    def add(tokens: list[int], answer: bool, labelled: bool = True) -> None:
+    def add(tokens: list[int], labelled: bool = False) -> None:
         ids.extend(tokens)
-        labels.extend(tokens if answer and labelled else [IGNORED] * len(tokens))
-        starts.extend([answer and i == 0 for i in range(len(tokens))])
+        labels.extend(tokens if labelled else [IGNORED] * len(tokens))
 
     for number, (said, answered) in enumerate(_turns(example, tokenizer, form)):
         tokens = _ids(tokenizer, said)
         if number == 0 and form.bos is not None and tokens[:1] != [form.bos]:
             tokens = [form.bos, *tokens]
-        add(tokens, answer=False)
+        add(tokens)
         if answered is not None:
-            add([*_ids(tokenizer, answered), form.end], answer=True, labelled=train_history)
+            answers.append(len(ids))
+            add([*_ids(tokenizer, answered), form.end], labelled=train_history)
     prompt_length = len(ids)
     if with_answer:
         answer = [*_ids(tokenizer, form.opening + example.references[0]), form.end]
-        add(answer, answer=True)
+        answers.append(len(ids))
+        add(answer, labelled=True)
         room = max_length - form.mark_length
         if len(answer) > room:
             raise DataError(
@@ -318,13 +319,16 @@ def encode(
                 f"(max_length {max_length} less the mark that opens an answer). "
                 "Raise training.max_length or drop the row."
             )
+    starts = [False] * len(ids)
+    for first in answers:
+        starts[max(0, first - 1)] = True
     surplus = len(ids) - max_length
     if surplus > 0:
         lead = [] if form.bos is None else [form.bos]
         first = surplus + len(lead)
-        cut_answer = labels[first] != IGNORED and not starts[first]
+        cut_open = labels[first] != IGNORED  # its beginning is gone: the rest is only context
         ids, labels, starts = ids[first:], labels[first:], starts[first:]
-        if cut_answer:  # the rest of an answer whose beginning is gone is only context
+        if cut_open:
             stop = next((i for i, label in enumerate(labels) if label == IGNORED), len(labels))
             labels[:stop] = [IGNORED] * stop
         ids = [*lead, *ids]

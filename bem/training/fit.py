@@ -30,7 +30,7 @@ import torch
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
 from bem.training.data import Encoded, Example, collate, data_hash, encode
-from bem.training.losses import labelled_tokens
+from bem.training.losses import answer_logits, answer_nll, labelled_tokens
 
 if TYPE_CHECKING:
     from bem.adapters.attach import Attached
@@ -328,24 +328,19 @@ class _Run:
     def _backward(self, batch: list[Encoded], pad_id: int) -> tuple[float, float]:
         ordered = sorted(batch, key=len)
         size = -(-len(ordered) // self.config.accumulation)
-        micros = [
-            collate(ordered[i : i + size], pad_id, side="right")
-            for i in range(0, len(ordered), size)
-        ]
-        counts = [labelled_tokens(micro["labels"]) for micro in micros]
+        micros = [collate(ordered[i : i + size], pad_id) for i in range(0, len(ordered), size)]
+        count = sum(labelled_tokens(micro["labels"]) for micro in micros)
         total_loss = total_penalty = 0.0
-        for micro, count in zip(micros, counts, strict=True):
-            inputs = {
-                key: micro[key].to(self.device) for key in ("input_ids", "attention_mask", "labels")
-            }
+        for micro in micros:
+            inputs = {key: tensor.to(self.device) for key, tensor in micro.items()}
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
             ):
-                output = self.attached.model(**inputs, use_cache=False)
-            # The model's loss is a mean over this micro-batch; weighed by its share of the step's
-            # answer tokens, the sum is the mean over the step, however it was cut.
-            loss = output.loss.float() * (count / sum(counts))
-            penalty = self.attached.penalty() * (len(micro["labels"]) / len(batch))
+                logits = answer_logits(self.attached.model, inputs)
+            # Divided by the answer tokens of the whole step: the sum over micro-batches is then the
+            # mean over the step, however it was cut.
+            loss = answer_nll(logits, inputs["labels"])[0].sum() / count
+            penalty = self.attached.penalty() * (len(inputs["labels"]) / len(batch))
             total = loss + penalty
             if not math.isfinite(value := float(total.detach())):
                 self._diverged("loss", value)

@@ -1,6 +1,10 @@
-"""Loss of answers: per row for measuring; training takes the model's own mean and weighs it."""
+"""Likelihood of answers, with logits computed only where answers are."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,3 +33,27 @@ def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def labelled_tokens(labels: Tensor) -> int:
     """Tokens that a causal loss over `labels` counts (the first of a row has no prediction)."""
     return int((labels[:, 1:] != IGNORED).sum())
+
+
+def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the last positions of a left-padded batch, from the one before the first label on.
+
+    The head and the loss over a vocabulary cost as much as several layers; prompts need neither.
+    Turn starts are handed over as the labels would give them.
+    """
+    labels = batch["labels"]
+    first = int((labels != IGNORED).any(0).to(torch.int8).argmax())
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "turn_starts")}
+    takes = _arguments(model)
+    if "position_ids" in takes:
+        inputs["position_ids"] = batch["position_ids"]
+    kept = {}
+    if "logits_to_keep" in takes:
+        kept["logits_to_keep"] = labels.shape[1] - max(0, first - 1)
+    return model(**inputs, **kept, use_cache=False).logits
+
+
+def _arguments(model: Any) -> set[str]:
+    """Names that the innermost model's forward takes."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(type(inner).forward).parameters)

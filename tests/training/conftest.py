@@ -16,8 +16,13 @@ class LoraAttached:
         torch.manual_seed(1)
         config = LoraConfig(r=rank, target_modules=["o_proj", "down_proj"], lora_dropout=dropout)
         self.model = get_peft_model(base, config).eval()
+        self.model.register_forward_pre_hook(self._without_turns, with_kwargs=True)
         self.weight, self.steps = penalty, 0
         self.config = SimpleNamespace(model_dump=lambda: {"rank": rank})
+
+    def _without_turns(self, model, args, kwargs):
+        kwargs.pop("turn_starts", None)  # for adapters with a control; PEFT's LoRA has none
+        return args, kwargs
 
     def named_parameters(self):
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]

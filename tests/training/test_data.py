@@ -138,7 +138,7 @@ def test_only_the_answer_and_its_end_are_labelled(tokenizer):
     assert encoded.input_ids == ids + answer
     assert encoded.labels == [IGNORED] * len(ids) + answer
     assert encoded.prompt_length == len(ids)
-    assert [i for i, s in enumerate(encoded.turn_starts) if s] == [len(ids)]
+    assert [i for i, s in enumerate(encoded.turn_starts) if s] == [len(ids) - 1]
     assert encode(Example("1", "2+2?", ("four",), instruction="Count."), tokenizer, 512, False) == (
         Encoded(ids, [IGNORED] * len(ids), len(ids), [False] * len(ids))
     )
@@ -154,11 +154,23 @@ def test_answers_of_earlier_turns_are_labelled_when_asked(tokenizer):
     labelled = [i for i in encoded.labels if i != IGNORED]
     assert tokenizer.decode(labelled) == "a0<eos>a1<eos>a2<eos>"
     starts = [i for i, s in enumerate(encoded.turn_starts) if s]
-    assert [tokenizer.decode([encoded.input_ids[i - 1]]) for i in starts] == ["<|assistant|>"] * 3
+    assert [tokenizer.decode([encoded.input_ids[i]]) for i in starts] == ["<|assistant|>"] * 3
     last_only = encode(example, tokenizer, 512, train_history=False)
     assert tokenizer.decode([i for i in last_only.labels if i != IGNORED]) == "a2<eos>"
     assert last_only.turn_starts == encoded.turn_starts
-    assert encoded.prompt_length == starts[-1]
+    assert encoded.prompt_length == starts[-1] + 1
+
+
+def test_turns_start_where_the_adapter_reads_them_from_the_labels(tokenizer):
+    from bem.adapters.chunks import turns_from_labels
+
+    rows = [
+        Example("1", "u2", ("a2",), history=(("u0", "a0"), ("u1", "a1"))),
+        Example("2", "a longer question than the other has", ("a",)),
+    ]
+    batch = collate([encode(row, tokenizer, 512) for row in rows], 0)
+    assert batch["turn_starts"].sum(1).tolist() == [3, 1]
+    assert batch["turn_starts"].equal(turns_from_labels(batch["labels"]))
 
 
 def test_a_template_that_rewrites_history_gives_context_only(tokenizer):
