@@ -110,7 +110,8 @@ def _kv_hit(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
     passed = True if bca.lower >= margin else False if bca.upper < margin else None
     reason = (
         f"hit rate {100 * bca.observed:+.2f} points [{100 * bca.lower:.2f}, "
-        f"{100 * bca.upper:.2f}] over {bca.n} paired requests; the lower limit may be {100 * margin:g}."
+        f"{100 * bca.upper:.2f}] over {bca.n} paired requests; "
+        f"the lower limit may be {100 * margin:g}."
     )
     return [Check("kv_hit", passed, reason, bca.observed, margin, bca.lower, bca.upper)]
 

@@ -93,11 +93,11 @@ def _resampled_sums(columns: Floats, n_bootstrap: int, seed: int) -> Iterator[Fl
 
 
 def weight_blocks(n: int, n_bootstrap: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """Blocks [rows, n] of independent Multinomial(n; 1/n, ..., 1/n) weights; n_bootstrap rows in
-    all.
+    """Blocks [rows, n] of Multinomial(n; 1/n, ..., 1/n) weights; n_bootstrap rows in all.
 
     Every block has its own generator, seeded by (seed, block number): the answer does not depend on
-    who consumes the blocks, or when. A block is valid until the next one is asked for."""
+    who consumes the blocks, or when. A block is valid until the next one is asked for.
+    """
     rows = max(1, min(n_bootstrap, CELLS // n))
     draw = _draw_by_index if n < SMALL else _PoissonTopUp(n, rows)
     for number, start in enumerate(range(0, n_bootstrap, rows)):

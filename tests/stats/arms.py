@@ -1,0 +1,43 @@
+"""Measurements for the tests of the gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bem.stats.measurement import Measurement
+
+
+def scores(n: int, gains: int, losses: int) -> tuple[np.ndarray, np.ndarray]:
+    """Baseline and candidate EM: `gains` examples newly right, `losses` newly wrong."""
+    baseline = np.zeros(n)
+    baseline[: n // 2] = 1.0
+    candidate = baseline.copy()
+    candidate[:losses] = 0.0
+    candidate[n - gains :] = 1.0
+    return baseline, candidate
+
+
+def arm(name: str, em: Any, **changes: Any) -> Measurement:
+    """An arm that passes every cost gate against another such arm."""
+    n = np.asarray(em).shape[-1]
+    rounds = 10 + np.sin(np.arange(20))
+    values: dict[str, Any] = {
+        "name": name,
+        "metrics": {"em": em},
+        "example_ids": [f"q{i}" for i in range(n)],
+        "latency_ms": {"prefill": rounds, "decode": rounds / 2},
+        "memory_bytes": 1e9,
+        "adapter_parameters": 100_000,
+        "adapter_flops_per_token": 200_000,
+        "kv_hits": np.full(50, 32),
+        "kv_needed": np.full(50, 64),
+    }
+    return Measurement(**{**values, **changes})
+
+
+def pair(n: int = 400, gains: int = 60, losses: int = 10, **changes: Any):
+    """A baseline and a clearly better candidate."""
+    baseline, candidate = scores(n, gains, losses)
+    return arm("s0", baseline), arm("v1", candidate, **changes)

@@ -1,0 +1,76 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bem.stats.scores import (
+    METRICS,
+    exact_match,
+    json_validity,
+    normalize_answer,
+    sentence_bleu,
+    sentence_chrf,
+    token_f1,
+)
+
+
+def test_normalisation_follows_squad():
+    assert normalize_answer("  The  Cat,\nsat on AN apple! ") == "cat sat on apple"
+    assert normalize_answer("theatre a-b") == "theatre ab"  # articles are whole words only
+
+
+def test_exact_match_takes_the_best_reference():
+    assert exact_match("The Eiffel Tower.", ["Paris", "eiffel tower"]) == 1.0
+    assert exact_match("Eiffel", ["Paris", "eiffel tower"]) == 0.0
+
+
+def test_token_f1_by_hand():
+    # {cat, sat, mat} against {cat, sat}: precision 2/3, recall 1
+    assert token_f1("a cat sat, mat", ["the cat sat"]) == pytest.approx(0.8)
+    assert token_f1("a cat sat, mat", ["dog", "cat sat mat"]) == 1.0
+    assert token_f1("cat cat cat", ["cat"]) == pytest.approx(0.5)  # multiplicity counts
+
+
+def test_empty_answers_agree_only_with_empty_references():
+    assert token_f1("the", [""]) == 1.0
+    assert token_f1("", ["cat"]) == 0.0
+    assert exact_match("", [""]) == 1.0
+
+
+def test_references_must_be_a_list_with_something_in_it():
+    with pytest.raises(TypeError, match="list"):
+        exact_match("a", "a")
+    with pytest.raises(ValueError, match="empty"):
+        token_f1("a", [])
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_f1_is_symmetric_bounded_and_one_for_exact_matches(a, b):
+    f1 = token_f1(a, [b])
+    assert 0.0 <= f1 <= 1.0
+    assert f1 == pytest.approx(token_f1(b, [a]))
+    if exact_match(a, [b]):
+        assert f1 == 1.0
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, null]}', "[]", ' {"a": {}} \n'])
+def test_objects_and_arrays_are_valid(text):
+    assert json_validity(text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", '"word"', "{'a': 1}", '{"a": NaN}', "[1] trailing", "[" * 100_000]
+)
+def test_everything_else_is_not(text):
+    assert json_validity(text) == 0.0
+
+
+def test_sentence_scores_are_sacrebleus():
+    import sacrebleu
+
+    answer, refs = "the cat sat on the mat", ["the cat lay on a mat", "a cat on a mat"]
+    assert sentence_chrf(answer, refs) == sacrebleu.sentence_chrf(answer, refs).score
+    assert sentence_bleu(answer, refs) == sacrebleu.sentence_bleu(answer, refs).score
+
+
+def test_only_loss_is_better_when_lower():
+    assert [name for name, m in METRICS.items() if not m.higher_is_better] == ["loss"]
