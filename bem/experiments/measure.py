@@ -1,8 +1,8 @@
 """Measure one adapted model on held-out rows: scores per example, answers kept, cache use counted.
 
 Every metric is computed for every example (each form of answer has its own rules, see scoring), so
-that one Measurement holds several tasks. `quality` is each row's own primary metric on [0, 1]: em, f1
-and validity as they are, chrf and bleu divided by 100, and for loss exp(-loss), the typical
+that one Measurement holds several tasks. `quality` is each row's own primary metric on [0, 1]: em,
+f1 and validity as they are, chrf and bleu divided by 100, and for loss exp(-loss), the typical
 probability of an answer token.
 """
 
@@ -81,8 +81,9 @@ def measure(
         predictions: JSONL file for the answers; written whole or not at all.
         on_progress: called with (examples done, examples in all).
     Returns:
-        metrics [1, examples] for every metric that any of the tasks reports, and `quality`; examples
-        in the order of the tasks; clusters, slices by task and by each task's `slice_by`.
+        metrics [1, examples] for every metric that any of the tasks reports, and `quality`;
+        examples in the order of the tasks; clusters; a slice TASK for each of several tasks, and
+        slices TASK/VALUE for what a task is sliced by.
     Raises:
         MeasurementError: no held-out rows, or two tasks of the same name.
         DataError: an answer does not fit the context.
@@ -246,8 +247,8 @@ def _generate(
 def _cache_use(calls: list[tuple[int, int]], prompt: int, answer: int) -> CacheUse:
     """Sum over the decode steps of one row (the first call is the prefill, which needs nothing).
 
-    `calls` holds (columns in the cache, columns handed in) of each forward pass. A step that hands in
-    one column reuses all earlier ones; each further column is an entry computed again.
+    `calls` holds (columns in the cache, columns handed in) of each forward pass. A step that hands
+    in one column reuses all earlier ones; each further column is an entry computed again.
     """
     hits = needed = 0
     for step, (_, handed_in) in enumerate(calls[1 : answer + 1], 1):
@@ -277,7 +278,7 @@ def _counted(model: Any) -> Iterator[list[tuple[int, int]]]:
 
 @torch.inference_mode()
 def _answer_losses(model: Any, rows: list[Encoded], pad_id: int) -> list[float]:
-    """Mean negative log-likelihood of each row's last answer, its end included, in nats per token."""
+    """Mean negative log-likelihood of each row's last answer and its end, in nats per token."""
     longest = max(len(row) for row in rows)
     vocabulary = getattr(model.config, "vocab_size", None) or 1 << 16
     at_once = max(1, LOGITS_AT_ONCE // (longest * vocabulary))
@@ -293,7 +294,7 @@ def _answer_losses(model: Any, rows: list[Encoded], pad_id: int) -> list[float]:
 
 
 def _slices(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, list[bool]]:
-    """Each task, and each value of what a task is sliced by, as far as that is a part of the whole."""
+    """Each task, and each value of what a task is sliced by, where there is more than one."""
     parts: dict[str, list[bool]] = {}
     for task in tasks:
         if len(tasks) > 1:

@@ -205,9 +205,7 @@ PUBLIC: dict[str, PublicSet] = {
     "gen_xquad_translate": PublicSet(
         _text("Translate into German.", about="questions en-de", max_new_tokens=48), parts=("dev",)
     ),
-    "json_snips": PublicSet(
-        _json("Intent and slots as JSON.", about="utterance to JSON", slice_by=("intent",))
-    ),
+    "json_snips": PublicSet(_json("Intent and slots as JSON.", about="utterance to JSON")),
     "json_restaurant8k": PublicSet(
         _json("Booking slots as JSON.", about="utterance to slots", max_new_tokens=48)
     ),
@@ -238,13 +236,10 @@ PUBLIC: dict[str, PublicSet] = {
             metrics=("chrf", "em", "f1", "validity", "loss"),
             primary="chrf",
             max_new_tokens=48,
-            slice_by=("platform",),
         ),
         _meta("command"),
     ),
-    "intent_clinc150": PublicSet(
-        _label("Name the intent.", about="150 intents", slice_by=("domain",))
-    ),
+    "intent_clinc150": PublicSet(_label("Name the intent.", about="150 intents")),
     "intent_banking77": PublicSet(_label("Name the intent.", about="77 bank intents")),
     "safety_xstest": PublicSet(
         _label("Is this request safe or unsafe?", about="over-refusal", max_new_tokens=4),

@@ -44,7 +44,7 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch["labels"]
     first = int((labels != IGNORED).any(0).to(torch.int8).argmax())
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "turn_starts")}
-    takes = _arguments(model)
+    takes = arguments_of(model)
     if "position_ids" in takes:
         inputs["position_ids"] = batch["position_ids"]
     kept = {}
@@ -53,7 +53,7 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**inputs, **kept, use_cache=False).logits
 
 
-def _arguments(model: Any) -> set[str]:
+def arguments_of(model: Any) -> set[str]:
     """Names that the innermost model's forward takes."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(type(inner).forward).parameters)
