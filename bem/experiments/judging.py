@@ -89,7 +89,7 @@ def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfi
 
 
 def measurements(folder: RunFolder, config: ExperimentConfig) -> dict[str, Measurement]:
-    """Every arm's measurement over all seeds, with the interleaved timings."""
+    """Every arm's measurement over all seeds, with the interleaved timings and peak memory."""
     timings = read_json(folder.latency)
     return {
         arm.name: replace(
@@ -97,6 +97,7 @@ def measurements(folder: RunFolder, config: ExperimentConfig) -> dict[str, Measu
                 arm.name, [load(folder.cell(arm.name, s).measurement) for s in config.seeds]
             ),
             latency_ms=timings["latency_ms"][arm.name],
+            memory_bytes=timings["memory_bytes"][arm.name],
         )
         for arm in config.arms
     }
@@ -119,12 +120,17 @@ def over_seeds(name: str, parts: Sequence[Measurement]) -> Measurement:
         values = [getattr(part, key) for part in parts]
         return None if any(v is None for v in values) else max(values)
 
+    def joined(key: str) -> Any:
+        values = [getattr(part, key) for part in parts]
+        return None if any(v is None for v in values) else np.concatenate(values)
+
     return replace(
         first,
         name=name,
+        kv_hits=joined("kv_hits"),
+        kv_needed=joined("kv_needed"),
         metrics=stacked("metrics"),
         corpus=stacked("corpus"),
-        memory_bytes=largest("memory_bytes"),
         adapter_parameters=largest("adapter_parameters"),
         adapter_flops_per_token=largest("adapter_flops_per_token"),
     )

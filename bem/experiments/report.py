@@ -418,6 +418,44 @@ def _reading(difference: dict[str, Any], control: str) -> str:
     return f"not told apart from {control}"
 
 
+def _examples(
+    folder: RunFolder, config: ExperimentConfig, colours: dict[str, int]
+) -> list[SideBySide]:
+    """Of each task the examples on which the arms differ most, with the first seed's answers."""
+    seed = config.seeds[0]
+    said = {a: read_jsonl(folder.cell(a, seed).predictions) for a in colours}
+    if not all(said.values()):
+        return []
+    rows = list(zip(*said.values(), strict=True))
+    tasks = list(dict.fromkeys(row[0]["task"] for row in rows))
+    chosen = []
+    for task in tasks:
+        mine = [row for row in rows if row[0]["task"] == task and _spread(row) > 0]
+        chosen += sorted(mine, key=_spread, reverse=True)[: max(1, MOST_EXAMPLES // len(tasks))]
+    return [_side_by_side(row, list(said), colours) for row in chosen]
+
+
+def _spread(row: Sequence[dict[str, Any]]) -> float:
+    qualities = [answer["scores"]["quality"] for answer in row]
+    return max(qualities) - min(qualities)
+
+
+def _side_by_side(
+    row: Sequence[dict[str, Any]], arms: Sequence[str], colours: dict[str, int]
+) -> SideBySide:
+    prompt = row[0]["input"]
+    return SideBySide(
+        task=row[0]["task"],
+        id=row[0]["id"].removeprefix(row[0]["task"] + "/"),
+        prompt="…" * (len(prompt) > MOST_CHARACTERS) + prompt[-MOST_CHARACTERS:],
+        reference=row[0]["references"][0],
+        answers=[
+            Answer(arm, colours[arm], answer["prediction"], f"{answer['scores']['quality']:.2f}")
+            for arm, answer in zip(arms, row, strict=True)
+        ],
+    )
+
+
 def _environment(environment: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in environment.items():
         name = f"{prefix} {key}".strip()

@@ -1,0 +1,316 @@
+"""Run an experiment: train every arm over seeds, measure, judge, report; skip what is done.
+
+    config -> base, tasks, plans (equal budgets) -> cells (arm x seed) -> timings -> verdicts -> report
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bem
+from bem.adapters.attach import attach, load
+from bem.adapters.budget import match_rank, price
+from bem.adapters.checkpoint import MANIFEST, file_hash
+from bem.adapters.sites import base_hash
+from bem.bases import load_base
+from bem.config import AdapterConfig, ArmConfig, ExperimentConfig
+from bem.errors import ConfigError
+from bem.experiments import environment, judging, report
+from bem.experiments.latency import measure_latency, peak_memory, with_shared_weights
+from bem.experiments.measure import QUALITY, context_length, measure
+from bem.experiments.store import Cell, RunFolder, digest_of, read_json, write_json
+from bem.experiments.tasks import Task, load_tasks, training_mixture
+from bem.stats import METRICS, Measurement, Verdict, save
+from bem.training.data import data_hash
+from bem.training.fit import STATE, StepMetrics, fit
+
+PROMPT_TOKENS, NEW_TOKENS = 256, 32
+"""What is timed: a prefill, and decoding token by token."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show while a run goes on."""
+
+    stage: str
+    """What is happening: training, measuring, timing, ..."""
+    arm: str = ""
+    seed: int = 0
+    cell: int = 0
+    """Number of the cell, from 1, of `cells`; 0: not about one cell."""
+    cells: int = 0
+    done: int = 0
+    """Units of this stage (optimiser steps, examples, rounds) done, of `total`."""
+    total: int = 0
+    detail: str = ""
+    final: bool = False
+    """The cell or the stage has ended: worth a line of its own."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to."""
+
+    folder: Path
+    verdicts: dict[str, Verdict]
+    """One per candidate."""
+    report: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One arm as it will be trained: with the rank that meets the baseline's budget."""
+
+    arm: ArmConfig
+    adapter: AdapterConfig
+
+
+Show = Callable[[Event], None]
+
+
+def run(
+    config: ExperimentConfig, on_event: Show | None = None, command: str | None = None
+) -> RunResult:
+    """Everything that `bem run` does.
+
+    Args:
+        on_event: called with what is happening.
+        command: how the run was started, for the report's "how to repeat it".
+    Raises:
+        BemError: a problem with config, data, base or training; what is finished is kept.
+        KeyboardInterrupt: passed on; the same call resumes.
+    """
+    show = on_event or (lambda event: None)
+    folder = RunFolder(Path(config.output) / config.name)
+    with folder.lock():
+        work = _Work(config, folder, show, command)
+        work.all_cells()
+        work.timings()
+        show(Event("judging"))
+        judgement = judging.judge_run(folder, config, primary_metrics(work.tasks))
+        show(Event("writing the report"))
+        return RunResult(folder.path, judgement.candidates, report.write(folder.path))
+
+
+def train(
+    config: ExperimentConfig,
+    arm: str,
+    seed: int,
+    on_event: Show | None = None,
+    command: str | None = None,
+) -> Path:
+    """Train and measure one cell in the run's folder; returns its checkpoint."""
+    if arm not in {a.name for a in config.arms}:
+        raise ConfigError(f"No arm {arm!r}. Arms: {', '.join(a.name for a in config.arms)}.")
+    if seed not in config.seeds:
+        raise ConfigError(f"Seed {seed} is none of the config's seeds {config.seeds}.")
+    folder = RunFolder(Path(config.output) / config.name)
+    with folder.lock():
+        work = _Work(config, folder, on_event or (lambda event: None), command)
+        work.one_cell(next(plan for plan in work.plans if plan.arm.name == arm), seed, 1, 1)
+        return folder.cell(arm, seed).checkpoint
+
+
+def evaluate(
+    config: ExperimentConfig, checkpoint: Path, on_event: Show | None = None
+) -> Measurement:
+    """Measure one checkpoint on the held-out rows of the config's tasks."""
+    show = on_event or (lambda event: None)
+    show(Event("loading the base"))
+    model, tokenizer = load_base(config.base, device_of(config))
+    tasks = load_tasks(config.data, need_train=False)
+    attached = load(model, checkpoint)
+    return measure(
+        attached,
+        tokenizer,
+        tasks,
+        name=checkpoint.name,
+        batch_size=config.eval_batch_size,
+        max_length=config.training.max_length,
+        on_progress=lambda done, total: show(Event("measuring", done=done, total=total)),
+    )
+
+
+def primary_metrics(tasks: list[Task]) -> list[str]:
+    """The family that is declared before looking: overall quality, then the tasks' own metrics.
+
+    Quality is each row's own primary metric; if all rows share one, it is that one.
+    """
+    primary = list(dict.fromkeys(t.primary for t in tasks if METRICS[t.primary].core))
+    alike = len(primary) == 1 and all(t.primary == primary[0] for t in tasks)
+    return primary if alike else [QUALITY, *primary]
+
+
+def device_of(config: ExperimentConfig) -> str:
+    """The device that `auto` stands for here."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def plan_arms(model: Any, config: ExperimentConfig) -> list[Plan]:
+    """Every arm with its rank chosen to cost what the baseline costs, in what it is matched on."""
+    target = price(model, config.adapter_of(config.baseline))
+    plans = []
+    for arm in config.arms:
+        adapter = config.adapter_of(arm)
+        if arm.role != "baseline" and arm.match != "none":
+            tolerance = config.gates.budget_tolerance
+            adapter = match_rank(model, adapter, target, on=arm.match, tolerance=tolerance)
+        plans.append(Plan(arm, adapter))
+    return plans
+
+
+class _Work:
+    """One run at work: the base, the rows and the plans are loaded once, cells are done one by one."""
+
+    def __init__(
+        self, config: ExperimentConfig, folder: RunFolder, show: Show, command: str | None
+    ):
+        self.config, self.folder, self.show = config, folder, show
+        show(Event("reading the data"))
+        self.tasks = load_tasks(config.data)
+        self.examples = training_mixture(self.tasks)
+        self.device = device_of(config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        show(Event("loading the base"))
+        self.model, self.tokenizer = load_base(config.base, self.device)
+        self.plans = plan_arms(self.model, config)
+        self.data = {
+            "train": data_hash(self.examples),
+            **{f"{task.name} dev": data_hash(task.dev) for task in self.tasks},
+        }
+        self.base = base_hash(self.model)
+        folder.claim(
+            config,
+            {
+                **environment.describe(),
+                "device": self.device,
+                "threads": torch.get_num_threads(),
+                "seeds": config.seeds,
+                "data": self.data,
+                "base": self.base,
+                "command": command,
+            },
+        )
+        self.started = time.monotonic()
+        self.worked = 0
+        """Cells that were not found finished."""
+
+    def all_cells(self) -> None:
+        """Seed by seed, so that every arm has its first numbers early."""
+        cells = [(plan, seed) for seed in self.config.seeds for plan in self.plans]
+        for number, (plan, seed) in enumerate(cells, 1):
+            self.one_cell(plan, seed, number, len(cells))
+
+    def one_cell(self, plan: Plan, seed: int, number: int, of: int) -> None:
+        """Train, save and measure one arm with one seed, unless that was done before."""
+        cell = self.folder.cell(plan.arm.name, seed)
+        adapter = plan.adapter.model_copy(update={"seed": plan.adapter.seed + seed})
+        key = self._key(adapter, seed)
+        event = Event("", plan.arm.name, seed, number, of)
+        if cell.is_finished(key):
+            self.show(_now(event, "finished before: skipped", final=True))
+            return
+        attached = attach(self.model, adapter)
+        try:
+            result = fit(
+                attached,
+                self.tokenizer,
+                self.examples,
+                self.config.training,
+                cell.path,
+                seed,
+                on_progress=lambda step: self.show(self._step(event, step)),
+                label=f"{plan.arm.name} seed {seed}",
+            )
+            attached.save(cell.checkpoint, data_hash=result.data_hash, extra={"seed": seed})
+            measurement = self._measure(attached, cell, event)
+        finally:
+            self.model = attached.detach()
+        cell.finish(key)
+        (cell.path / STATE).unlink(missing_ok=True)  # only needed to resume the training
+        self.worked += 1
+        quality = float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
+        done = f"loss {result.final_loss:.3f}, quality {quality:.1%}{self._left(of - number)}"
+        self.show(_now(event, "done", detail=done, final=True))
+
+    def timings(self) -> None:
+        """Latency and memory of all arms with the first seed's adapters, unless that was done."""
+        seed = self.config.seeds[0]
+        cells = {plan.arm.name: self.folder.cell(plan.arm.name, seed) for plan in self.plans}
+        adapters = {name: file_hash(cell.checkpoint / MANIFEST) for name, cell in cells.items()}
+        key = digest_of({"adapters": adapters, "rounds": self.config.latency_rounds})
+        if self.folder.latency.is_file() and read_json(self.folder.latency)["key"] == key:
+            return
+        self.show(Event("timing"))
+        arms = {
+            name: load(with_shared_weights(self.model), cell.checkpoint)
+            for name, cell in cells.items()
+        }
+        rounds = self.config.latency_rounds
+        timings = measure_latency(
+            arms,
+            rounds=rounds,
+            prompt_tokens=min(PROMPT_TOKENS, context_length(self.model) - NEW_TOKENS),
+            new_tokens=NEW_TOKENS,
+            on_progress=lambda done, of: self.show(Event("timing", done=done, total=of)),
+        )
+        memory = {name: peak_memory(arm) for name, arm in arms.items()}
+        write_json(self.folder.latency, {"key": key, **asdict(timings), "memory_bytes": memory})
+        detail = f"{rounds} rounds of all arms, interleaved"
+        self.show(Event("timing", detail=detail, final=True))
+
+    def _measure(self, attached: Any, cell: Cell, event: Event) -> Measurement:
+        measurement = measure(
+            attached,
+            self.tokenizer,
+            self.tasks,
+            name=event.arm,
+            batch_size=self.config.eval_batch_size,
+            max_length=self.config.training.max_length,
+            predictions=cell.predictions,
+            on_progress=lambda done, total: self.show(
+                _now(event, "measuring", done=done, total=total)
+            ),
+        )
+        save(measurement, cell.measurement)
+        return measurement
+
+    def _key(self, adapter: AdapterConfig, seed: int) -> str:
+        """Everything that a cell's result depends on."""
+        return digest_of(
+            {
+                "bem": bem.__version__,
+                "adapter": adapter.model_dump(mode="json"),
+                "training": self.config.training.model_dump(mode="json"),
+                "seed": seed,
+                "data": self.data,
+                "answers": {t.name: [t.max_new_tokens, t.metrics, t.form] for t in self.tasks},
+                "base": self.base,
+            }
+        )
+
+    def _step(self, event: Event, step: StepMetrics) -> Event:
+        rate = step.tokens / max(step.seconds, 1e-9)
+        detail = f"loss {step.loss:.3f}, {rate:,.0f} tokens/s"
+        return _now(
+            event, "training", done=step.step, total=self.config.training.steps, detail=detail
+        )
+
+    def _left(self, cells: int) -> str:
+        if not cells:
+            return ""
+        seconds = (time.monotonic() - self.started) / self.worked * cells
+        return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+
+
+def _now(event: Event, stage: str, **values: Any) -> Event:
+    return Event(**{**vars(event), "stage": stage, **values})
