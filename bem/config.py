@@ -35,38 +35,38 @@ class AdapterConfig(Section):
 
     variant: Literal["s0", "pt1", "v1", "v3", "v4"] = "s0"
     """s0 static LoRA | pt1 head-group gate | v1 pt1 + dynamic rank mask | v3 Kronecker | v4 FiLM."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Rank of the update at each site (v3: number of Kronecker terms; v4: width of the modulation)."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """Update scale is alpha / rank. None: 2 * rank, so a scale of 2."""
-    rank_attn: int | None = Field(None, ge=0)
+    rank_attn: int | None = Field(default=None, ge=0)
     """Rank at the attention output alone; None: `rank`. 0 leaves the site out."""
-    rank_mlp: int | None = Field(None, ge=0)
+    rank_mlp: int | None = Field(default=None, ge=0)
     """Rank at the MLP down projection alone; None: `rank`. 0 leaves the site out."""
-    head_groups: int = Field(4, ge=1)
+    head_groups: int = Field(default=4, ge=1)
     """Head groups of pt1 and v1; the nearest divisor of n_heads is taken."""
-    k_active: int | None = Field(None, ge=1)
+    k_active: int | None = Field(default=None, ge=1)
     """Active ranks per chunk of v1. None: rank // 2."""
     mask: Literal["learned", "random", "fixed"] = "learned"
     """Who chooses the ranks of v1; random and fixed are its controls."""
-    mask_temperature: float = Field(1.0, gt=0)
+    mask_temperature: float = Field(default=1.0, gt=0)
     """Temperature of the Gumbel top-k relaxation while v1 trains."""
     film_range: Literal["narrow", "wide"] = "narrow"
     """v4: gamma in [0.8, 1.2] and |beta| <= 0.1, or gamma in [0.5, 2] and |beta| <= 0.5."""
-    chunk_size: int = Field(64, ge=1)
+    chunk_size: int = Field(default=64, ge=1)
     """Tokens for which one control holds; chunks also restart at every turn."""
-    router_layer: int | None = Field(None, ge=0)
+    router_layer: int | None = Field(default=None, ge=0)
     """Layer whose input the controller reads; sites of this layer and above are adapted.
     None: a quarter of the way up. 0: the embeddings."""
-    d_control: int = Field(32, ge=1)
+    d_control: int = Field(default=32, ge=1)
     """Width of the controller's code z."""
-    spectral_cap: float | None = Field(1.0, gt=0)
+    spectral_cap: float | None = Field(default=1.0, gt=0)
     """v3: largest singular value of each Kronecker update, in the units of the weight."""
-    trust_radius: float | None = Field(None, gt=0)
+    trust_radius: float | None = Field(default=None, gt=0)
     """Largest Frobenius norm of a site's update in any chunk. None: not projected."""
     trust_relative: bool = False
     """Radius in units of the frozen weight's Frobenius norm instead of absolute."""
-    decorrelation: float = Field(0.0, ge=0)
+    decorrelation: float = Field(default=0.0, ge=0)
     """Weight of the penalty on the correlation between head-group gates (pt1, v1)."""
     sites: dict[str, str | list[str]] | None = None
     """Override of the site search: {'attn_out': pattern, 'mlp_down': pattern}, glob or regex."""
@@ -77,23 +77,23 @@ class AdapterConfig(Section):
 class TrainingConfig(Section):
     """How an adapter is fitted. All arms of an experiment share one of these."""
 
-    steps: int = Field(200, ge=1)
+    steps: int = Field(default=200, ge=1)
     """Optimiser steps."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Examples per optimiser step, over all accumulated micro-batches."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimiser step."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    warmup: float = Field(0.05, ge=0, le=1)
+    warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps with a linearly rising learning rate; then cosine to a tenth."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    max_length: int = Field(512, ge=8)
+    max_length: int = Field(default=512, ge=8)
     """Longest sequence in tokens; longer prompts lose their beginning, longer answers are refused."""
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
     """Steps between resumable states."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast precision of the forward pass."""
@@ -114,7 +114,7 @@ class TaskConfig(Section):
     """Every metric to report; None: the task's own."""
     instruction: str = ""
     """Text put before every input."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Longest generated answer in tokens."""
     hf_dataset: str | None = None
     """A Hugging Face dataset id (extra `datasets`) instead of files."""
@@ -133,9 +133,9 @@ class DataConfig(Section):
     """Folder of public sets; None: the suite embedded in the package."""
     tasks: list[str | TaskConfig] = Field(min_length=1)
     """Names of built-in or public tasks, or full task entries."""
-    train_rows: int | None = Field(None, ge=1)
+    train_rows: int | None = Field(default=None, ge=1)
     """Rows per task for training; None: all."""
-    dev_rows: int | None = Field(200, ge=1)
+    dev_rows: int | None = Field(default=200, ge=1)
     """Held-out rows per task for measuring; None: all."""
     seed: int = 0
     """Seed of the choice of rows and of the training order."""
@@ -144,37 +144,37 @@ class DataConfig(Section):
 class GatesConfig(Section):
     """What a candidate must pass to be promoted."""
 
-    alpha: float = Field(0.05, gt=0, lt=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
     """Level of the intervals and of the false discovery rate."""
-    n_bootstrap: int = Field(10_000, ge=100)
+    n_bootstrap: int = Field(default=10_000, ge=100)
     """Bootstrap resamples."""
     seed: int = 0
     """Seed of the resampling."""
-    quality_margin: float = Field(0.0, ge=0)
+    quality_margin: float = Field(default=0.0, ge=0)
     """A gain counts only beyond this many points."""
-    regression_margin_points: float = Field(0.5, ge=0)
+    regression_margin_points: float = Field(default=0.5, ge=0)
     """No core metric's lower limit may lie further below the baseline, in points."""
-    slice_margin_points: float = Field(1.0, ge=0)
+    slice_margin_points: float = Field(default=1.0, ge=0)
     """Non-inferiority margin of each named slice, in points."""
-    budget_tolerance: float = Field(0.05, ge=0)
+    budget_tolerance: float = Field(default=0.05, ge=0)
     """Allowed relative difference in adapter parameters and in adapter FLOPs per token."""
     allow_cheaper: bool = True
     """A candidate below the tolerance passes the budget gate, with a note."""
-    latency_ratio_max: float = Field(1.15, gt=0)
+    latency_ratio_max: float = Field(default=1.15, gt=0)
     """Largest upper limit of the p50 latency ratio to the baseline."""
-    memory_ratio_max: float = Field(1.05, gt=0)
+    memory_ratio_max: float = Field(default=1.05, gt=0)
     """Largest peak-memory ratio to the baseline."""
-    kv_hit_margin_points: float = Field(0.5, ge=0)
+    kv_hit_margin_points: float = Field(default=0.5, ge=0)
     """The KV-hit rate may fall by this many points."""
-    min_items: int = Field(20, ge=1)
+    min_items: int = Field(default=20, ge=1)
     """Fewer examples than this: INCONCLUSIVE."""
-    min_discordant: int = Field(10, ge=0)
+    min_discordant: int = Field(default=10, ge=0)
     """Fewer examples that differ than this: INCONCLUSIVE."""
     fdr: Literal["bh", "by"] = "bh"
     """Benjamini-Hochberg, or Benjamini-Yekutieli for arbitrary dependence."""
-    power: float = Field(0.8, gt=0, lt=1)
+    power: float = Field(default=0.8, gt=0, lt=1)
     """Power for which the minimal detectable effect and 'n more' are stated."""
-    useful_gain_points: float = Field(1.0, gt=0)
+    useful_gain_points: float = Field(default=1.0, gt=0)
     """Smallest gain worth promoting, in points; once it can be excluded the candidate is rejected."""
     reported_slices: tuple[str, ...] = ("A",)
     """Slices that are reported only; every other named slice is a guard."""
@@ -211,15 +211,15 @@ class ExperimentConfig(Section):
     """Defaults of every arm."""
     arms: list[ArmConfig] = Field(min_length=1)
     """The arms; exactly one has the role baseline."""
-    seeds: list[int] = Field([0, 1], min_length=1)
+    seeds: list[int] = Field(default=[0, 1], min_length=1)
     """Seeds of initial weights and data order; scores are averaged over them within an example."""
     training: TrainingConfig = TrainingConfig()
     gates: GatesConfig = GatesConfig()
-    latency_rounds: int = Field(15, ge=1)
+    latency_rounds: int = Field(default=15, ge=1)
     """Interleaved timing rounds per arm."""
-    eval_batch_size: int = Field(16, ge=1)
+    eval_batch_size: int = Field(default=16, ge=1)
     """Examples per batch while measuring."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: torch's own choice."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ... or auto."""
@@ -235,7 +235,9 @@ class ExperimentConfig(Section):
             raise ValueError(f"exactly one arm needs `role: baseline`, found {baselines or 'none'}")
         unknown = [a.compare_to for a in self.arms if a.compare_to and a.compare_to not in names]
         if unknown:
-            raise ValueError(f"compare_to names no arm: {', '.join(unknown)}. Arms: {', '.join(names)}")
+            raise ValueError(
+                f"compare_to names no arm: {', '.join(unknown)}. Arms: {', '.join(names)}"
+            )
         for arm in self.arms:
             parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, f"arms.{arm.name}")
         return self
@@ -297,7 +299,11 @@ def _explain(section: type[Section], error: Any, where: str) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "(whole)"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] != "extra_forbidden":
-        return f"{where}: {key}: {message} (got {error['input']!r:.80})" if error["loc"] else f"{where}: {message}"
+        return (
+            f"{where}: {key}: {message} (got {error['input']!r:.80})"
+            if error["loc"]
+            else f"{where}: {message}"
+        )
     known = _known_keys(section)
     nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,10 +1,10 @@
 """Attach a variant to a frozen model; save it, load it, take it off again.
 
-    attached = bem.attach(model, "v1", rank=8)
-    attached.model(**batch).loss.backward()
-    attached.save("out")
-    attached = bem.load(model, "out")
-    model = attached.detach()          # the model as it was, bit for bit
+attached = bem.attach(model, "v1", rank=8)
+attached.model(**batch).loss.backward()
+attached.save("out")
+attached = bem.load(model, "out")
+model = attached.detach()          # the model as it was, bit for bit
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Attached:
 
     def penalty(self) -> Tensor:
         """Sum of the variant's weighted regularisers for the last forward pass; 0 if there are none."""
-        found = [p for m in self.modules() if hasattr(m, "penalty") and (p := m.penalty()) is not None]
+        found = [
+            p for m in self.modules() if hasattr(m, "penalty") and (p := m.penalty()) is not None
+        ]
         return torch.stack(found).sum() if found else torch.zeros((), device=self.base.device)
 
     def after_step(self) -> None:
@@ -84,14 +86,22 @@ class Attached:
         mine = self.state_dict()
         if mine.keys() != tensors.keys():
             odd = sorted(mine.keys() ^ tensors.keys())
-            raise AttachError(f"the tensors do not fit this adapter: {len(odd)} differ, first {odd[0]!r}.")
+            raise AttachError(
+                f"the tensors do not fit this adapter: {len(odd)} differ, first {odd[0]!r}."
+            )
         for name, tensor in mine.items():
             if tensor.shape != tensors[name].shape:
-                raise AttachError(f"{name}: {tuple(tensors[name].shape)} does not fit {tuple(tensor.shape)}.")
+                raise AttachError(
+                    f"{name}: {tuple(tensors[name].shape)} does not fit {tuple(tensor.shape)}."
+                )
             tensor.copy_(tensors[name])
 
     def save(
-        self, folder: str | Path, data_hash: str = "", parent: str | None = None, extra: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        data_hash: str = "",
+        parent: str | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint that PEFT, transformers and `bem.load` read; see `checkpoint.save`."""
         from bem.adapters import checkpoint
@@ -125,16 +135,22 @@ def attach(model: Any, variant: str | AdapterConfig | None = None, **overrides: 
     """
     if isinstance(variant, str) and variant not in VARIANTS:
         raise AttachError(f"unknown variant {variant!r}: use one of {', '.join(VARIANTS)}.")
-    values = variant.model_dump() if isinstance(variant, AdapterConfig) else {"variant": variant or "s0"}
+    values = (
+        variant.model_dump() if isinstance(variant, AdapterConfig) else {"variant": variant or "s0"}
+    )
     config = parse(AdapterConfig, {**values, **overrides}, "attach")
     if getattr(model, "peft_config", None):
-        raise AttachError("the model already carries a PEFT adapter: detach it first, or use PEFT's add_adapter.")
+        raise AttachError(
+            "the model already carries a PEFT adapter: detach it first, or use PEFT's add_adapter."
+        )
     from peft import get_peft_model
 
     from bem.adapters.peft_method import BemConfig
 
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    peft_model = get_peft_model(model, BemConfig(**config.model_dump(), task_type="CAUSAL_LM"), adapter_name=NAME)
+    peft_model = get_peft_model(
+        model, BemConfig(**config.model_dump(), task_type="CAUSAL_LM"), adapter_name=NAME
+    )
     return Attached(peft_model, config, trainable)
 
 

@@ -19,7 +19,9 @@ class Code:
     """What the controller knows about each chunk, from the tokens before it. Float32."""
 
     z: Tensor  # (batch, chunks, d_control)
-    heads: Tensor | None  # (batch, chunks, 2 * n_heads): statistics of each head over the last chunk
+    heads: (
+        Tensor | None
+    )  # (batch, chunks, 2 * n_heads): statistics of each head over the last chunk
     number: Tensor  # int (batch, chunks): how many chunks came before in the sequence, plus one
 
 
@@ -58,7 +60,7 @@ class Adapter(nn.Module, ABC):
         """Regulariser of the last forward pass, already weighted; None if there is none."""
         return None
 
-    def after_step(self) -> None:  # noqa: B027 - a hook that most adapters do not need
+    def after_step(self) -> None:
         """Called after every optimiser step: keep the weights inside their bounds."""
 
 

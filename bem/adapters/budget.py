@@ -8,6 +8,7 @@ controller's work per chunk slot, plus pooling. Elementwise products are not cou
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -85,7 +86,9 @@ def match_rank(
     options = [best]
     if config.variant in ("s0", "v1"):
         options += [
-            best.model_copy(update={"rank_mlp": best.rank + up, "rank_attn": max(1, best.rank + side)})
+            best.model_copy(
+                update={"rank_mlp": best.rank + up, "rank_attn": max(1, best.rank + side)}
+            )
             for up in (-1, 0, 1)
             for side in range(-8, 9)
             if best.rank + up >= 1
@@ -101,9 +104,10 @@ def match_rank(
     return min(fitting, key=lambda o: abs((o.rank_attn or o.rank) - (o.rank_mlp or o.rank)))
 
 
-def _nearest(config: AdapterConfig, cost: object, wanted: float) -> AdapterConfig:
+def _nearest(
+    config: AdapterConfig, cost: Callable[[AdapterConfig], float], wanted: float
+) -> AdapterConfig:
     """The one rank whose cost is nearest: cost grows with rank, so doubling and halving finds it."""
-    assert callable(cost)
 
     def at(rank: int) -> AdapterConfig:
         update = {"rank": rank, "rank_attn": None, "rank_mlp": None}

@@ -40,7 +40,9 @@ class Parts:
     controller: Controller | None = None
 
 
-def build(sites: Sites, config: AdapterConfig, weight_norms: dict[str, float] | None = None) -> dict[str, Parts]:
+def build(
+    sites: Sites, config: AdapterConfig, weight_norms: dict[str, float] | None = None
+) -> dict[str, Parts]:
     """All modules of a variant, keyed by the name of the site that carries them.
 
     Args:
@@ -110,13 +112,24 @@ def _update(site: Site, sites: Sites, config: AdapterConfig, weight_norm: float)
     )
 
 
-def _head_gate(site: Site, sites: Sites, config: AdapterConfig, rank: int, radius: float | None) -> HeadGate:
+def _head_gate(
+    site: Site, sites: Sites, config: AdapterConfig, rank: int, radius: float | None
+) -> HeadGate:
     groups = nearest_divisor(sites.n_heads, config.head_groups)
     rank = max(groups, round(rank / groups) * groups)  # every group gets the same number of ranks
     mask = _mask(config, rank) if config.variant == "v1" else None
     alpha = config.alpha or 2.0 * rank
     return HeadGate(
-        site.d_in, site.d_out, rank, alpha, groups, config.d_control, sites.n_heads, mask, radius, config.decorrelation
+        site.d_in,
+        site.d_out,
+        rank,
+        alpha,
+        groups,
+        config.d_control,
+        sites.n_heads,
+        mask,
+        radius,
+        config.decorrelation,
     )
 
 

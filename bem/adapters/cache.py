@@ -54,7 +54,9 @@ class ControlLayer(CacheLayerMixin):
         self.columns = 0
         self.running: Running | None = None
         self.parts: tuple[Tensor, ...] | None = None  # control of the running chunk, per adapter
-        self.left: int | None = None  # tokens that surely still fit the running chunks; None: unknown
+        self.left: int | None = (
+            None  # tokens that surely still fit the running chunks; None: unknown
+        )
         self._pieces: list[Piece] = []
         self._pending: list[tuple[Tensor, Tensor | None]] = []  # decoded tokens, not yet summed
 
@@ -65,7 +67,9 @@ class ControlLayer(CacheLayerMixin):
         self.columns += features.shape[1]
         masked = features[:, -KEPT_FEATURES:] * valid[:, -KEPT_FEATURES:, None]
         number = routed.before.number[:, None] + routed.slot
-        self._pieces.append(Piece(number, routed.number, routed.sums, routed.control, masked, valid))
+        self._pieces.append(
+            Piece(number, routed.number, routed.sums, routed.control, masked, valid)
+        )
 
     def append_token(self, hidden: Tensor, head_input: Tensor | None) -> None:
         """A decoded token inside its chunk; summed only when the next chunk needs it."""
@@ -89,7 +93,14 @@ class ControlLayer(CacheLayerMixin):
             number = run.number[:, None]
             valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
             self._pieces.append(
-                Piece(number.expand(-1, tokens), number, sums[:, None], run.control[:, None], features, valid)
+                Piece(
+                    number.expand(-1, tokens),
+                    number,
+                    sums[:, None],
+                    run.control[:, None],
+                    features,
+                    valid,
+                )
             )
         return self.running
 
@@ -121,7 +132,9 @@ class ControlLayer(CacheLayerMixin):
         """Nothing to do: there are no keys here."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("the control layer holds no keys or values: the model has more layers than its config")
+        raise RuntimeError(
+            "the control layer holds no keys or values: the model has more layers than its config"
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0
@@ -190,7 +203,9 @@ class ControlLayer(CacheLayerMixin):
         rows = torch.arange(len(number), device=number.device)
         tail = cut_off[:, cut_off.shape[1] - features.shape[1] :]
         sums[rows, current] = sums[rows, current] - (tail[..., None] * features).sum(1)
-        earlier = (torch.arange(sums.shape[1], device=number.device) < current[:, None]).to(sums.dtype)
+        earlier = (torch.arange(sums.shape[1], device=number.device) < current[:, None]).to(
+            sums.dtype
+        )
         kept, kept_valid = number[:, :keep], valid[:, :keep]
         count = ((kept == current[:, None]) & kept_valid).sum(1)
         self.running = Running(

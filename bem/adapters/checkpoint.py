@@ -31,7 +31,9 @@ WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
 
 
-def save(attached: Attached, folder: Path, data_hash: str, parent: str | None, extra: dict[str, Any]) -> Path:
+def save(
+    attached: Attached, folder: Path, data_hash: str, parent: str | None, extra: dict[str, Any]
+) -> Path:
     """Write the checkpoint whole or not at all (a folder beside it is renamed into place).
 
     Args:
@@ -59,7 +61,9 @@ def save(attached: Attached, folder: Path, data_hash: str, parent: str | None, e
             shutil.rmtree(folder)
         os.replace(work, folder)
     except OSError as error:
-        raise CheckpointError(f"could not write the checkpoint {folder}: {error}. Nothing was left behind.") from error
+        raise CheckpointError(
+            f"could not write the checkpoint {folder}: {error}. Nothing was left behind."
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -79,7 +83,9 @@ def load(model: Any, folder: Path, trainable: bool) -> Attached:
             f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}: "
             "other weights give another model. Load the base that it was trained on."
         )
-    return _attach_tensors(model, parse(AdapterConfig, manifest["adapter"], str(folder)), folder, trainable)
+    return _attach_tensors(
+        model, parse(AdapterConfig, manifest["adapter"], str(folder)), folder, trainable
+    )
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -121,7 +127,9 @@ def save_lora(attached: Attached, folder: Path) -> Path:
 
     parts = {site: part.update for site, part in adapters_of(attached.base, NAME)}
     if not all(isinstance(update, LowRank) for update in parts.values()):
-        raise AttachError(f"{attached.config.variant} changes from chunk to chunk: only s0 is a plain LoRA.")
+        raise AttachError(
+            f"{attached.config.variant} changes from chunk to chunk: only s0 is a plain LoRA."
+        )
     tensors, ranks, alphas = {}, {}, {}
     for site, update in parts.items():
         assert isinstance(update, LowRank)
@@ -154,12 +162,16 @@ def _load_lora(model: Any, folder: Path, trainable: bool) -> Attached:
     config = _json(folder / "adapter_config.json")
     for flag in ("use_dora", "fan_in_fan_out", "lora_bias"):
         if config.get(flag) and flag != "fan_in_fan_out":
-            raise CheckpointError(f"{folder}: {flag} is not a plain low-rank update; only LoRA and rsLoRA are read.")
+            raise CheckpointError(
+                f"{folder}: {flag} is not a plain low-rank update; only LoRA and rsLoRA are read."
+            )
     tensors = load_file(folder / WEIGHTS)
     loras = _lora_pairs(tensors, folder)
     layers = sorted(loras)
     ranks = {len(a) for a, _ in loras.values()}
-    attached = attach(model, "s0", rank=max(ranks), router_layer=0, sites=_sites_of(model, layers, folder))
+    attached = attach(
+        model, "s0", rank=max(ranks), router_layer=0, sites=_sites_of(model, layers, folder)
+    )
     for site, part in adapters_of(attached.base, NAME):
         assert isinstance(part.update, LowRank)
         a, b = loras.pop(site, (None, None))
@@ -188,14 +200,20 @@ def _sites_of(model: Any, names: list[str], folder: Path) -> dict[str, str | lis
             f"{folder} adapts {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''}: only attention output "
             "and MLP down projections can be adapted without touching keys and values."
         )
-    roles: dict[str, str | list[str]] = {role: [n for n in names if known[n] == role] for role in set(known.values())}
+    roles: dict[str, str | list[str]] = {
+        role: [n for n in names if known[n] == role] for role in set(known.values())
+    }
     return {role: found or ["(none)"] for role, found in roles.items()}
 
 
-def _lora_pairs(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _lora_pairs(
+    tensors: dict[str, torch.Tensor], folder: Path
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, kind = key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
+        name, _, kind = (
+            key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
+        )
         if kind not in ("lora_A", "lora_B"):
             raise CheckpointError(f"{folder}: {key} is not part of a plain LoRA.")
         pairs.setdefault(name, {})[kind] = tensor
@@ -218,7 +236,9 @@ def _attach_tensors(model: Any, config: AdapterConfig, folder: Path, trainable: 
     attached = attach(model, config)
     result = set_peft_model_state_dict(attached.model, load_file(folder / WEIGHTS))
     if result.unexpected_keys:
-        raise CheckpointError(f"{folder}: {len(result.unexpected_keys)} tensors fit nothing in this model.")
+        raise CheckpointError(
+            f"{folder}: {len(result.unexpected_keys)} tensors fit nothing in this model."
+        )
     if not trainable:
         _freeze(attached)
     return attached

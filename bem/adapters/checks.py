@@ -103,7 +103,9 @@ def detach_restores(make: Make, arch: str) -> str:
     before = _logits(model, ids)
     back = _perturbed(make(model)).detach()
     assert back is model, "another model came back"
-    assert {n: p.requires_grad for n, p in back.named_parameters()} == flags, "requires_grad changed"
+    assert {n: p.requires_grad for n, p in back.named_parameters()} == flags, (
+        "requires_grad changed"
+    )
     assert all(torch.equal(p, weights[n]) for n, p in back.named_parameters()), "weights changed"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in back.modules()), "hooks remain"
     return _equal(_logits(back, ids), before, 0.0)
@@ -117,7 +119,9 @@ def disable_restores(make: Make, arch: str) -> str:
     adapted = _logits(attached.model, ids)
     with attached.model.disable_adapter():
         _equal(_logits(attached.model, ids), before, 0.0)
-    assert (adapted - before).abs().max() > 1e-2, "the perturbed adapter does nothing: the check is void"
+    assert (adapted - before).abs().max() > 1e-2, (
+        "the perturbed adapter does nothing: the check is void"
+    )
     return _equal(_logits(attached.model, ids), adapted, 0.0)
 
 
@@ -130,7 +134,9 @@ def only_the_adapter_trains(make: Make, arch: str) -> str:
     silent = [n for n, p in mine.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert mine and not silent, f"no gradient: {silent[:4]}"
     ids = {id(p) for p in mine.values()}
-    loud = [n for n, p in attached.model.named_parameters() if id(p) not in ids and p.grad is not None]
+    loud = [
+        n for n, p in attached.model.named_parameters() if id(p) not in ids and p.grad is not None
+    ]
     assert not loud, f"the base got gradients: {loud[:4]}"
     return f"{len(mine)} tensors"
 
@@ -146,7 +152,9 @@ def blind_to_the_future(make: Make, arch: str) -> str:
         for part in runtime.parts:
             for start in range(0, TOKENS, size):
                 chunk = part[:, start : start + size]
-                assert torch.equal(chunk, chunk[:, :1].expand_as(chunk)), "control changed inside a chunk"
+                assert torch.equal(chunk, chunk[:, :1].expand_as(chunk)), (
+                    "control changed inside a chunk"
+                )
     for at in (7, 8, 20, TOKENS - 1):
         changed = ids.clone()
         changed[:, at] = (changed[:, at] + 1) % VOCAB
@@ -224,9 +232,13 @@ def generation_is_exact(make: Make, arch: str) -> str:
         turns[:, prompt.shape[1] - 1] = True
         plain = _forward(attached.model, out.sequences, turn_starts=turns, use_cache=False).logits
         new = out.sequences[:, prompt.shape[1] :]
-        wanted = plain[:, prompt.shape[1] - 1 : -1].log_softmax(-1).gather(-1, new[..., None])[..., 0]
+        wanted = (
+            plain[:, prompt.shape[1] - 1 : -1].log_softmax(-1).gather(-1, new[..., None])[..., 0]
+        )
         beams_of = getattr(out, "beam_indices", None)
-        got = attached.model.compute_transition_scores(out.sequences, out.scores, beams_of, normalize_logits=beams == 1)
+        got = attached.model.compute_transition_scores(
+            out.sequences, out.scores, beams_of, normalize_logits=beams == 1
+        )
         worst = max(worst, _difference(got, wanted))
     assert worst < TOLERANCE, f"max |difference| {worst:.1e}"
     return f"{worst:.0e}"
@@ -239,7 +251,9 @@ def turns_restart_chunks(make: Make, arch: str) -> str:
     labels = ids.clone()
     labels[:, :13] = -100
     trained = _forward(attached.model, ids, labels=labels, use_cache=False).logits
-    given = _forward(attached.model, ids, turn_starts=turns_from_labels(labels), use_cache=False).logits
+    given = _forward(
+        attached.model, ids, turn_starts=turns_from_labels(labels), use_cache=False
+    ).logits
     return _equal(given, trained, 0.0)
 
 
@@ -281,7 +295,9 @@ def price_is_true(make: Make, arch: str) -> str:
     price = attached.price(tokens)
     assert price.parameters == sum(p.numel() for p in attached.parameters()), "parameters differ"
     real = count(attached.model) - plain
-    assert abs(real - price.flops_per_token * tokens) < 0.5, f"stated {price.flops_per_token * tokens}, real {real}"
+    assert abs(real - price.flops_per_token * tokens) < 0.5, (
+        f"stated {price.flops_per_token * tokens}, real {real}"
+    )
     return f"{real / tokens:.0f} FLOPs/token"
 
 
@@ -303,7 +319,9 @@ def survives_checkpointing(make: Make, arch: str) -> str:
         gradients.append([p.grad.clone() for p in attached.parameters() if p.grad is not None])
         for parameter in attached.parameters():
             parameter.grad = None
-    worst = max(_difference(a, b) for g in gradients[1:] for a, b in zip(gradients[0], g, strict=True))
+    worst = max(
+        _difference(a, b) for g in gradients[1:] for a, b in zip(gradients[0], g, strict=True)
+    )
     assert worst < TOLERANCE, f"max |difference| {worst:.1e}"
     return f"{worst:.0e}"
 
@@ -312,10 +330,16 @@ def runs_in_bfloat16(make: Make, arch: str) -> str:
     """A bfloat16 base: finite logits of its dtype, finite gradients for every adapter parameter."""
     attached = _perturbed(make(tiny_model(arch).to(torch.bfloat16)))
     out = _forward(attached.model, _ids())
-    assert out.logits.dtype == torch.bfloat16 and torch.isfinite(out.logits).all(), "logits are not finite bfloat16"
+    assert out.logits.dtype == torch.bfloat16 and torch.isfinite(out.logits).all(), (
+        "logits are not finite bfloat16"
+    )
     attached.model.train()
     _loss(attached.model, _ids()).backward()
-    bad = [n for n, p in attached.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    bad = [
+        n
+        for n, p in attached.named_parameters()
+        if p.grad is None or not torch.isfinite(p.grad).all()
+    ]
     assert not bad, f"gradients are not finite: {bad[:3]}"
     return ""
 
@@ -329,7 +353,12 @@ def compiles(make: Make, arch: str) -> str:
     attached, ids = _perturbed(make(tiny_model(arch))), _ids()
     wanted = _logits(attached.model, ids)
     torch._dynamo.reset()
-    parents = [(m, n, c) for m in attached.base.modules() for n, c in m.named_children() if isinstance(c, BemSite)]
+    parents = [
+        (m, n, c)
+        for m in attached.base.modules()
+        for n, c in m.named_children()
+        if isinstance(c, BemSite)
+    ]
     for parent, name, site in parents:
         parent.__dict__["_modules"][name] = _Compiled(site)
     result = _equal(_logits(attached.model, ids), wanted, 1e-5)

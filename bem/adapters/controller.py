@@ -47,7 +47,9 @@ class Routed:
     @property
     def number(self) -> Tensor:
         """Chunk number in the sequence of each slot, (batch, slots)."""
-        return self.before.number[:, None] + torch.arange(self.sums.shape[1], device=self.slot.device)
+        return self.before.number[:, None] + torch.arange(
+            self.sums.shape[1], device=self.slot.device
+        )
 
     def per_token(self) -> Tensor:
         """(batch, tokens, width)."""
@@ -57,7 +59,9 @@ class Routed:
     def after(self) -> Running:
         """The state after the last token of the piece."""
         last = self.slot[:, -1]
-        earlier = (torch.arange(self.sums.shape[1], device=last.device) < last[:, None]).to(self.sums.dtype)
+        earlier = (torch.arange(self.sums.shape[1], device=last.device) < last[:, None]).to(
+            self.sums.dtype
+        )
         rows = torch.arange(len(last), device=last.device)
         return Running(
             sums=self.sums[rows, last],
@@ -93,7 +97,9 @@ class Controller(nn.Module):
         control = torch.zeros(batch, control_width, device=device)
         return Running(floats, ints, floats, ints, ints, control)
 
-    def pool(self, features: Tensor, valid: Tensor, turns: Tensor | None, before: Running, slots: int) -> Routed:
+    def pool(
+        self, features: Tensor, valid: Tensor, turns: Tensor | None, before: Running, slots: int
+    ) -> Routed:
         """Cut a piece into chunks and sum the features of each; controls are filled in by the caller.
 
         Args:

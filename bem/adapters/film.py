@@ -18,7 +18,9 @@ class ResidualFiLMModule(nn.Module):
     Both are exactly (1, 0) at start.
     """
 
-    def __init__(self, d_model: int, d_control: int, film_range: Literal["narrow", "wide"] = "narrow"):
+    def __init__(
+        self, d_model: int, d_control: int, film_range: Literal["narrow", "wide"] = "narrow"
+    ):
         super().__init__()
         self.head = nn.Linear(d_control, 2 * d_model)
         nn.init.zeros_(self.head.weight)

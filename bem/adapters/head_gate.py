@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bem.adapters.base import Adapter, Code, Flops, add_product
+from bem.adapters.base import Adapter, Code, Flops
 from bem.adapters.projection import gram, into_ball
 from bem.adapters.rank_mask import RankMask
 
@@ -38,7 +38,9 @@ class HeadGate(Adapter):
         """rank is split evenly over `groups`; alpha / rank scales the update; see `AdapterConfig`."""
         super().__init__()
         if rank % groups or d_in % groups:
-            raise ValueError(f"{groups} head groups must divide rank {rank} and input width {d_in}.")
+            raise ValueError(
+                f"{groups} head groups must divide rank {rank} and input width {d_in}."
+            )
         self.v = nn.Parameter(torch.empty(groups, d_in // groups, rank // groups))
         bound = (groups / d_in) ** 0.5  # as LoRA's V, for the inputs that a group sees
         nn.init.uniform_(self.v, -bound, bound)
@@ -59,12 +61,15 @@ class HeadGate(Adapter):
         c = self.scale * gates.repeat_interleave(self.rank // self.groups, -1)
         if self.mask is not None:
             c = c * self.mask(code)
-        return c if self.radius is None else into_ball(gram(self.u, self._dense_v()), c, self.radius)
+        return (
+            c if self.radius is None else into_ball(gram(self.u, self._dense_v()), c, self.radius)
+        )
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
-        slices = x.reshape(-1, self.groups, self.v.shape[1]).transpose(0, 1)
-        h = torch.bmm(slices, self.v.to(x.dtype)).transpose(0, 1).reshape(*x.shape[:-1], self.rank)
-        return add_product(y, h * control, self.u.to(x.dtype))
+        # V_g^T x_g^T for all tokens at once: half the time of x_g V_g, whose result is too thin
+        slices = x.reshape(-1, self.groups, self.v.shape[1]).permute(1, 2, 0)
+        h = torch.bmm(self.v.to(x.dtype).mT, slices).view(self.rank, -1).t().view(*x.shape[:-1], self.rank)
+        return y + F.linear(h * control, self.u.to(x.dtype))
 
     def flops(self) -> Flops:
         head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)

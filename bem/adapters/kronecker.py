@@ -20,29 +20,39 @@ class KroneckerFactorization(Adapter):
     factored operator and held below `spectral_cap` after every step.
     """
 
-    def __init__(self, d_in: int, d_out: int, terms: int, scale: float, spectral_cap: float | None = None):
+    def __init__(
+        self, d_in: int, d_out: int, terms: int, scale: float, spectral_cap: float | None = None
+    ):
         super().__init__()
         (self.a1, self.b1), (self.a2, self.b2) = square_factors(d_out), square_factors(d_in)
-        self.a = nn.Parameter(torch.zeros(terms, self.a1, self.a2))  # zero: attaching changes nothing
+        self.a = nn.Parameter(
+            torch.zeros(terms, self.a1, self.a2)
+        )  # zero: attaching changes nothing
         self.b = nn.Parameter(torch.randn(terms, self.b1, self.b2) / self.b2**0.5)
         self.terms, self.scale, self.spectral_cap = terms, scale, spectral_cap
         self.d_in, self.d_out = d_in, d_out
         self.register_buffer("probe", torch.randn(d_in) / d_in**0.5, persistent=False)
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
-        return torch.add(y, self._product(x).view(y.shape), alpha=self.scale)
+        left, b = self._factors(x)
+        return torch.addmm(y.reshape(-1, self.b1), left, b, alpha=self.scale).view(y.shape)
 
-    def _product(self, x: Tensor) -> Tensor:
-        """The unscaled update: (..., d_in) -> (rows, d_out)."""
-        b = self.b.to(x.dtype).reshape(self.terms * self.b1, self.b2)
-        right = x.reshape(-1, self.a2, self.b2) @ b.t()  # (rows, a2, terms * b1): X B_t^T for all t
-        right = right.view(-1, self.a2 * self.terms, self.b1)
-        left = self.a.to(x.dtype).permute(1, 2, 0).reshape(self.a1, self.a2 * self.terms)
-        return (left @ right).reshape(-1, self.d_out)
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two matrices whose product is the unscaled update of all rows of x.
+
+        A_t X for all t side by side (rows * a1, terms * b2), and B_t^T below each other (terms * b2, b1).
+        A comes first: where d_out < d_in that is the cheaper order, and the second product is one
+        plain matrix product.
+        """
+        a = self.a.to(x.dtype).transpose(0, 1).reshape(self.a1 * self.terms, self.a2)
+        b = self.b.to(x.dtype).transpose(1, 2).reshape(self.terms * self.b2, self.b1)
+        rows = x.reshape(-1, self.a2, self.b2)
+        left = torch.bmm(a.expand(len(rows), -1, -1), rows)  # (rows, a1 * terms, b2)
+        return left.view(-1, self.terms * self.b2), b
 
     def flops(self) -> Flops:
-        first = self.a2 * self.b2 * self.terms * self.b1
-        second = self.a1 * self.a2 * self.terms * self.b1
+        first = self.a1 * self.a2 * self.terms * self.b2
+        second = self.a1 * self.b2 * self.terms * self.b1
         return Flops(per_token=2 * (first + second))
 
     @torch.no_grad()
@@ -52,7 +62,8 @@ class KroneckerFactorization(Adapter):
             return 0.0
         x, last = self.probe.to(self.a.dtype), 0.0
         for _ in range(iterations):
-            y = self._product(x)[0]
+            left, b = self._factors(x)
+            y = (left @ b).view(-1)
             x = self._transposed(y)
             sigma = float(x.norm() / y.norm().clamp(min=1e-30))
             x = x / x.norm().clamp(min=1e-30)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bem.adapters.base import Adapter, Flops, add_product
+from bem.adapters.base import Adapter, Flops
 from bem.adapters.projection import low_rank_norm
 
 
@@ -26,7 +26,8 @@ class LowRank(Adapter):
         self.radius = radius
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
-        return add_product(y, F.linear(x, self.v.to(x.dtype)), self.u.to(x.dtype), self.scale)
+        product = F.linear(F.linear(x, self.v.to(x.dtype)), self.u.to(x.dtype))
+        return torch.add(y, product, alpha=self.scale)
 
     def flops(self) -> Flops:
         return Flops(per_token=2 * (self.v.numel() + self.u.numel()))

@@ -10,8 +10,9 @@ of its own enum. We enter the three tables that it reads, under a string that lo
 
 from __future__ import annotations
 
+import re
 from dataclasses import field, make_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft import mapping as peft_mapping
@@ -45,7 +46,9 @@ def _post_init(self: Any) -> None:
     PeftConfig.__post_init__(self)
     self.peft_type = BEM
     named = self.target_modules
-    self.target_modules = {named} if isinstance(named, str) else None if named is None else set(named)
+    self.target_modules = (
+        {named} if isinstance(named, str) else None if named is None else set(named)
+    )
     refused = sorted(name for name in self.target_modules or () if FORBIDDEN.search(name))
     if refused:
         raise AttachError(
@@ -84,10 +87,16 @@ class BemSite(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, runtime: Runtime):
         super().__init__()
         self.base_layer = base_layer
-        self.bem_update, self.bem_film, self.bem_controller = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.bem_update, self.bem_film, self.bem_controller = (
+            nn.ModuleDict(),
+            nn.ModuleDict(),
+            nn.ModuleDict(),
+        )
         self._disable_adapters, self.merged_adapters, self._active_adapter = False, [], []
         self.runtime = runtime
-        self.indices: dict[str, int | None] = {}  # adapter name -> place of its control; None: static
+        self.indices: dict[
+            str, int | None
+        ] = {}  # adapter name -> place of its control; None: static
         self._calls = (0, 0)
         self._refresh()
 
@@ -100,6 +109,7 @@ class BemSite(nn.Module, BaseTunerLayer):
         ):
             if module is not None:
                 home[name] = module
+        self.train(self.base_layer.training)  # what is new follows the mode of the model
         self._move_adapter_to_device_of_base_layer(name)
         self._refresh()
 
@@ -129,14 +139,18 @@ class BemSite(nn.Module, BaseTunerLayer):
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""
         name = next(iter(self.active_adapters), None)
-        found = None if self.disable_adapters or name not in self.bem_update else self.bem_update[name]
+        found = (
+            None if self.disable_adapters or name not in self.bem_update else self.bem_update[name]
+        )
         # past Module.__setattr__: it must not become a second child
         self.__dict__["live"] = None if found is None else (found, self.indices.get(str(name)))
 
     def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
-            raise AttachError(f"one BEM adapter is active at a time, not {len(names)}: {', '.join(names)}.")
+            raise AttachError(
+                f"one BEM adapter is active at a time, not {len(names)}: {', '.join(names)}."
+            )
         super().set_adapter(names, inference_mode=inference_mode)
         self._refresh()
 
@@ -164,7 +178,7 @@ class BemModel(BaseTuner):
 
     prefix = "bem_"
     tuner_layer_cls = BemSite
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         self._plan = _Plan(self.model, peft_config.adapter_config())
@@ -197,7 +211,9 @@ class BemModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return clean_name(key) in peft_config.target_modules and not key.endswith(".base_layer")
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         runtime_of(model).plans[adapter_name] = self._plan
         rewire(model)
@@ -213,6 +229,11 @@ class BemModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         rewire(self.model)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Checkpoint keys name no adapter: PEFT's own rule only looks at a key's last two parts."""
+        return re.sub(rf"(\.bem_[a-z]+)\.{re.escape(adapter_name)}\.", r"\1.", key)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -230,7 +251,9 @@ class _Plan:
         self.layer = self.sites.router_layer(config.router_layer)
         norms = None
         if config.trust_relative:
-            named = {clean_name(n): m for n, m in model.named_modules() if not isinstance(m, BemSite)}
+            named = {
+                clean_name(n): m for n, m in model.named_modules() if not isinstance(m, BemSite)
+            }
             norms = {s.name: float(_weight(named[s.name]).norm()) for s in self.sites.found}
         self.parts = build(self.sites, config, norms)
 
@@ -254,7 +277,9 @@ def rewire(model: nn.Module) -> None:
     sites = {clean_name(n): m for n, m in model.named_modules() if isinstance(m, BemSite)}
     present = {name for site in sites.values() for name in site._get_available_adapters()}
     plans = {name: plan for name, plan in runtime.plans.items() if name in present}
-    wirings = {name: w for name, plan in plans.items() if (w := _wire(name, plan.sites, plan.layer, sites))}
+    wirings = {
+        name: w for name, plan in plans.items() if (w := _wire(name, plan.sites, plan.layer, sites))
+    }
     first = next(iter(sites.values()), None)
     active = next(iter(first.active_adapters), "") if first and not first.disable_adapters else ""
     runtime.plans, runtime.wiring = plans, wirings.get(active)

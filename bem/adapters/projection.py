@@ -75,7 +75,9 @@ class SpectralMonitor:
             ValueError: c holds NaN or inf, that is, the controller diverged.
         """
         if not torch.isfinite(c).all():
-            raise ValueError(f"control holds {int((~torch.isfinite(c)).sum())} non-finite values: diverged.")
+            raise ValueError(
+                f"control holds {int((~torch.isfinite(c)).sum())} non-finite values: diverged."
+            )
         core = self._r_u * c.double() @ self._r_v.t()
         values = torch.linalg.svdvals(core)
         return Spectrum(float(values[0]), float(values.square().sum().sqrt()))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bem.adapters.base import Adapter, Code, Flops, add_product
+from bem.adapters.base import Adapter, Code, Flops
 from bem.adapters.projection import gram, into_ball
 
 RANDOM_PERIOD = 64  # the random control repeats after this many chunks
@@ -63,7 +63,13 @@ class MaskedLowRank(Adapter):
     """Adds s * U (mask * V x): V1 at a site without heads, the MLP down projection."""
 
     def __init__(
-        self, d_in: int, d_out: int, rank: int, alpha: float, mask: RankMask, radius: float | None = None
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        alpha: float,
+        mask: RankMask,
+        radius: float | None = None,
     ):
         super().__init__()
         self.v = nn.Parameter(torch.empty(rank, d_in))
@@ -78,7 +84,7 @@ class MaskedLowRank(Adapter):
         return c if self.radius is None else into_ball(gram(self.u, self.v), c, self.radius)
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
-        return add_product(y, F.linear(x, self.v.to(x.dtype)) * control, self.u.to(x.dtype))
+        return y + F.linear(F.linear(x, self.v.to(x.dtype)) * control, self.u.to(x.dtype))
 
     def flops(self) -> Flops:
         return Flops(2 * (self.v.numel() + self.u.numel()), self.mask.flops())

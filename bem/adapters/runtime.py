@@ -39,7 +39,9 @@ class Wiring:
 
 class _NoControl:
     def __getitem__(self, index: int) -> Tensor:
-        raise AttachError("No control was computed: call the whole model, not a part of it above the router layer.")
+        raise AttachError(
+            "No control was computed: call the whole model, not a part of it above the router layer."
+        )
 
 
 class Runtime:
@@ -47,7 +49,9 @@ class Runtime:
 
     def __init__(self) -> None:
         self.wiring: Wiring | None = None  # the active adapter, if it has a controller
-        self.parts: Any = _NoControl()  # control per token of each member, or of the chunk when decoding
+        self.parts: Any = (
+            _NoControl()
+        )  # control per token of each member, or of the chunk when decoding
         self.serial = 0  # forward passes begun
         self.checkpointing = False
         self.generating = False
@@ -61,7 +65,13 @@ class Runtime:
 
     # --- hooks ------------------------------------------------------------------------------------
 
-    def install(self, model: nn.Module, wirings: list[Wiring], blocks: list[nn.Module], attn_out: dict[int, nn.Module]) -> None:
+    def install(
+        self,
+        model: nn.Module,
+        wirings: list[Wiring],
+        blocks: list[nn.Module],
+        attn_out: dict[int, nn.Module],
+    ) -> None:
         """(Re)place the hooks that the given adapters need."""
         self.remove()
         self.handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
@@ -87,7 +97,9 @@ class Runtime:
             return args, kwargs
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise AttachError("BEM needs the 2-D attention mask (batch, tokens): it tells padding from text.")
+            raise AttachError(
+                "BEM needs the 2-D attention mask (batch, tokens): it tells padding from text."
+            )
         if turns is None and kwargs.get("labels") is not None:
             turns = turns_from_labels(kwargs["labels"])
         self._mask, self._turns = mask, turns
@@ -115,7 +127,9 @@ class Runtime:
         if wiring is None or wiring.layer != layer:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.checkpointing = bool(getattr(block, "gradient_checkpointing", False)) and block.training
+        self.checkpointing = (
+            bool(getattr(block, "gradient_checkpointing", False)) and block.training
+        )
         if self.checkpointing:
             _refuse_reentrant(block)
         cache = None if self.checkpointing else _find_cache(args, kwargs)
@@ -160,7 +174,9 @@ class Runtime:
         if before is None:
             before = controller.start(batch, sum(wiring.widths), hidden.device)
         valid = self._valid(batch, tokens, hidden.device)
-        turns = self._turn_starts(batch, tokens, state.columns if state is not None else 0, hidden.device)
+        turns = self._turn_starts(
+            batch, tokens, state.columns if state is not None else 0, hidden.device
+        )
         slots = slots_needed(tokens, turns, controller.chunk_size)
         with torch.autocast(hidden.device.type, enabled=False):
             features = token_features(hidden, self._head_input, controller.n_heads)
@@ -180,15 +196,23 @@ class Runtime:
             return torch.ones(batch, tokens, dtype=torch.bool, device=device)
         return self._mask[:, -tokens:].bool()
 
-    def _turn_starts(self, batch: int, tokens: int, offset: int, device: torch.device) -> Tensor | None:
+    def _turn_starts(
+        self, batch: int, tokens: int, offset: int, device: torch.device
+    ) -> Tensor | None:
         """Turn starts of this piece, from the caller, the labels or the end of the prompt."""
         turns = self._turns
         if turns is not None and turns.shape != (batch, tokens):
-            raise AttachError(f"turn_starts {tuple(turns.shape)} must have the shape of the tokens: {(batch, tokens)}.")
+            raise AttachError(
+                f"turn_starts {tuple(turns.shape)} must have the shape of the tokens: {(batch, tokens)}."
+            )
         at = None if self.prompt_end is None else self.prompt_end - 1 - offset
         if at is None or at < 0:
             return turns
-        turns = torch.zeros(batch, tokens, dtype=torch.bool, device=device) if turns is None else turns.clone()
+        turns = (
+            torch.zeros(batch, tokens, dtype=torch.bool, device=device)
+            if turns is None
+            else turns.clone()
+        )
         if self._prompt_turns is not None:  # beams repeat each row of the prompt
             known = self._prompt_turns[:, offset : offset + tokens]
             turns[:, : known.shape[1]] |= known.repeat_interleave(batch // len(known), 0)
@@ -221,7 +245,14 @@ class MarkedGenerate:
 
     def __call__(self, *args: Any, turn_starts: Tensor | None = None, **kwargs: Any) -> Any:
         prompt = next(
-            (p for p in (*args[:1], *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds"))) if p is not None),
+            (
+                p
+                for p in (
+                    *args[:1],
+                    *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")),
+                )
+                if p is not None
+            ),
             None,
         )
         runtime = self.runtime

@@ -107,7 +107,9 @@ def clean_name(name: str) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear and its kin (quantised ones too), or the transposed Conv1D of GPT-2."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features") or hasattr(module, "nf")
+    return (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(
+        module, "nf"
+    )
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
@@ -124,7 +126,11 @@ def base_hash(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     seen: set[int] = set()
-    named = [(clean_name(n), p) for n, p in model.named_parameters() if ".bem_" not in n and "lora_" not in n]
+    named = [
+        (clean_name(n), p)
+        for n, p in model.named_parameters()
+        if ".bem_" not in n and "lora_" not in n
+    ]
     for name, parameter in sorted(named, key=lambda item: item[0]):
         if id(parameter) in seen:
             continue
@@ -141,12 +147,16 @@ def _blocks(model: nn.Module) -> list[str]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and any(map(is_linear, module[0].modules()))
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and any(map(is_linear, module[0].modules()))
     ]
     if not lists:
         raise AttachError(f"{type(model).__name__} has no list of decoder blocks: not a causal LM?")
     depth = _first(_text_config(model), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    name, chosen = max(lists, key=lambda item: (len(item[1]) == depth, len(item[1]), -item[0].count(".")))
+    name, chosen = max(
+        lists, key=lambda item: (len(item[1]) == depth, len(item[1]), -item[0].count("."))
+    )
     return [f"{name}.{i}" for i in range(len(chosen))]
 
 
@@ -164,13 +174,16 @@ def _named(inside: dict[str, nn.Module], patterns: str | list[str]) -> str | Non
     return None
 
 
-def _recognised(model: nn.Module, block: str, inside: dict[str, nn.Module], role: str) -> str | None:
+def _recognised(
+    model: nn.Module, block: str, inside: dict[str, nn.Module], role: str
+) -> str | None:
     """The site by the usual names, else by structure: the last layer that writes the residual stream."""
     usual = ATTN_OUT_NAMES if role == ATTN_OUT else MLP_DOWN_NAMES
     mine = {
         name: module
         for name, module in inside.items()
-        if bool(ATTENTION.search(name[len(block) :])) == (role == ATTN_OUT) and not FORBIDDEN.search(name)
+        if bool(ATTENTION.search(name[len(block) :])) == (role == ATTN_OUT)
+        and not FORBIDDEN.search(name)
     }
     by_name = [name for name in mine if name.rsplit(".", 1)[-1] in usual]
     if len(by_name) > 1:
