@@ -102,9 +102,7 @@ def measure(
     started = time.perf_counter()
     answers: list[Answer] = []
     uses: list[CacheUse] = []
-    was_training = attached.model.training
-    attached.model.eval()
-    try:
+    with _evaluating(attached.model):
         for task in tasks:
             before = len(answers)
             tick = lambda done, b=before: on_progress(b + done, total) if on_progress else None  # noqa: E731
@@ -113,8 +111,6 @@ def measure(
             )
             answers += found
             uses += used
-    finally:
-        attached.model.train(was_training)
     if predictions is not None:
         rows = (json.dumps(_row(answer), ensure_ascii=False) + "\n" for answer in answers)
         write_atomically(Path(predictions), "".join(rows).encode("utf-8", "surrogatepass"))
@@ -145,6 +141,19 @@ def measure(
             "seconds": time.perf_counter() - started,
         },
     )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Every module in eval mode inside, and in its own mode again after (PEFT's wrapper and the
+    model inside it need not agree)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def quality(primary: str, scores: dict[str, float]) -> float:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import bem
 import bem.training.fit as fit_module
 from bem.config import TrainingConfig
 from bem.errors import DataError, Diverged, TrainingError
+from bem.experiments.latency import with_shared_weights
 from bem.training.data import Example, collate, encode
 from bem.training.fit import example_order, fit, learning_rate
 from bem.training.losses import answer_nll, labelled_tokens
@@ -207,6 +209,30 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(
     rows = [json.loads(r) for r in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in rows] == straight.losses
+
+
+@pytest.mark.parametrize("variant", ["s0", "pt1", "v1", "v3", "v4"])
+def test_every_variant_resumes_with_the_same_bits(
+    micro_llama, tokenizer, examples, tmp_path, variant
+):
+    """Also what a variant draws (Gumbel noise) and what it keeps beside its weights."""
+
+    def attach():
+        options = {"decorrelation": 0.1} if variant in ("pt1", "v1") else {}
+        return bem.attach(
+            with_shared_weights(micro_llama), variant, rank=4, chunk_size=8, **options
+        )
+
+    whole, killed, resumed = attach(), attach(), attach()
+    base = {n: p.clone() for n, p in micro_llama.named_parameters()}
+    before = weights(whole)
+    straight = fit(whole, tokenizer, examples, config(steps=4), tmp_path / "whole", seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(killed, tokenizer, examples, config(steps=4), tmp_path / "x", 0, killed_after(3))
+    result = fit(resumed, tokenizer, examples, config(steps=4), tmp_path / "x", seed=0)
+    assert same(weights(resumed), weights(whole)) and not same(weights(whole), before)
+    assert result.losses == straight.losses
+    assert all(torch.equal(p, base[n]) for n, p in micro_llama.named_parameters())
 
 
 def test_an_interrupt_inside_the_update_keeps_the_last_whole_state(
