@@ -22,10 +22,10 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-from bem.config import GatesConfig
-from bem.stats import Measurement, judge
+from bem.config import GatesConfig  # noqa: E402
+from bem.stats import Measurement, judge  # noqa: E402
 
 Arms = tuple[dict[str, np.ndarray], dict[str, np.ndarray], Sequence[str] | None]
 SIZES = (50, 200, 1000)
@@ -98,7 +98,9 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], Arms]] = {
 }
 
 
-def measurement(name: str, metrics: dict[str, np.ndarray], clusters: Sequence[str] | None) -> Measurement:
+def measurement(
+    name: str, metrics: dict[str, np.ndarray], clusters: Sequence[str] | None
+) -> Measurement:
     """An arm with costs that pass every gate."""
     n = next(iter(metrics.values())).shape[-1]
     return Measurement(
@@ -186,10 +188,11 @@ def _show(line: str) -> str:
 
 _PREFACE = """# False promotions
 
-Written by `python benchmarks/false_promotion.py --n {n}`: {n} null variants per row, judged at alpha =
-{alpha} with equal costs and the regression guard opened, so that the quality gate decides alone. The
-rate must stay at or below alpha. The last column is what the BCa interval alone would have let through
-in at least one metric, without Benjamini-Hochberg and the exact test.
+Written by `python benchmarks/false_promotion.py --n {n}`: {n} null variants per row, judged at
+alpha = {alpha} with equal costs and the regression guard opened, so that the quality gate decides
+alone. The rate must stay at or below alpha. The last column is what the BCa interval alone would
+have let through in at least one metric: no false discovery control, no exact test, no guard against
+skew and small counts.
 
 """
 

@@ -173,7 +173,7 @@ def _effect(c: _Comparison, bca: Bca, gates: GatesConfig, primary: bool) -> Effe
         points_per_unit=c.meaning.points_per_unit, p_value=bca.p_value,
         n=bca.n, examples=c.examples, se=bca.se,
         mde=minimal_detectable_effect(bca.se, gates.alpha, gates.power), engine=bca.engine,
-        flags=bca.flags, discordant=c.discordant,
+        acceleration=bca.acceleration, flags=bca.flags, discordant=c.discordant,
     )  # fmt: skip
 
 

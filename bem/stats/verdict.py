@@ -53,6 +53,8 @@ class Effect:
     se: float
     mde: float
     """Smallest true gain that these data would show with the configured power."""
+    acceleration: float
+    """Skewness of the gain's law over 6; below 0: few large losses against many small gains."""
     engine: str
     flags: tuple[str, ...]
     discordant: int

@@ -4,7 +4,7 @@ import pytest
 from bem.config import GatesConfig
 from bem.stats.costs import cost_checks
 from bem.stats.measurement import RouterFacts
-from arms import arm, pair
+from tests.stats.arms import arm, pair
 
 GATES = GatesConfig(n_bootstrap=1000)
 BASE = arm("s0", np.zeros(30))
@@ -51,7 +51,9 @@ def test_noisy_latency_near_the_limit_is_open():
 
 
 @pytest.mark.parametrize(
-    "rounds", [[1.0] * 3, [1.0] * 19, [np.nan] * 20, [0.0] * 20], ids=["few", "unpaired", "nan", "zero"]
+    "rounds",
+    [[1.0] * 3, [1.0] * 19, [np.nan] * 20, [0.0] * 20],
+    ids=["few", "unpaired", "nan", "zero"],
 )
 def test_latency_that_cannot_be_paired_is_open(rounds):
     few = arm("s0", np.zeros(30), latency_ms={"decode": [1.0] * 3}) if len(rounds) == 3 else BASE

@@ -8,7 +8,7 @@ from bem.stats.corpus import bleu_statistics, chrf_statistics
 from bem.stats.gates import judge
 from bem.stats.measurement import Measurement
 from bem.stats.scores import Metric
-from arms import arm, pair, scores
+from tests.stats.arms import arm, pair, scores
 
 FAST = GatesConfig(n_bootstrap=2000)
 
@@ -275,7 +275,11 @@ def test_corpus_metrics_are_judged_from_sufficient_statistics():
     rng = np.random.default_rng(0)
     refs = [[" ".join(rng.choice(list("abcdefgh"), 9))] for _ in range(120)]
     make = lambda name, q: arm(  # noqa: E731
-        name, np.zeros(120), metrics={}, corpus=corpora(q, refs), clusters=[f"d{i // 2}" for i in range(120)]
+        name,
+        np.zeros(120),
+        metrics={},
+        corpus=corpora(q, refs),
+        clusters=[f"d{i // 2}" for i in range(120)],
     )
     verdict = one(make("s0", 0.6), make("v1", 0.8))
     assert verdict.decision == "PROMOTE"
@@ -286,3 +290,16 @@ def test_corpus_metrics_are_judged_from_sufficient_statistics():
     assert effect.exact_p < 0.01
     single = Measurement("v1", {}, make("s0", 0.6).example_ids, corpus=corpora(0.8, refs, 1))
     assert "no exact test" in one(make("s0", 0.6), single).check("quality").reason
+
+
+def test_many_small_gains_against_few_large_losses_are_not_believed():
+    # log-normal losses of mean zero: a sample that happens to lack the large ones looks like a gain
+    rng = np.random.default_rng(0)
+    d = np.append(np.full(57, 0.9), [-2.0, -5.0, -6.0]) + 0.01 * rng.normal(size=60)
+    base = np.full(60, 10.0)
+    make = lambda name, loss: arm(name, loss, metrics={"loss": loss})  # noqa: E731
+    verdict = one(make("s0", base), make("v1", base - d))
+    assert verdict.effect("loss").acceleration < -1 / 30
+    assert "few large losses" in verdict.check("quality").reason
+    assert verdict.decision == "INCONCLUSIVE"
+    assert verdict.n_more > 60

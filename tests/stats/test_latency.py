@@ -9,7 +9,11 @@ from bem.stats.latency import paired_ratio
 def test_a_constant_ratio_is_found_exactly():
     base = np.array([10.0, 11.0, 9.0, 30.0, 10.0])
     r = paired_ratio(1.1 * base, base)
-    assert (r.ratio, r.lower, r.upper) == (pytest.approx(1.1), pytest.approx(1.1), pytest.approx(1.1))
+    assert (r.ratio, r.lower, r.upper) == (
+        pytest.approx(1.1),
+        pytest.approx(1.1),
+        pytest.approx(1.1),
+    )
 
 
 def test_five_rounds_by_hand():

@@ -33,7 +33,9 @@ def test_the_lattice_law_of_em_is_binomial_far_into_the_tail():
     law = LatticeLaw(as_lattice(np.repeat([0.0, 1.0], [900, 100])))
     for k in (60, 100, 150):
         assert law.at_most(k / 1000) == pytest.approx(binom.cdf(k, 1000, 0.1), rel=1e-8, abs=1e-13)
-        assert law.at_least(k / 1000) == pytest.approx(binom.sf(k - 1, 1000, 0.1), rel=1e-6, abs=1e-13)
+        assert law.at_least(k / 1000) == pytest.approx(
+            binom.sf(k - 1, 1000, 0.1), rel=1e-6, abs=1e-13
+        )
 
 
 def laws():

@@ -11,7 +11,9 @@ from bem.stats.corpus import bleu_statistics, corpus_bleu
 from bem.stats.paired import sign_flip_test, swap_test, variance_components
 
 
-@pytest.mark.parametrize(("gains", "losses", "ties"), [(4, 0, 26), (15, 5, 80), (30, 31, 9), (0, 7, 3)])
+@pytest.mark.parametrize(
+    ("gains", "losses", "ties"), [(4, 0, 26), (15, 5, 80), (30, 31, 9), (0, 7, 3)]
+)
 def test_on_exact_match_it_is_mcnemars_exact_test(gains, losses, ties):
     d = np.repeat([1.0, -1.0, 0.0], [gains, losses, ties])
     test = sign_flip_test(d)
