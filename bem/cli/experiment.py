@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from bem import config as configuration
+from bem.cli.verdict import show_decision
 
 if TYPE_CHECKING:
     from bem.experiments.runner import Event
@@ -50,11 +51,11 @@ def run(
     from bem.experiments import runner
 
     console = Console()
+    _quiet()
     with _Display(console) as display:
         result = runner.run(experiment, display.show, command=_command())
-    for arm, verdict in result.verdicts.items():
-        colour = {"PROMOTE": "green", "REJECT": "red"}.get(verdict.decision, "yellow")
-        console.print(f"[bold]{arm}[/] [{colour}]{verdict.decision}[/] {escape(verdict.reason)}")
+    for verdict in result.verdicts.values():
+        show_decision(console, verdict)
     console.print(f"\nReport: [bold]{result.report}[/]", soft_wrap=True)
     return 0
 
@@ -74,6 +75,7 @@ def train(
     from bem.experiments import runner
 
     console = Console()
+    _quiet()
     with _Display(console) as display:
         checkpoint = runner.train(experiment, arm, seed, display.show, command=_command())
     console.print(f"Checkpoint: [bold]{checkpoint}[/]", soft_wrap=True)
@@ -92,17 +94,21 @@ def evaluate(
 ) -> int:
     """Measure one checkpoint on the held-out rows of a config's tasks."""
     experiment = _load(config, data, settings, base, None, None)
-    from bem.experiments import runner, store
+    import numpy as np
+
+    from bem.experiments import runner
+    from bem.stats import save
 
     console = Console()
+    _quiet()
     with _Display(console) as display:
         measurement = runner.evaluate(experiment, checkpoint, display.show)
     table = Table("metric", "mean", "examples", box=None)
-    for metric, mean, count in runner.summary(measurement):
-        table.add_row(metric, f"{mean:.4g}", str(count))
+    for metric, scores in measurement.metrics.items():
+        table.add_row(metric, f"{np.mean(scores):.4g}", str(measurement.n))
     console.print(table)
     if out:
-        store.write_json(out, measurement.to_dict())
+        save(measurement, out)
         console.print(f"Scores: [bold]{out}[/]", soft_wrap=True)
     return 0
 
@@ -135,6 +141,14 @@ def _yaml(text: str) -> str:
 
 def _command() -> str:
     return shlex.join(["bem", *sys.argv[1:]])
+
+
+def _quiet() -> None:
+    """Our own progress is enough: no bars of transformers for loading a few megabytes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 class _Display:

@@ -106,14 +106,19 @@ def _absent_costs(sides: list[Measurement]) -> list[str]:
     return [cost for cost, has in held.items() if not any(has(side) for side in sides)]
 
 
+def show_decision(console: Console, verdict: Verdict) -> None:
+    """One line: who, what was decided, and why."""
+    name, colour = escape(verdict.candidate), COLOURS[verdict.decision]
+    said = escape(wording.sentence(verdict.to_dict()))
+    line = f"[bold]{name}[/] [{colour}]{verdict.decision}[/] {said}"
+    console.print(line, soft_wrap=True, highlight=False)
+
+
 def _show(console: Console, verdict: Verdict) -> None:
-    colour = COLOURS[verdict.decision]
-    console.print(f"[bold]{escape(verdict.candidate)}[/] [{colour}]{verdict.decision}[/]", end=" ")
-    values = verdict.to_dict()
-    console.print(escape(wording.sentence(values)), soft_wrap=True, highlight=False)
+    show_decision(console, verdict)
     table = Table("", "check", "value", "limit", "why", box=None, pad_edge=False)
     marks = {"pass": "[green]pass[/]", "fail": "[red]fail[/]", "unknown": "[yellow]?[/]"}
-    for gate in wording.gates(values):
+    for gate in wording.gates(verdict.to_dict()):
         table.add_row(marks[gate.state], gate.name, gate.value, gate.limit, escape(gate.why))
     console.print(table)
     if verdict.waived:

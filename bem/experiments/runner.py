@@ -1,6 +1,6 @@
 """Run an experiment: train every arm over seeds, measure, judge, report; skip what is done.
 
-    config -> base, tasks, plans (equal budgets) -> cells (arm x seed) -> timings -> verdicts -> report
+config -> base, tasks, plans (equal budgets) -> cells (arm x seed) -> timings -> verdicts -> report
 """
 
 from __future__ import annotations
@@ -148,10 +148,14 @@ def primary_metrics(tasks: list[Task]) -> list[str]:
 
 
 def device_of(config: ExperimentConfig) -> str:
-    """The device that `auto` stands for here."""
-    if config.device != "auto":
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that a config means here; `auto` is the first GPU, else the CPU."""
+    gpus = torch.cuda.device_count()
+    if config.device == "auto":
+        return "cuda" if gpus else "cpu"
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if config.device not in known:
+        raise ConfigError(f"No device {config.device!r} here. There is: {', '.join(known)}.")
+    return config.device
 
 
 def plan_arms(model: Any, config: ExperimentConfig) -> list[Plan]:
