@@ -106,8 +106,8 @@ def main() -> None:
     rows = []
     for n, m in CELLS:
         for method, repetitions in METHODS.items():
-            if not repetitions[n * m > 10_000]:
-                continue
+            if not repetitions[n * m > 10_000] or (method == "arch" and n >= 100_000):
+                continue  # 100,000 examples take arch a minute and 1.4 GiB
             command = [sys.executable, __file__, "one", method, str(n), str(m)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900)
             if done.returncode:

@@ -2,9 +2,9 @@
 
     python benchmarks/false_promotion.py --n 1000     # writes benchmarks/results/false_promotion.md
 
-A null variant answers every example by the same law as the baseline, with its own luck. Costs are
-and the regression guard is opened wide, so that the quality gate alone stands between a null variant and
-promotion: with all gates in force the rates can only be lower.
+A null variant is no better on average than the baseline; most shapes draw both from the same law.
+Costs are equal and the regression guard is opened wide, so that the quality gate alone stands
+between a null variant and promotion: with all gates in force the rates can only be lower.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
     p = successes / n
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, (centre - half) / (1 + z * z / n)), (centre + half) / (1 + z * z / n)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ class Bca:
     bias_correction: float
     """z0, in standard normal units."""
     acceleration: float
+    """a, from the jackknife; skewness of the statistic's law over 6."""
     p_value: float
     """Two-sided, H0: statistic = margin. p <= alpha exactly when the interval excludes it."""
     p_greater: float
@@ -223,7 +224,7 @@ def _read(
     p_less = max(widen.cdf(-_inverted(w_above, z0, a)), law.floor)
     lower, upper = (_snap(end, margin, law.eps) for end in (law.lower(low), law.upper(high)))
     return Bca(
-        lower, upper, parts.observed, z0, a, min(1.0, 2 * min(p_greater, p_less)),
+        lower, upper, parts.observed, z0, parts.acceleration, min(1.0, 2 * min(p_greater, p_less)),
         p_greater, p_less, parts.se, parts.n, alpha, margin, engine, tuple(flags), law,
     )  # fmt: skip
 

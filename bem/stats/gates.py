@@ -14,7 +14,7 @@ from bem.stats.scores import METRICS, Metric
 from bem.stats.verdict import Check, Decision, Effect, Verdict
 
 MAX_LEFT_SKEW = 1 / 30
-"""A gain is believed while n >= 25 skewness^2 (Cochran 1977, sec. 2.15), that is acceleration >= -1/30.
+"""A gain is believed while n >= 25 skewness^2 (Cochran 1977, sec. 2.15): acceleration >= -1/30.
 
 Beyond it a few large losses, seen or not, decide the mean: with log-normal losses and n = 50 a
 null variant would pass 6 times in 100.

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from bem.stats.inputs import Floats
 
-CELLS = 1 << 18
+CELLS = 1 << 20
 """Weights per block: a few MiB of working memory whatever n and B are."""
 BUFFER_ROWS = 1024
 """Resamples whose sums are held at once before the statistics are taken."""
+PIECE = 1 << 16
+"""Weights that are converted and multiplied at once: a quarter MiB, inside the second-level cache."""
 SMALL = 200
 """Below this many units index draws are as fast as Poisson counts, and simpler."""
 TOP_UP = 2.0
@@ -76,20 +78,30 @@ def _resampled_sums(columns: Floats, n_bootstrap: int, seed: int) -> Iterator[Fl
     else:
         blocks = _distinct_blocks(counts, n_bootstrap, seed)
     buffer, held = np.tile(n * centre, (BUFFER_ROWS, 1)), 0
-    work = np.empty((0, len(rows)), np.float32)
     for weights in blocks:
         for start in range(0, len(weights), BUFFER_ROWS):
             part = weights[start : start + BUFFER_ROWS]
             if held + len(part) > BUFFER_ROWS:
                 yield buffer[:held]
                 held = 0
-            if len(work) < len(part):
-                work = np.empty(part.shape, np.float32)
-            np.copyto(work[: len(part)], part)
-            sums = (work[: len(part)] @ scaled) * spread[live] + n * centre[live]
+            sums = _product(part, scaled) * spread[live] + n * centre[live]
             buffer[held : held + len(part), live] = sums
             held += len(part)
     yield buffer[:held]
+
+
+def _product(weights: NDArray, columns: NDArray[np.float32]) -> Floats:
+    """weights @ columns, converted to float32 piece by piece so that each stays in the cache."""
+    rows, n = weights.shape
+    step = max(1, PIECE // rows)
+    work = np.empty((rows, min(step, n)), np.float32)
+    sums = np.zeros((rows, columns.shape[1]))
+    for start in range(0, n, step):
+        part = weights[:, start : start + step]
+        piece = work[:, : part.shape[1]]
+        np.copyto(piece, part)
+        sums += piece @ columns[start : start + step]
+    return sums
 
 
 def weight_blocks(n: int, n_bootstrap: int, seed: int) -> Iterator[NDArray[np.uint8]]:
@@ -112,11 +124,11 @@ def _draw_by_index(n: int, rows: int, rng: np.random.Generator) -> NDArray[np.ui
 
 
 class _PoissonTopUp:
-    """Multinomial rows from iid Poisson counts: about 1.3 ns per weight, 46 for `multinomial`.
+    """Multinomial rows from iid Poisson counts: about 1 ns per weight, 46 for `multinomial`.
 
     Poisson(r) counts given their sum N are Multinomial(N, uniform), whatever r is; adding n - N
-    uniform draws makes them Multinomial(n, uniform). Rows with N > n are dropped, which conditions
-    on N only, so the law stays exact.
+    uniform draws makes them Multinomial(n, uniform). Rows with N > n are drawn again, which
+    conditions on N only, so the law stays exact.
 
     Counts come from random bytes: the Poisson law is split into a part whose probabilities are
     multiples of 1/256, read off by comparing bytes (SIMD), and a small rest that the last few byte
@@ -130,27 +142,21 @@ class _PoissonTopUp:
         self.above = np.empty(rows * n, np.bool_)
 
     def __call__(self, n: int, rows: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        kept = self._poisson_rows(n, rows, rng)
-        while len(kept) < rows:  # a fraction Phi(-TOP_UP) of the rows overshoots
-            more = self._poisson_rows(n, rows - len(kept), rng)
-            kept = np.concatenate([kept, more])
-        return kept
-
-    def _poisson_rows(self, n: int, rows: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        table = self._poisson(rows * n, rng).reshape(rows, n)
+        table = self._poisson(self.counts[: rows * n], rng).reshape(rows, n)
         missing = n - table.sum(axis=1, dtype=np.uint32).astype(np.int64)
-        if missing.min() < 0:
-            fits = missing >= 0
-            table, missing = table[fits], missing[fits]  # copies: the work array is free again
+        while (over := np.flatnonzero(missing < 0)).size:  # a fraction Phi(-TOP_UP) of the rows
+            again = self._poisson(np.empty(over.size * n, np.uint8), rng).reshape(-1, n)
+            table[over] = again
+            missing[over] = n - again.sum(axis=1, dtype=np.uint32).astype(np.int64)
         at = rng.integers(0, n, int(missing.sum()))
-        at += np.repeat(np.arange(len(table)) * n, missing)
+        at += np.repeat(np.arange(rows) * n, missing)
         np.add.at(table.reshape(-1), at, np.uint8(1))
         return table
 
-    def _poisson(self, cells: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """[cells] Poisson counts, in the work array."""
-        counts, above = self.counts[:cells], self.above[:cells]
-        uniform = _random_words(rng, cells, np.uint8)
+    def _poisson(self, counts: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+        """Fills `counts` with Poisson draws."""
+        uniform = _random_words(rng, counts.size, np.uint8)
+        above = self.above[: counts.size]
         _count_steps(uniform, self.steps, counts, above)
         np.greater_equal(uniform, self.last, out=above)
         again = np.flatnonzero(above)

@@ -67,3 +67,16 @@ def test_few_distinct_rows_have_the_same_law():
 def test_a_slice_that_is_not_drawn_has_no_mean():
     assert np.isnan(ratio(np.array([[0.0, 0.0]]))).all()
     assert ratio(np.array([[3.0, 2.0]])).tolist() == [1.5]
+
+
+@pytest.mark.parametrize("rate", [0.86, 0.98, 0.9999])
+def test_the_split_law_adds_up_to_poissons(rate):
+    from scipy.stats import poisson
+
+    steps, last, rest = weights._split_poisson(rate)
+    whole = np.diff([0, *steps.astype(int), int(last)]) / 256
+    others = np.diff([0, *rest.astype(int), 65536]) / 65536 * (1 - int(last) / 256)
+    total = np.zeros(30)
+    total[: whole.size] += whole
+    total[: others.size] += others
+    assert total == pytest.approx(poisson.pmf(np.arange(30), rate), abs=2.0**-22)
