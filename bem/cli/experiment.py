@@ -105,7 +105,7 @@ def evaluate(
         measurement = runner.evaluate(experiment, checkpoint, display.show)
     table = Table("metric", "mean", "examples", box=None)
     for metric, scores in measurement.metrics.items():
-        table.add_row(metric, f"{np.mean(scores):.4g}", str(measurement.n))
+        table.add_row(metric, f"{np.asarray(scores).mean():.4g}", str(measurement.n))
     console.print(table)
     if out:
         save(measurement, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,17 +216,16 @@ def _arms(
         manifest = read_json(folder.cell(arm.name, config.seeds[0]).checkpoint / "manifest.json")
         judged = verdicts["candidates"].get(arm.name) or verdicts["controls"].get(arm.name)
         price = _price(measured[arm.name], base, manifest["adapter"], judged)
-        about = dict(
-            name=arm.name, role=arm.role, colour=colour, description=_describe(config, arm)
-        )
-        if arm.role == "candidate":
-            about |= dict(
+        shown = Arm(arm.name, arm.role, colour, _describe(config, arm), price)
+        if arm.role == "candidate" and judged:
+            shown = replace(
+                shown,
                 decision=judged["decision"],
                 sentence=wording.sentence(judged),
                 reasons=wording.reasons(judged),
                 checks=wording.gates(judged),
             )
-        arms.append(Arm(price=price, **about))
+        arms.append(shown)
     return arms
 
 

@@ -31,7 +31,7 @@ def test_an_accepted_arm_is_pointed_at(run):
 
 def test_the_seed_can_be_chosen(run):
     assert promote(run.path, "v1", seed=1).checkpoint == run.cell("v1", 1).checkpoint
-    with pytest.raises(NotAccepted, match="no seed 7. Seeds: 0, 1"):
+    with pytest.raises(NotAccepted, match=r"no seed 7\. Seeds: 0, 1"):
         promote(run.path, "v1", seed=7)
 
 
@@ -78,7 +78,7 @@ def test_changed_scores_are_refused(run, arm):
 def test_changed_gates_are_refused(run):
     path = run.path / "config.yaml"
     path.write_text(path.read_text().replace("useful_gain_points: 1.0", "useful_gain_points: 0.1"))
-    with pytest.raises(NotAccepted, match="config.yaml"):
+    with pytest.raises(NotAccepted, match=r"config\.yaml"):
         promote(run.path, "v1")
 
 

@@ -99,7 +99,7 @@ def test_it_can_be_written_without_predictions_and_curves(run, tmp_path):
 def test_an_unfinished_run_has_no_report(run, tmp_path):
     copy = RunFolder(shutil.copytree(run.path, tmp_path / "finished"))
     copy.latency.unlink()
-    with pytest.raises(CheckpointError, match="No latency.json"):
+    with pytest.raises(CheckpointError, match=r"No latency\.json"):
         report.write(copy.path)
     with pytest.raises(CheckpointError, match="is no run"):
         report.write(tmp_path)

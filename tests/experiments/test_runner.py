@@ -164,7 +164,7 @@ def test_another_config_of_the_same_name_is_refused(finished, home, micro_base, 
 def test_other_data_under_the_same_name_is_refused(finished, home, micro_base):
     write_rows(home / "rows.jsonl", word="maybe")
     try:
-        with pytest.raises(ConfigError, match="data.sha256.train"):
+        with pytest.raises(ConfigError, match=r"data\.sha256\.train"):
             run(make_config(home, micro_base))
     finally:
         write_rows(home / "rows.jsonl")
