@@ -76,7 +76,7 @@ def measure(
 
     Args:
         name: of the arm.
-        batch_size: rows per batch; batches are made of rows of similar length.
+        batch_size: rows per batch; batches are made of rows that are alike in length.
         max_length: longest prompt in tokens (also limited by the model's context).
         predictions: JSONL file for the answers; written whole or not at all.
         on_progress: called with (examples done, examples in all).
@@ -196,7 +196,7 @@ def _measure_task(
     wholes = [encode(row, tokenizer, longest) for row in task.dev]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ends = sorted({end_of_turn(tokenizer), *_ids(model.generation_config.eos_token_id)})
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order = _batch_order(prompts, wholes)
     answers: dict[int, Answer] = {}
     uses: dict[int, CacheUse] = {}
     for at in range(0, len(order), batch_size):
@@ -218,6 +218,18 @@ def _measure_task(
             uses[i] = use
         tick(len(answers))
     return [answers[i] for i in range(len(prompts))], [uses[i] for i in range(len(prompts))]
+
+
+def _batch_order(prompts: list[Encoded], wholes: list[Encoded]) -> list[int]:
+    """Rows that will likely stop after as many tokens side by side, then by prompt length.
+
+    A batch decodes until its last row has stopped; prompts of other lengths only cost padding.
+    """
+
+    def key(i: int) -> tuple[int, int]:
+        return (len(wholes[i]) - wholes[i].prompt_length) // 8, len(prompts[i])
+
+    return sorted(range(len(prompts)), key=key, reverse=True)
 
 
 @torch.inference_mode()

@@ -195,11 +195,6 @@ def as_json(function: Function) -> str:
     return json.dumps({"name": function.name, "args": list(function.args)})
 
 
-def reversed_name(function: Function) -> str:
-    """The parts of the name between underscores, last first: `get_file_name` -> `name_file_get`."""
-    return "_".join(reversed(function.name.strip("_").split("_")))
-
-
 def as_call(function: Function) -> str:
     return f"{function.name}({', '.join(function.args)})"
 
@@ -225,14 +220,15 @@ ASKS: dict[str, Ask] = {
         lambda f: f.args[-1],
         ("Reply with the last argument.", "Only the final parameter.", "Which argument ends it?"),
     ),
-    "reversed": Ask(
+    "name": Ask(
         "name",
-        reversed_name,
-        (
-            "Reverse the words of the name.",
-            "The name, last word first.",
-            "Name backwards by words.",
-        ),
+        lambda f: f.name,
+        ("Reply with the name.", "Only what the function is called.", "Name it."),
+    ),
+    "kind": Ask(
+        "label",
+        lambda f: "method" if f.args[0] in ("self", "cls") else "function",
+        ("Method or function?", "Does it belong to a class?", "Reply with its kind."),
     ),
     "count": Ask(
         "number",
@@ -317,10 +313,13 @@ def _continue(found: list[Function]) -> Iterator[Example]:
 
 
 def _askable(found: list[Function]) -> list[Function]:
-    """Functions on which all forms differ: a name of several words, several arguments."""
-    return [
-        f for f in found if "_" in f.name.strip("_") and len(f.args) >= 2 and len(f.header) < 90
-    ]
+    """Functions on which all forms differ: a name of several words, several other arguments."""
+
+    def tells_forms_apart(f: Function) -> bool:
+        several = "_" in f.name.strip("_") and len(f.args) >= 2
+        return several and f.name not in f.args and len(f.header) < 90
+
+    return [f for f in found if tells_forms_apart(f)]
 
 
 def _forms(found: list[Function]) -> Iterator[Example]:
@@ -382,7 +381,7 @@ EMBEDDED: dict[str, Family] = {
         form="name",
         metrics=ANSWER_METRICS,
         primary="em",
-        max_new_tokens=24,
+        max_new_tokens=20,
         instruction="Which function is described?",
     ),
     "sig2json": Family(
@@ -410,11 +409,11 @@ EMBEDDED: dict[str, Family] = {
         instruction="Continue the code:",
     ),
     "forms": Family(
-        "one of five forms of a def line, asked for one chunk earlier",
+        "one of six forms of a def line, asked for one chunk earlier",
         form="text",
         metrics=STRUCTURE_METRICS,
         primary="em",
-        max_new_tokens=64,
+        max_new_tokens=48,
         slice_by=("ask",),
     ),
     "switch": Family(
@@ -422,7 +421,7 @@ EMBEDDED: dict[str, Family] = {
         form="text",
         metrics=STRUCTURE_METRICS,
         primary="em",
-        max_new_tokens=64,
+        max_new_tokens=48,
         slice_by=("ask",),
     ),
 }

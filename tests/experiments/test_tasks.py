@@ -17,7 +17,6 @@ from bem.experiments.tasks_embedded import (
     Function,
     embedded,
     functions,
-    reversed_name,
     split_of,
 )
 from bem.experiments.tasks_public import PUBLIC, public
@@ -96,11 +95,13 @@ def test_forms_of_a_function_by_hand():
     assert answers == {
         "json": '{"name": "_get_file_name", "args": ["self", "parts", "sep"]}',
         "last": "sep",
-        "reversed": "name_file_get",
+        "name": "_get_file_name",
+        "kind": "method",
         "count": "3",
         "call": "_get_file_name(self, parts, sep)",
     }
-    assert reversed_name(function) == "name_file_get"
+    alone = Function("m", "get_file", "def get_file(a, b):", ("a", "b"), "", ())
+    assert ASKS["kind"].answer(alone) == "function"
 
 
 def test_what_is_asked_cannot_be_read_off_the_end_of_the_prompt():
