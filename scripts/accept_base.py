@@ -166,7 +166,9 @@ def try_task(base: LlamaForCausalLM, tokenizer, task: str, args: argparse.Namesp
 
 def prose_ids(tokenizer, data: Path) -> np.ndarray:
     documents = mix.prose_documents(data, "dev")
-    return np.concatenate([tokenizer.encode(d, add_special_tokens=False) for d in documents])
+    return np.concatenate(
+        [tokenizer.encode(d, add_special_tokens=False, verbose=False) for d in documents]
+    )
 
 
 def table(copied: dict[str, float], prose: float, scores: list[TaskScore]) -> str:

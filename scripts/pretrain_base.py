@@ -257,7 +257,7 @@ class Plan:
 
     hours: float | None
     steps: int | None
-    tokens_per_step: int = 8192  # over all processes
+    tokens_per_step: int = 4096  # over all processes
     micro_tokens: int = 2048  # per forward pass
     check_every_s: float = 240.0  # validation, copy test and checkpoint
     row_length: int = CONTEXT
@@ -459,9 +459,10 @@ def export(out: Path, target: Path) -> None:
     # Next to the target, so that each move is a rename and no reader sees half a file.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
-        PreTrainedTokenizerFast.from_pretrained(out / "tokenizer").save_pretrained(folder)
+        shutil.copytree(out / "tokenizer", folder, dirs_exist_ok=True)
         target.mkdir(exist_ok=True)
         for file in Path(folder).iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner only
             shutil.move(file, target / file.name)
     print(f"{target}: {checkpoint['counts']}")
 
@@ -478,7 +479,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="3m")
     parser.add_argument("--hours", type=float, default=None, help="training time in hours")
     parser.add_argument("--steps", type=int, default=None, help="instead of --hours")
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--micro-tokens", type=int, default=2048)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
