@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bem.adapters.sites import base_hash
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
 from bem.training.data import Encoded, Example, collate, data_hash, encode
@@ -121,6 +122,7 @@ def fit(
             "seed": seed,
             "data": data_hash(examples),
             "tokens": _tokens_hash(encoded),
+            "base": base_hash(attached.model),
             "adapter": attached.config.model_dump() if hasattr(attached, "config") else None,
             "parameters": {n: list(p.shape) for n, p in attached.named_parameters()},
         },

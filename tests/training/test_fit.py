@@ -291,8 +291,14 @@ def test_a_state_of_other_settings_is_refused_with_what_changed(
     fit(attach_lora(), tokenizer, examples, config(checkpoint_every=3), tmp_path / "arm", seed=0)
 
 
-def test_another_adapter_or_a_broken_file_is_refused(attach_lora, tokenizer, examples, tmp_path):
+def test_another_base_adapter_or_a_broken_file_is_refused(
+    attach_lora, tokenizer, examples, tmp_path
+):
     fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
+    other = attach_lora()
+    other.model.get_base_model().model.norm.weight.data += 1
+    with pytest.raises(TrainingError, match=r"base was [0-9a-f]+, is [0-9a-f]+"):
+        fit(other, tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
     with pytest.raises(TrainingError, match=r"adapter\.rank was 4, is 8"):
         fit(attach_lora(rank=8), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
     (tmp_path / "arm" / "state.pt").write_bytes(b"PK half a file")
