@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from bem import config as configuration
@@ -152,7 +159,7 @@ def _quiet() -> None:
 
 
 class _Display:
-    """Shows the events of a run: a bar on a terminal, a line every few seconds elsewhere."""
+    """Shows the events of a run: a bar per cell at work on a terminal, now and then a line elsewhere."""
 
     SECONDS_BETWEEN_LINES = 15.0
 
@@ -167,9 +174,9 @@ class _Display:
             console=console,
             transient=True,
         )
-        self.bar = self.progress.add_task("starting", total=None, detail="")
-        self.last_line = 0.0
-        self.stage = ""
+        self.bars: dict[tuple[str, int], TaskID] = {}
+        self.stages: dict[tuple[str, int], str] = {}
+        self.last_line: dict[tuple[str, int], float] = {}
 
     def __enter__(self) -> _Display:
         if self.console.is_terminal:
@@ -180,24 +187,39 @@ class _Display:
         self.progress.stop()
 
     def show(self, event: Event) -> None:
-        where = f"[{event.cell}/{event.cells}] " if event.cells else ""
-        title = f"{where}{event.arm} seed {event.seed}: " if event.arm else where
-        stage = f"{title}{event.stage}"
-        if stage != self.stage:
-            self.stage, self.last_line = stage, 0.0
-            self.progress.reset(self.bar, total=event.total or None)
+        cell = (event.arm, event.seed)
+        where = (
+            f"[{event.cell}/{event.cells}] {event.arm} seed {event.seed}: " if event.cell else ""
+        )
+        stage = where + event.stage
+        if stage != self.stages.get(cell):
+            self.stages[cell], self.last_line[cell] = stage, 0.0
+            self._drop(cell)
+        if self.console.is_terminal and not event.final:
+            self._move(cell, stage, event)
+        if event.final or not self.console.is_terminal:
+            self._line(cell, stage, event)
+
+    def _move(self, cell: tuple[str, int], stage: str, event: Event) -> None:
+        if cell not in self.bars:
+            self.bars[cell] = self.progress.add_task(stage, total=event.total or None, detail="")
         self.progress.update(
-            self.bar,
+            self.bars[cell],
             description=escape(stage),
             completed=event.done,
             total=event.total or None,
             detail=escape(event.detail),
         )
+
+    def _line(self, cell: tuple[str, int], stage: str, event: Event) -> None:
         now = time.monotonic()
-        if event.final or (
-            not self.console.is_terminal and now - self.last_line > self.SECONDS_BETWEEN_LINES
-        ):
-            self.last_line = now
-            share = f" {event.done}/{event.total}" if event.total and not event.final else ""
-            line = f"{stage}{share} {event.detail}".rstrip()
-            self.console.print(escape(line), soft_wrap=True, highlight=False)
+        if not event.final and now - self.last_line[cell] < self.SECONDS_BETWEEN_LINES:
+            return
+        self.last_line[cell] = now
+        share = f" {event.done}/{event.total}" if event.total and not event.final else ""
+        line = f"{stage}{share} {event.detail}".rstrip()
+        self.console.print(escape(line), soft_wrap=True, highlight=False)
+
+    def _drop(self, cell: tuple[str, int]) -> None:
+        for gone in {cell, ("", 0)} & self.bars.keys():  # a stage of the whole run has ended too
+            self.progress.remove_task(self.bars.pop(gone))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bem.errors import MeasurementError
-from bem.experiments.scoring import score
+from bem.experiments.scoring import QUALITY, score
 from bem.experiments.tasks import METRIC_NAMES, Task
 from bem.stats.measurement import Measurement
 from bem.stats.scores import Metric
@@ -33,7 +33,6 @@ from bem.training.losses import answer_logits, answer_nll
 if TYPE_CHECKING:
     from bem.adapters.attach import Attached
 
-QUALITY = "quality"
 DECLARED = {QUALITY: Metric(higher_is_better=True, points_per_unit=100.0)}
 LOGITS_AT_ONCE = 1 << 27
 """Largest number of logits of one forward pass while answer losses are measured (half a GiB)."""
@@ -85,7 +84,7 @@ def measure(
         examples in the order of the tasks; clusters; a slice TASK for each of several tasks, and
         slices TASK/VALUE for what a task is sliced by.
     Raises:
-        MeasurementError: no held-out rows, or two tasks of the same name.
+        MeasurementError: no held-out rows, two tasks of the same name, or a full disk.
         DataError: an answer does not fit the context.
     """
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
@@ -113,7 +112,10 @@ def measure(
             uses += used
     if predictions is not None:
         rows = (json.dumps(_row(answer), ensure_ascii=False) + "\n" for answer in answers)
-        write_atomically(Path(predictions), "".join(rows).encode("utf-8", "surrogatepass"))
+        try:
+            write_atomically(Path(predictions), "".join(rows).encode("utf-8", "surrogatepass"))
+        except OSError as error:
+            raise MeasurementError(f"{predictions} could not be written: {error}.") from error
     price = attached.price() if hasattr(attached, "price") else None
     return Measurement(
         name=name,

@@ -12,6 +12,7 @@ import numpy as np
 from bem.config import ArmConfig, ExperimentConfig
 from bem.experiments import plots, wording
 from bem.experiments.judging import measurements, read_verdicts
+from bem.experiments.scoring import QUALITY
 from bem.experiments.store import RunFolder, read_json, read_jsonl, write_text
 from bem.stats.measurement import Measurement
 
@@ -356,6 +357,8 @@ def _scores(
     arms = sorted(config.arms, key=lambda arm: arm.role != "baseline")
     base = measured[config.baseline.name]
     for metric in base.metrics:
+        if metric == QUALITY and metric not in family:
+            continue  # the same numbers as the tasks' own metric
         meaning = base.metric(metric)
         whole = np.ones(base.n, dtype=bool)
         parts = {"": whole, **(base.slices if metric in family else {})}

@@ -22,6 +22,9 @@ from bem.stats.scores import (
     token_f1,
 )
 
+QUALITY = "quality"
+"""Each row's own primary metric on [0, 1]: what one measurement of several tasks is compared by."""
+
 
 @dataclass(frozen=True)
 class Form:

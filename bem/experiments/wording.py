@@ -109,7 +109,7 @@ def _trouble(check: dict[str, Any], verdict: dict[str, Any]) -> str:
     if kind == "budget":
         return f"{value} {rest}" if rest == "parameters" else f"{value} FLOPs per token"
     if kind in ("latency", "memory"):
-        what = f"{rest} latency" if rest else "memory"
+        what = f"{rest} latency" if rest else "peak memory"
         over = "is" if certain else "may be above the limit:"
         return f"{what} {over} {value}"
     return f"{_plain_name(check['name'])}: {value}"
