@@ -189,6 +189,8 @@ def test_what_cannot_be_measured_is_refused(attached, tokenizer, tmp_path):
         measure(attached, tokenizer, [task(), task()])
     with pytest.raises(MeasurementError, match="answers of 510 tokens leave 2 of the model's 512"):
         measure(attached, tokenizer, task(max_new_tokens=510))
+    with pytest.raises(MeasurementError, match=r"p\.jsonl could not be written: "):
+        measure(attached, tokenizer, task(1), predictions=tmp_path / "none" / "p.jsonl")
     assert context_length(attached.model) == 512
 
 
