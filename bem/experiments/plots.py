@@ -185,8 +185,9 @@ def _effect(axes: Any, effect: Effect, y: float, low: float, high: float) -> Non
             effect.value, y, "D" if effect.control else "o", ms=5.5 if effect.control else 6.5,
             mfc=colour if effect.clear else PAPER, mec=colour, mew=1.6,
         )  # fmt: skip
+    numbers = f"{effect.value:+.1f}  [{effect.low:+.1f}, {effect.high:+.1f}]"
     axes.text(
-        1.012, y, f"{effect.value:+.1f}  [{effect.low:+.1f}, {effect.high:+.1f}]",
+        1.012, y, numbers.replace("-", "\u2212"),
         transform=axes.get_yaxis_transform(), va="center", color=MUTED, fontsize=8,
     )  # fmt: skip
 

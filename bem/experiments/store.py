@@ -29,7 +29,7 @@ import yaml
 from bem.config import ExperimentConfig, parse
 from bem.errors import CheckpointError, ConfigError
 
-NOT_COMPARED = {"output", "device", "threads", "data.root"}
+NOT_COMPARED = {"output", "device", "threads", "workers", "data.root"}
 """Config keys that may change between two commands on one run: they say where, not what."""
 
 
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
