@@ -220,7 +220,9 @@ class ExperimentConfig(Section):
     eval_batch_size: int = Field(default=16, ge=1)
     """Examples per batch while measuring."""
     threads: int | None = Field(default=None, ge=1)
-    """Torch threads; None: torch's own choice."""
+    """Torch threads of a process; None: torch's own choice, or 1 with several workers."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that train and measure cells (arm x seed) side by side."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ... or auto."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 
@@ -62,9 +61,3 @@ class Adapter(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Called after every optimiser step: keep the weights inside their bounds."""
-
-
-def add_product(y: Tensor, h: Tensor, u: Tensor, scale: float = 1.0) -> Tensor:
-    """y + scale * h @ u.T in one fused call: (..., out), (..., rank), (out, rank) -> (..., out)."""
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), u.t(), alpha=scale)
-    return flat.view(y.shape)

@@ -149,7 +149,8 @@ def blind_to_the_future(make: Make, arch: str) -> str:
     runtime = attached.base.bem_runtime
     if runtime.wiring is not None:
         size = runtime.wiring.controller.chunk_size
-        for part in runtime.parts:
+        for index in range(len(runtime.wiring.members)):
+            part = runtime.parts[index]
             for start in range(0, TOKENS, size):
                 chunk = part[:, start : start + size]
                 assert torch.equal(chunk, chunk[:, :1].expand_as(chunk)), (

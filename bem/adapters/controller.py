@@ -51,11 +51,6 @@ class Routed:
             self.sums.shape[1], device=self.slot.device
         )
 
-    def per_token(self) -> Tensor:
-        """(batch, tokens, width)."""
-        index = self.slot[..., None].expand(-1, -1, self.control.shape[-1])
-        return self.control.gather(1, index)
-
     def after(self) -> Running:
         """The state after the last token of the piece."""
         last = self.slot[:, -1]

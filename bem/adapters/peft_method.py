@@ -117,7 +117,7 @@ class BemSite(nn.Module, BaseTunerLayer):
         """One adapter's modules here."""
 
         def of(home: nn.ModuleDict) -> Any:
-            return home[name] if name in home else None
+            return home[name] if name in home else None  # noqa: SIM401 - ModuleDict has no get
 
         return Parts(of(self.bem_update), of(self.bem_film), of(self.bem_controller))
 

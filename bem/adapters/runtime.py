@@ -37,6 +37,17 @@ class Wiring:
         return [member.control_width for member in self.members]
 
 
+class _PerToken:
+    """Control per slot, spread over the tokens of one member at a time: a prefill never holds all."""
+
+    def __init__(self, slots: tuple[Tensor, ...], slot: Tensor):
+        self.slots, self.slot = slots, slot
+
+    def __getitem__(self, index: int) -> Tensor:
+        control = self.slots[index]
+        return control.gather(1, self.slot[..., None].expand(-1, -1, control.shape[-1]))
+
+
 class _NoControl:
     def __getitem__(self, index: int) -> Tensor:
         raise AttachError(
@@ -182,8 +193,9 @@ class Runtime:
             features = token_features(hidden, self._head_input, controller.n_heads)
             pooled = controller.pool(features, valid, turns, before, slots)
             routed = self._decide(wiring, pooled)
-            per_token = routed.per_token()
-        self.parts = per_token.to(hidden.dtype).split(wiring.widths, -1)
+        self.parts = _PerToken(
+            routed.control.to(hidden.dtype).split(wiring.widths, -1), routed.slot
+        )
         if state is not None:
             state.append(routed, features, valid)
 

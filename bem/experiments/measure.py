@@ -212,7 +212,8 @@ def _measure_task(
             prediction = tokenizer.decode(ids, skip_special_tokens=True).strip()
             scores = {
                 metric: score(metric, task.form_of(example), prediction, example.references)
-                for metric in {*metrics, task.primary} - {"loss"}
+                for metric in dict.fromkeys((*metrics, task.primary))
+                if metric != "loss"
             }
             scores["loss"] = loss
             scores[QUALITY] = quality(task.primary, scores)

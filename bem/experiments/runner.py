@@ -26,6 +26,7 @@ from bem.experiments.latency import measure_latency, peak_memory, with_shared_we
 from bem.experiments.measure import QUALITY, context_length, measure
 from bem.experiments.store import Cell, RunFolder, digest_of, read_json, write_json
 from bem.experiments.tasks import Task, load_tasks, training_mixture
+from bem.experiments.workers import run_apart
 from bem.stats import METRICS, Measurement, Verdict, save
 from bem.training.data import data_hash
 from bem.training.fit import STATE, StepMetrics, fit
@@ -89,7 +90,8 @@ def run(
     show = on_event or (lambda event: None)
     folder = RunFolder(Path(config.output) / config.name)
     with folder.lock():
-        work = _Work(config, folder, show, command)
+        work = Work(config, folder, show)
+        work.claim(command)
         work.all_cells()
         work.timings()
         show(Event("judging"))
@@ -112,7 +114,8 @@ def train(
         raise ConfigError(f"Seed {seed} is none of the config's seeds {config.seeds}.")
     folder = RunFolder(Path(config.output) / config.name)
     with folder.lock():
-        work = _Work(config, folder, on_event or (lambda event: None), command)
+        work = Work(config, folder, on_event or (lambda event: None))
+        work.claim(command)
         work.one_cell(next(plan for plan in work.plans if plan.arm.name == arm), seed, 1, 1)
         return folder.cell(arm, seed).checkpoint
 
@@ -171,12 +174,10 @@ def plan_arms(model: Any, config: ExperimentConfig) -> list[Plan]:
     return plans
 
 
-class _Work:
+class Work:
     """One run at work: the base, the rows and the plans are loaded once, cells are done one by one."""
 
-    def __init__(
-        self, config: ExperimentConfig, folder: RunFolder, show: Show, command: str | None
-    ):
+    def __init__(self, config: ExperimentConfig, folder: RunFolder, show: Show):
         self.config, self.folder, self.show = config, folder, show
         show(Event("reading the data"))
         self.tasks = load_tasks(config.data)
@@ -192,25 +193,34 @@ class _Work:
             **{f"{task.name} dev": data_hash(task.dev) for task in self.tasks},
         }
         self.base = base_hash(self.model)
-        folder.claim(
-            config,
+        self.started = time.monotonic()
+        self.worked = 0
+        """Cells that were not found finished."""
+
+    def claim(self, command: str | None) -> None:
+        """Take the run's folder, and record what the run depends on."""
+        self.folder.claim(
+            self.config,
             {
                 **environment.describe(),
                 "device": self.device,
                 "threads": torch.get_num_threads(),
-                "seeds": config.seeds,
+                "workers": self.config.workers,
+                "seeds": self.config.seeds,
                 "data": self.data,
                 "base": self.base,
                 "command": command,
             },
         )
-        self.started = time.monotonic()
-        self.worked = 0
-        """Cells that were not found finished."""
 
     def all_cells(self) -> None:
         """Seed by seed, so that every arm has its first numbers early."""
         cells = [(plan, seed) for seed in self.config.seeds for plan in self.plans]
+        workers = min(self.config.workers, len(cells))
+        if workers > 1 and not all(self._is_finished(plan, seed) for plan, seed in cells):
+            named = [(p.arm.name, s, n, len(cells)) for n, (p, s) in enumerate(cells, 1)]
+            run_apart(self.config, named, workers, self.show)
+            return
         for number, (plan, seed) in enumerate(cells, 1):
             self.one_cell(plan, seed, number, len(cells))
 
@@ -220,7 +230,7 @@ class _Work:
         adapter = plan.adapter.model_copy(update={"seed": plan.adapter.seed + seed})
         key = self._key(adapter, seed)
         event = Event("", plan.arm.name, seed, number, of)
-        if cell.is_finished(key):
+        if self._is_finished(plan, seed):
             self.show(_now(event, "finished before: skipped", final=True))
             return
         attached = attach(self.model, adapter)
@@ -245,6 +255,10 @@ class _Work:
         quality = float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
         done = f"loss {result.final_loss:.3f}, quality {quality:.1%}{self._left(of - number)}"
         self.show(_now(event, "done", detail=done, final=True))
+
+    def _is_finished(self, plan: Plan, seed: int) -> bool:
+        adapter = plan.adapter.model_copy(update={"seed": plan.adapter.seed + seed})
+        return self.folder.cell(plan.arm.name, seed).is_finished(self._key(adapter, seed))
 
     def timings(self) -> None:
         """Latency and memory of all arms with the first seed's adapters, unless that was done."""
@@ -312,7 +326,7 @@ class _Work:
     def _left(self, cells: int) -> str:
         if not cells:
             return ""
-        seconds = (time.monotonic() - self.started) / self.worked * cells
+        seconds = (time.monotonic() - self.started) / self.worked * cells / self.config.workers
         return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
 
 

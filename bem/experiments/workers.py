@@ -1,0 +1,117 @@
+"""Cells side by side: several processes, each with the base of its own, take cells from one list.
+
+Cells are independent and small models leave cores idle, so on a CPU with n cores n processes of one
+torch thread do nearly n times the work. A cell's result does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from bem.config import ExperimentConfig
+from bem.errors import BemError, TrainingError
+
+SECONDS_TO_SAVE = 60
+"""How long an interrupted process may take to save its state."""
+
+
+def run_apart(
+    config: ExperimentConfig,
+    cells: list[tuple[str, int, int, int]],
+    workers: int,
+    show: Callable[[Any], None],
+) -> None:
+    """Train and measure cells in `workers` processes.
+
+    Args:
+        cells: (arm, seed, number, number of all cells).
+        show: gets the events of all of them.
+    Raises:
+        BemError: what stopped one of them; the others save their state and stop too.
+        TrainingError: a process died without a word (out of memory).
+        KeyboardInterrupt: passed on after all have saved their state.
+    """
+    context = get_context("spawn")
+    todo, said = context.Queue(), context.Queue()
+    for item in [*cells, *[None] * workers]:
+        todo.put(item)
+    processes = [
+        context.Process(target=_work, args=(config, todo, said), daemon=True)
+        for _ in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        _listen(processes, said, show)
+    except BaseException:
+        for process in processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGINT)
+        raise
+    finally:
+        for process in processes:
+            process.join(SECONDS_TO_SAVE)
+            process.terminate()
+
+
+def _listen(processes: list[Any], said: Any, show: Callable[[Any], None]) -> None:
+    """Pass on what the processes say until all have ended."""
+    running = len(processes)
+    while running:
+        try:
+            kind, value = said.get(timeout=2)
+        except Empty:
+            dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
+            if dead:
+                raise TrainingError(
+                    f"a training process died with exit code {dead[0]} (-9: out of memory?). "
+                    "The same command goes on; --set workers=1 needs less memory."
+                ) from None
+            continue
+        if kind == "event":
+            show(value)
+        elif kind == "ended":
+            running -= 1
+        elif kind == "refused":
+            raise _rebuilt(*value)
+        else:
+            raise RuntimeError(f"a training process failed:\n{value}")
+
+
+def _work(config: ExperimentConfig, todo: Any, said: Any) -> None:
+    """A process: cells from the list until it is empty."""
+    from transformers.utils import logging
+
+    from bem.experiments.runner import Work
+    from bem.experiments.store import RunFolder
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        config = config.model_copy(update={"threads": config.threads or 1})
+        folder = RunFolder(Path(config.output) / config.name)
+        work = Work(config, folder, lambda event: said.put(("event", event)))
+        while (cell := todo.get()) is not None:
+            arm, seed, number, of = cell
+            work.one_cell(next(p for p in work.plans if p.arm.name == arm), seed, number, of)
+    except KeyboardInterrupt:
+        pass
+    except BemError as error:
+        said.put(("refused", (type(error), str(error))))
+    except Exception:  # a defect of ours: its traceback belongs in the parent's report
+        said.put(("failed", traceback.format_exc()))
+    said.put(("ended", None))
+
+
+def _rebuilt(kind: type[BemError], message: str) -> BemError:
+    """An error as it was raised in another process (some have constructors of their own)."""
+    error = kind.__new__(kind)
+    error.args = (message,)
+    return error
