@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bem.adapters.base import Adapter, Code, Flops
-from bem.adapters.projection import gram, into_ball
+from bem.adapters.projection import GramCache, into_ball
 from bem.adapters.rank_mask import RankMask
 
 
@@ -51,6 +51,7 @@ class HeadGate(Adapter):
         self.mask = mask
         self.groups, self.rank, self.scale = groups, rank, alpha / rank
         self.radius, self.decorrelation = radius, decorrelation
+        self.gram = GramCache()
         self.control_width = rank
         self._gates: Tensor | None = None
 
@@ -61,9 +62,9 @@ class HeadGate(Adapter):
         c = self.scale * gates.repeat_interleave(self.rank // self.groups, -1)
         if self.mask is not None:
             c = c * self.mask(code)
-        return (
-            c if self.radius is None else into_ball(gram(self.u, self._dense_v()), c, self.radius)
-        )
+        if self.radius is None:
+            return c
+        return into_ball(self.gram(self.u, self.v, self._dense_v), c, self.radius)
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
         v = self.v.to(x.dtype)
@@ -76,7 +77,8 @@ class HeadGate(Adapter):
 
     def flops(self) -> Flops:
         head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)
-        return Flops(per_token=2 * (self.v.numel() + self.u.numel()), per_chunk=head)
+        trust = 2 * self.rank**2 if self.radius is not None else 0
+        return Flops(2 * (self.v.numel() + self.u.numel()), per_chunk=head + trust)
 
     def penalty(self) -> Tensor | None:
         """Mean squared correlation between the gates of different groups over the chunks seen."""
@@ -88,6 +90,7 @@ class HeadGate(Adapter):
         off = correlation - torch.diag(correlation.diagonal())
         return self.decorrelation * off.square().sum() / max(1, self.groups * (self.groups - 1))
 
-    def _dense_v(self) -> Tensor:
+    @staticmethod
+    def _dense_v(v: Tensor) -> Tensor:
         """V as one (rank, d_in) matrix, zero where a group's rows do not see an input."""
-        return torch.block_diag(*self.v.transpose(1, 2))
+        return torch.block_diag(*v.transpose(1, 2))

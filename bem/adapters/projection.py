@@ -12,6 +12,7 @@ Frobenius norm is the nearest point (Parikh & Boyd, "Proximal Algorithms", 2014)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,25 @@ def gram(u: Tensor, v: Tensor) -> Tensor:
     """(U^T U) * (V V^T) in float32: (out, R), (R, in) -> (R, R)."""
     u, v = u.float(), v.float()
     return (u.t() @ u) * (v @ v.t())
+
+
+class GramCache:
+    """The Gram matrix of a site, computed anew only when a weight changed or a gradient is wanted."""
+
+    def __init__(self) -> None:
+        self._key: tuple[int, ...] = ()
+        self._matrix: Tensor | None = None
+
+    def __call__(
+        self, u: Tensor, v: Tensor, rows: Callable[[Tensor], Tensor] = lambda v: v
+    ) -> Tensor:
+        """Gram matrix of U and rows(V), where `rows` writes V as one (R, in) matrix."""
+        if torch.is_grad_enabled():
+            return gram(u, rows(v))
+        key = (u.data_ptr(), u._version, v.data_ptr(), v._version)
+        if self._matrix is None or key != self._key:
+            self._key, self._matrix = key, gram(u, rows(v))
+        return self._matrix
 
 
 def low_rank_norm(u: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bem.adapters.base import Adapter, Code, Flops
-from bem.adapters.projection import gram, into_ball
+from bem.adapters.projection import GramCache, into_ball
 
 RANDOM_PERIOD = 64  # the random control repeats after this many chunks
 
@@ -77,17 +77,19 @@ class MaskedLowRank(Adapter):
         self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
         self.mask = mask
         self.scale, self.radius = alpha / rank, radius
+        self.gram = GramCache()
         self.control_width = rank
 
     def control(self, code: Code) -> Tensor:
         c = self.scale * self.mask(code)
-        return c if self.radius is None else into_ball(gram(self.u, self.v), c, self.radius)
+        return c if self.radius is None else into_ball(self.gram(self.u, self.v), c, self.radius)
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
         return y + F.linear(F.linear(x, self.v.to(x.dtype)) * control, self.u.to(x.dtype))
 
     def flops(self) -> Flops:
-        return Flops(2 * (self.v.numel() + self.u.numel()), self.mask.flops())
+        trust = 2 * self.control_width**2 if self.radius is not None else 0
+        return Flops(2 * (self.v.numel() + self.u.numel()), self.mask.flops() + trust)
 
 
 def _straight_through(scores: Tensor, k: int, temperature: float) -> Tensor:

@@ -41,7 +41,7 @@ def test_gates_are_one_at_birth():
 def test_the_trust_region_holds_in_every_chunk():
     module = gate(radius=0.3)
     for c in module.control(code())[0]:
-        update = module.u @ torch.diag(c) @ module._dense_v()
+        update = module.u @ torch.diag(c) @ module._dense_v(module.v)
         assert torch.linalg.matrix_norm(update) <= 0.3 + 1e-5
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bem.adapters.projection import SpectralMonitor, controlled_norm, gram, into_ball
+from bem.adapters.projection import GramCache, SpectralMonitor, controlled_norm, gram, into_ball
 
 
 def factors(seed, d_out, d_in, rank):
@@ -55,3 +55,13 @@ def test_the_spectral_monitor_refuses_a_diverged_control():
     u, v, _ = factors(0, 4, 4, 2)
     with pytest.raises(ValueError, match="1 non-finite"):
         SpectralMonitor(u, v).spectrum(torch.tensor([1.0, float("nan")]))
+
+
+def test_a_kept_gram_matrix_follows_the_weights():
+    u, v, _ = factors(0, 6, 5, 3)
+    kept = GramCache()
+    with torch.no_grad():
+        first = kept(u, v)
+        assert kept(u, v) is first
+        u.mul_(2.0)
+        assert torch.allclose(kept(u, v), gram(u, v)) and not torch.allclose(kept(u, v), first)
