@@ -35,7 +35,7 @@ class Attached:
         """The Hugging Face model inside."""
         return self.model.base_model.model
 
-    def modules(self) -> list[nn.Module]:
+    def modules(self) -> list[Any]:
         """The adapter's modules, bottom to top: updates, modulations, the controller."""
         from bem.adapters.peft_method import adapters_of
 

@@ -67,6 +67,7 @@ class HeadGate(Adapter):
         return into_ball(self.gram(self.u, self.v, self._dense_v), c, self.radius)
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+        assert control is not None
         v = self.v.to(x.dtype)
         if x.numel() == x.shape[-1]:  # one decoded token: its slices are a batch as they lie
             h = torch.bmm(x.reshape(self.groups, 1, -1), v).view(*x.shape[:-1], self.rank)

@@ -20,6 +20,8 @@ class KroneckerFactorization(Adapter):
     factored operator and held below `spectral_cap` after every step.
     """
 
+    probe: Tensor  # where the last power iteration ended
+
     def __init__(
         self, d_in: int, d_out: int, terms: int, scale: float, spectral_cap: float | None = None
     ):

@@ -83,6 +83,7 @@ class BemSite(nn.Module, BaseTunerLayer):
     """A frozen linear layer and, per adapter name, what is attached to it."""
 
     adapter_layer_names = ("bem_update", "bem_film", "bem_controller")
+    live: Any  # (active update, index of its control), or None
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime):
         super().__init__()
@@ -138,12 +139,12 @@ class BemSite(nn.Module, BaseTunerLayer):
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""
-        name = next(iter(self.active_adapters), None)
-        found = (
-            None if self.disable_adapters or name not in self.bem_update else self.bem_update[name]
-        )
+        name = next(iter(self.active_adapters), "")
+        live = None
+        if not self.disable_adapters and name in self.bem_update:
+            live = (self.bem_update[name], self.indices.get(name))
         # past Module.__setattr__: it must not become a second child
-        self.__dict__["live"] = None if found is None else (found, self.indices.get(str(name)))
+        vars(self)["live"] = live
 
     def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -24,6 +24,8 @@ class RankMask(nn.Module):
     fixed: the first k, always. A control.
     """
 
+    table: Tensor  # of the controls: one mask per chunk number
+
     def __init__(
         self,
         rank: int,
@@ -85,6 +87,7 @@ class MaskedLowRank(Adapter):
         return c if self.radius is None else into_ball(self.gram(self.u, self.v), c, self.radius)
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+        assert control is not None
         return y + F.linear(F.linear(x, self.v.to(x.dtype)) * control, self.u.to(x.dtype))
 
     def flops(self) -> Flops:

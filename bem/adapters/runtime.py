@@ -147,7 +147,7 @@ class Runtime:
         if cache is None:
             self._route_piece(wiring, hidden, None)
         else:
-            self._route_cached(wiring, hidden, cache)
+            self._route_cached(wiring, hidden, cache)  # pyright: ignore
 
     @torch.compiler.disable
     def _route_cached(self, wiring: Wiring, hidden: Tensor, cache: Cache) -> None:

@@ -70,7 +70,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         return 0
     except OSError as error:
         return _problem(_system_problem(error))
-    except _USAGE_ERROR as error:
+    except _USAGE_ERROR as error:  # pyright: ignore
         if not error.format_message():  # a bare `bem` has shown its help
             return 0
         context = getattr(error, "ctx", None)

@@ -141,7 +141,7 @@ def load_hf(
     if unknown:
         raise DataError(f"columns of {dataset!r} name no field of ours: {', '.join(unknown)}.")
     rows = (
-        (f"{dataset}[{split}][{i}]", _renamed(row, wanted, f"{dataset}[{split}]"))
+        (f"{dataset}[{split}][{i}]", _renamed(dict(row), wanted, f"{dataset}[{split}]"))
         for i, row in enumerate(table)
     )
     return examples_from_rows(rows, task=task, instruction=instruction, stem=split)
