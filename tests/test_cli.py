@@ -213,7 +213,13 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(capsys, config, mo
 def test_control_c_can_be_resumed_with_the_same_command(config):
     command = [sys.executable, "-c", "from bem.cli import main; main()", "run", str(config)]
     long = ["--set", "training.steps=100000", "--set", "training.checkpoint_every=10"]
-    running = subprocess.Popen([*command, *long], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*command, *long],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run started in the background inherits "ignore" for Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = config.parent / "runs" / "small" / "arms" / "s0" / "seed-0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
