@@ -6,7 +6,8 @@
 2. Full fine-tuning reaches exact match above 0 on each of `--tasks` (rows it was not trained on).
 3. Loss on prose of the dev split, reported.
 
-Exit code 1 if check 1 or 2 fails. On one core with the defaults: about ten minutes.
+Exit code 1 if check 1 or 2 fails. A base of 3 million parameters takes about two CPU seconds per
+update; 80 updates (`--steps 80`) already show whether exact match leaves zero.
 """
 
 import argparse
@@ -194,7 +195,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with the public sets")
     parser.add_argument("--out", type=Path, default=None, help="write the numbers here as JSON")
     parser.add_argument("--tasks", nargs="*", default=["json_snips", "sql_wikisql"])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--train-rows", type=int, default=12_000)
