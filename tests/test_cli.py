@@ -212,20 +212,22 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(capsys, config, mo
 
 def test_control_c_can_be_resumed_with_the_same_command(config):
     command = [sys.executable, "-c", "from bem.cli import main; main()", "run", str(config)]
-    long = ["--set", "training.steps=100000", "--set", "training.checkpoint_every=10"]
-    running = subprocess.Popen(
-        [*command, *long],
-        stderr=subprocess.PIPE,
-        text=True,
-        # a test run started in the background inherits "ignore" for Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    long = ["--set", "training.steps=5000", "--set", "training.checkpoint_every=10"]
     metrics = config.parent / "runs" / "small" / "arms" / "s0" / "seed-0" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    _, message = running.communicate(timeout=120)
+    deadline = time.monotonic() + 300
+    # a test run started in the background inherits "ignore" for Ctrl-C
+    awake = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(
+        [*command, *long], stderr=subprocess.PIPE, text=True, preexec_fn=awake
+    ) as running:
+        try:
+            while not (metrics.is_file() and metrics.stat().st_size):
+                assert time.monotonic() < deadline and running.poll() is None
+                time.sleep(0.1)
+            running.send_signal(signal.SIGINT)
+            _, message = running.communicate(timeout=300)
+        finally:
+            running.kill()
     assert running.returncode == 130
     assert "the same command resumes it" in message and "Traceback" not in message
     assert (metrics.parent / "state.pt").is_file()

@@ -353,7 +353,7 @@ def _curves(folder: RunFolder, config: ExperimentConfig, colours: dict[str, int]
 def _scores(
     config: ExperimentConfig, measured: dict[str, Measurement], family: Sequence[str]
 ) -> Iterator[Score]:
-    """Means over examples and seeds: every metric on the whole, the primary ones on each slice."""
+    """Means over examples and seeds: every metric on the whole, the first primary one on each slice."""
     arms = sorted(config.arms, key=lambda arm: arm.role != "baseline")
     base = measured[config.baseline.name]
     for metric in base.metrics:
@@ -361,7 +361,7 @@ def _scores(
             continue  # the same numbers as the tasks' own metric
         meaning = base.metric(metric)
         whole = np.ones(base.n, dtype=bool)
-        parts = {"": whole, **(base.slices if metric in family else {})}
+        parts = {"": whole, **(base.slices if metric == family[0] else {})}
         for part, mask in parts.items():
             values = [_mean(measured[arm.name], metric, np.asarray(mask)) for arm in arms]
             known = [v for v in values if np.isfinite(v)]

@@ -31,12 +31,10 @@ def sentence(verdict: dict[str, Any]) -> str:
             f"Better than {verdict['baseline']}: {gain}. All {len(verdict['checks'])} gates passed."
         )
     if verdict["decision"] == "REJECT":
-        return f"Rejected: {_list([_trouble(c, verdict) for c in failed])}. Quality: {gain}."
+        return f"Rejected: {_list([_trouble(c, verdict) for c in failed])}. Best metric: {gain}."
     more = verdict["n_more"]
     wanted = f" About {more:,} more examples would decide." if more else ""
-    return (
-        f"Not decided: {_list([_trouble(c, verdict) for c in unknown])}. Quality: {gain}.{wanted}"
-    )
+    return f"Not decided: {_list([_trouble(c, verdict) for c in unknown])}. Best metric: {gain}.{wanted}"
 
 
 def reasons(verdict: dict[str, Any]) -> list[str]:
