@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -151,7 +153,12 @@ def _command() -> str:
 
 
 def _quiet() -> None:
-    """Our own progress is enough: no bars of transformers for loading a few megabytes."""
+    """No bars for loading a few megabytes, and no news about other libraries' next versions.
+
+    The environment carries the filter to the processes that train.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:transformers.modeling_utils")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
