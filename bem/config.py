@@ -19,6 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bem.errors import ConfigError
 
 VARIANTS = ("s0", "pt1", "v1", "v3", "v4")
+EVIDENCE_FEATURES = (
+    "present",
+    "best",
+    "margin",
+    "entropy",
+    "contradiction",
+    "coverage",
+    "consistency",
+    "count",
+)
+"""What an adapter is told about retrieved evidence, each in [0, 1]; all zero: no evidence."""
 
 
 class Section(BaseModel):
