@@ -1,0 +1,132 @@
+"""Passages: what is indexed, retrieved and shown to the model; read from JSONL files.
+
+    {"id": "p1", "title": "Ada Lovelace", "text": "..."}       id and title are optional
+    {"id": "h0", "input": "Ada Lovelace", "references": [], "evidence": ["..."]}
+    {"id": "q7", "input": "Who ...?", "references": ["..."], "evidence": ["...", "..."]}
+
+In the second form (a row without an answer) the input is the passage's title. The third is a question with
+its evidence: each text becomes a passage `q7#0`, `q7#1`, and the question itself never enters the
+index, where it would give its own answer away.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from bem.errors import DataError
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One retrievable text."""
+
+    id: str
+    text: str
+    title: str = ""
+
+    @property
+    def shown(self) -> str:
+        """What goes into a prompt and into the index: "title: text", or the text alone."""
+        return f"{self.title}: {self.text}" if self.title else self.text
+
+
+def read_corpus(path: str | Path) -> list[Passage]:
+    """Every passage of a .jsonl or .jsonl.gz file, in order; see the module's docstring for rows.
+
+    Raises:
+        DataError: no such file, no passages, or a row that is not usable; names file and line.
+    """
+    path = Path(path)
+    passages: list[Passage] = []
+    lines: dict[str, int] = {}
+    for number, row in _rows(path):
+        for passage in _passages(row, number, f"{path}:{number}"):
+            if passage.id in lines:
+                raise DataError(
+                    f"{path}:{number}: id {passage.id!r} was already used in line "
+                    f"{lines[passage.id]}. Sources are named by id, so each needs its own."
+                )
+            lines[passage.id] = number
+            passages.append(passage)
+    if not passages:
+        raise DataError(f"{path} holds no passages.")
+    return passages
+
+
+def corpus_hash(passages: Iterable[Passage]) -> str:
+    """sha256 over ids, titles and texts, in order."""
+    digest = hashlib.sha256()
+    for passage in passages:
+        for part in (passage.id, passage.title, passage.text):
+            encoded = part.encode("utf-8", "surrogatepass")
+            # With its length in front, no text can imitate the boundary between two fields.
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+    return digest.hexdigest()
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _row(line, f"{path}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"Cannot read {path}: {error}") from None
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f'{where} must be an object with a "text", got {line.strip()[:40]!r}.')
+    return row
+
+
+def _passages(row: dict[str, Any], number: int, where: str) -> Iterator[Passage]:
+    name = str(row.get("id", number))
+    if "text" in row:
+        yield Passage(name, _text(row["text"], where), _string(row.get("title"), where, "title"))
+        return
+    texts = row.get("evidence")
+    if not isinstance(texts, list):
+        raise DataError(
+            f'{where} has neither "text" nor a list "evidence"; it has: {", ".join(row) or "nothing"}.'
+        )
+    if row.get("references"):
+        for index, text in enumerate(texts):
+            yield Passage(f"{name}#{index}", _text(text, where))
+    elif len(texts) == 1:
+        yield Passage(name, _text(texts[0], where), _string(row.get("input"), where, "input"))
+    else:
+        raise DataError(f"{where}: a row without references is one passage, found {len(texts)}.")
+
+
+def _text(value: Any, where: str) -> str:
+    text = _string(value, where, "text")
+    if not text.strip():
+        raise DataError(f"{where}: the text is empty. Drop the row.")
+    return text
+
+
+def _string(value: Any, where: str, field: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {field} must be a string, got {type(value).__name__}.")
+    return value
