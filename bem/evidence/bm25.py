@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 
 K1, B = 1.5, 0.75
 
-FUNCTION_WORDS = frozenset(
-    "a about after all also am an and any are as at be because been before being between both but "
-    "by can could did do does doing done for from had has have having he her hers him his how i if "
-    "in into is it its itself just me more most my no nor not of off on once only or other our ours "
-    "out over own s same she should so some such t than that the their them then there these they "
-    "this those through to too under until up very was we were what when where which while who "
-    "whom whose why will with would you your yours".split()
-)
+_FUNCTION_WORDS = """
+a about after all also am an and any are as at be because been before being between both but by can
+could did do does doing done for from had has have having he her hers him his how i if in into is it
+its itself just me more most my no nor not of off on once only or other our ours out over own s same
+she should so some such t than that the their them then there these they this those through to too
+under until up very was we were what when where which while who whom whose why will with would you
+your yours
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 # Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
 _SPACELESS = re.compile(
