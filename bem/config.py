@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bem.errors import ConfigError
 
-VARIANTS = ("s0", "pt1", "v1", "v3", "v4")
+VARIANTS = ("s0", "pt1", "v1", "v2", "v3", "v4")
 EVIDENCE_FEATURES = (
     "present",
     "best",
@@ -44,8 +44,9 @@ S = TypeVar("S", bound=Section)
 class AdapterConfig(Section):
     """What is attached to the frozen base, and where."""
 
-    variant: Literal["s0", "pt1", "v1", "v3", "v4"] = "s0"
-    """s0 static LoRA | pt1 head-group gate | v1 pt1 + dynamic rank mask | v3 Kronecker | v4 FiLM."""
+    variant: Literal["s0", "pt1", "v1", "v2", "v3", "v4"] = "s0"
+    """s0 static LoRA | pt1 head-group gate | v1 pt1 + dynamic rank mask | v2 pt1 + shaping by evidence
+    | v3 Kronecker | v4 FiLM."""
     rank: int = Field(default=8, ge=1)
     """Rank of the update at each site (v3: number of Kronecker terms; v4: width of the modulation)."""
     alpha: float | None = Field(default=None, gt=0)
@@ -62,6 +63,12 @@ class AdapterConfig(Section):
     """Who chooses the ranks of v1; random and fixed are its controls."""
     mask_temperature: float = Field(default=1.0, gt=0)
     """Temperature of the Gumbel top-k relaxation while v1 trains."""
+    temperature: bool = True
+    """v2: one attention temperature per head, set by the evidence; False: gates alone."""
+    alignment: float = Field(default=0.1, ge=0)
+    """v2: weight of the loss that draws the gates' magnitude to the evidence's margin."""
+    margin_scale: float = Field(default=2.0, gt=0)
+    """v2: gate magnitude that belongs to a margin of 1."""
     film_range: Literal["narrow", "wide"] = "narrow"
     """v4: gamma in [0.8, 1.2] and |beta| <= 0.1, or gamma in [0.5, 2] and |beta| <= 0.5."""
     chunk_size: int = Field(default=64, ge=1)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bem.adapters.budget import Price, price_of
+from bem.adapters.controller import Controller
+from bem.adapters.head_gate import HeadGate
 from bem.config import VARIANTS, AdapterConfig, parse
 from bem.errors import AttachError
 
@@ -40,7 +42,8 @@ class Attached:
         from bem.adapters.peft_method import adapters_of
 
         parts = [part for _, part in adapters_of(self.base, NAME)]
-        return [m for p in parts for m in (p.update, p.film, p.controller) if m is not None]
+        found = [m for p in parts for m in (p.update, p.film, p.shaping, p.controller)]
+        return [m for m in found if m is not None]
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters, the only ones that train."""
@@ -57,6 +60,26 @@ class Attached:
             p for m in self.modules() if hasattr(m, "penalty") and (p := m.penalty()) is not None
         ]
         return torch.stack(found).sum() if found else torch.zeros((), device=self.base.device)
+
+    @property
+    def n_evidence(self) -> int:
+        """Evidence features that the adapter reads; 0: it reads none."""
+        return next((m.n_evidence for m in self.modules() if isinstance(m, Controller)), 0)
+
+    def gate_magnitude(self) -> Tensor | None:
+        """Mean gate over all head-gated sites, (batch, tokens), in the last forward pass.
+
+        None if the variant has no head gates.
+        """
+        runtime = self.base.bem_runtime
+        if runtime.wiring is None:
+            return None
+        gates = [
+            m.magnitude(runtime.parts[i])
+            for i, m in enumerate(runtime.wiring.members)
+            if isinstance(m, HeadGate)
+        ]
+        return torch.stack(gates).mean(0).float() if gates else None
 
     def after_step(self) -> None:
         """Call after every optimiser step: keeps spectral cap and trust radius."""
@@ -127,7 +150,7 @@ def attach(model: Any, variant: str | AdapterConfig | None = None, **overrides: 
 
     Args:
         model: any Hugging Face causal LM.
-        variant: `s0 pt1 v1 v3 v4`, or a whole config.
+        variant: `s0 pt1 v1 v2 v3 v4`, or a whole config.
         **overrides: fields of `AdapterConfig`, such as rank=8.
     Raises:
         AttachError: unknown variant, no site found, or something is attached already.

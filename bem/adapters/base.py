@@ -22,6 +22,10 @@ class Code:
         Tensor | None
     )  # (batch, chunks, 2 * n_heads): statistics of each head over the last chunk
     number: Tensor  # int (batch, chunks): how many chunks came before in the sequence, plus one
+    evidence: Tensor | None = (
+        None  # (batch, chunks, len(EVIDENCE_FEATURES)): known before each chunk
+    )
+    real: Tensor | None = None  # bool (batch, chunks): the slot holds tokens
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def price_of(parts: dict[str, Parts], tokens: int = 512) -> Price:
     slots = math.ceil(tokens / controller.chunk_size) if controller is not None else 0
     rows: list[tuple[str, str, int, float]] = []
     for site, part in parts.items():
-        for module in (part.update, part.film):
+        for module in (part.update, part.film, part.shaping):
             if module is not None:
                 flops = module.flops()
                 per_token = flops.per_token + flops.per_chunk * slots / tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +10,13 @@ import torch
 from bem.adapters.base import Adapter
 from bem.adapters.controller import Controller
 from bem.adapters.film import ResidualFiLMModule
+from bem.adapters.gate_shaping import GateShapingV2
 from bem.adapters.head_gate import HeadGate
 from bem.adapters.kronecker import KroneckerFactorization
 from bem.adapters.low_rank import LowRank
 from bem.adapters.rank_mask import MaskedLowRank, RankMask
 from bem.adapters.sites import ATTN_OUT, MLP_DOWN, Site, Sites
+from bem.config import EVIDENCE_FEATURES
 from bem.errors import AttachError
 
 if TYPE_CHECKING:
@@ -25,19 +27,22 @@ UPDATES: dict[str, tuple[str, ...]] = {
     "s0": (ATTN_OUT, MLP_DOWN),
     "pt1": (ATTN_OUT,),
     "v1": (ATTN_OUT, MLP_DOWN),
+    "v2": (ATTN_OUT,),
     "v3": (MLP_DOWN,),
     "v4": (),
 }
-CONTROLLED = ("pt1", "v1", "v4")
+CONTROLLED = ("pt1", "v1", "v2", "v4")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What one site carries: its update, its block's modulation, the controller. Any may be missing."""
+    """What one site carries: its update, its block's modulation, the temperature of its block's
+    heads, the controller. Any may be missing."""
 
     update: Adapter | None = None
     film: ResidualFiLMModule | None = None
     controller: Controller | None = None
+    shaping: GateShapingV2 | None = None
 
 
 def build(
@@ -60,8 +65,11 @@ def build(
             film = None
             if config.variant == "v4" and _carries_film(sites, site):
                 film = ResidualFiLMModule(sites.d_model, code_width(config), config.film_range)
+        shaping = None
+        if config.variant == "v2" and config.temperature and site.role == ATTN_OUT:
+            shaping = GateShapingV2(len(EVIDENCE_FEATURES), sites.n_heads)
         if update is not None or film is not None:
-            parts[site.name] = Parts(update, film)
+            parts[site.name] = Parts(update, film, shaping=shaping)
     if not parts:
         raise AttachError(
             f"variant {config.variant!r} found none of its sites ({' '.join(UPDATES[config.variant]) or 'any'}) at or "
@@ -71,9 +79,13 @@ def build(
         first = next(iter(parts))
         with _seeded(config.seed, -1):
             controller = Controller(
-                sites.d_model, code_width(config), config.chunk_size, heads_read(sites, config)
+                sites.d_model,
+                code_width(config),
+                config.chunk_size,
+                heads_read(sites, config),
+                evidence_read(config),
             )
-        parts[first] = Parts(parts[first].update, parts[first].film, controller)
+        parts[first] = replace(parts[first], controller=controller)
     return parts
 
 
@@ -84,7 +96,12 @@ def code_width(config: AdapterConfig) -> int:
 
 def heads_read(sites: Sites, config: AdapterConfig) -> int:
     """Heads whose statistics the controller pools: only head gates read them."""
-    return sites.n_heads if config.variant in ("pt1", "v1") else 0
+    return sites.n_heads if config.variant in ("pt1", "v1", "v2") else 0
+
+
+def evidence_read(config: AdapterConfig) -> int:
+    """Evidence features that the variant reads."""
+    return len(EVIDENCE_FEATURES) if config.variant == "v2" else 0
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
@@ -130,6 +147,9 @@ def _head_gate(
         mask,
         radius,
         config.decorrelation,
+        evidence_read(config),
+        config.alignment if config.variant == "v2" else 0.0,
+        config.margin_scale,
     )
 
 

@@ -129,7 +129,7 @@ def only_the_adapter_trains(make: Make, arch: str) -> str:
     """Adapter parameters all get a gradient; nothing else gets one."""
     attached = _perturbed(make(tiny_model(arch)))
     attached.model.train()
-    attached.model(input_ids=_ids(), labels=_ids(), use_cache=False).loss.backward()
+    _loss(attached.model, _ids()).backward()
     mine = dict(attached.named_parameters())
     silent = [n for n, p in mine.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert mine and not silent, f"no gradient: {silent[:4]}"
@@ -205,7 +205,8 @@ def padding_is_invisible(make: Make, arch: str) -> str:
         cache = out.past_key_values
         parts.append(out.logits)
     for row, length in enumerate(lengths):
-        alone = _logits(attached.model, ids[row : row + 1, -length:])[0]
+        given = {k: v[row : row + 1] for k, v in _evidence(attached.model, 2).items()}
+        alone = _forward(attached.model, ids[row : row + 1, -length:], **given).logits[0]
         for batch in (whole, torch.cat(parts, 1)):
             worst = max(worst, _difference(batch[row, -length:], alone))
     assert worst < TOLERANCE, f"max |difference| {worst:.1e}"
@@ -228,6 +229,7 @@ def generation_is_exact(make: Make, arch: str) -> str:
                 attention_mask=torch.ones_like(prompt),
                 output_scores=True,
                 return_dict_in_generate=True,
+                **_evidence(attached.model, len(prompt)),
             )
         turns = torch.zeros_like(out.sequences, dtype=torch.bool)
         turns[:, prompt.shape[1] - 1] = True
@@ -256,6 +258,33 @@ def turns_restart_chunks(make: Make, arch: str) -> str:
         attached.model, ids, turn_starts=turns_from_labels(labels), use_cache=False
     ).logits
     return _equal(given, trained, 0.0)
+
+
+def evidence_travels(make: Make, arch: str) -> str:
+    """Evidence given once holds on through the cache; new evidence changes no earlier logit."""
+    attached, ids = _perturbed(make(tiny_model(arch))), _ids()
+    known = _evidence(attached.model, 2)
+    if not known:
+        return "reads no evidence"
+    model, first = attached.model, known["evidence"]
+    whole = _forward(model, ids, use_cache=False).logits
+    _, cache = _piece(model, ids[:, :19], None)
+    _, cache = _piece(model, ids[:, 19:20], cache)
+    rest = _forward(model, ids[:, 20:], past_key_values=cache, evidence=None).logits
+    worst = _difference(rest, whole[:, 20:])
+    new = first.flip(1)
+    turns = torch.zeros_like(ids, dtype=torch.bool)
+    turns[:, 27] = True
+    by_token = torch.where((torch.arange(TOKENS) >= 27)[None, :, None], new[:, None], first[:, None])
+    both = _forward(model, ids, turn_starts=turns, evidence=by_token, use_cache=False).logits
+    _, cache = _piece(model, ids[:, :27], None)
+    later = _forward(
+        model, ids[:, 27:], past_key_values=cache, turn_starts=turns[:, 27:], evidence=new
+    ).logits
+    worst = max(worst, _difference(both[:, 27:], later), _difference(both[:, :27], whole[:, :27]))
+    assert _difference(both[:, 27:], whole[:, 27:]) > 1e-2, "the evidence changes nothing"
+    assert worst < TOLERANCE, f"max |difference| {worst:.1e}"
+    return f"{worst:.0e}"
 
 
 def round_trip(make: Make, arch: str) -> str:
@@ -392,6 +421,7 @@ CHECKS: dict[str, Callable[[Make, str], str]] = {
     "padding_is_invisible": padding_is_invisible,
     "generation_is_exact": generation_is_exact,
     "turns_restart_chunks": turns_restart_chunks,
+    "evidence_travels": evidence_travels,
     "round_trip": round_trip,
     "price_is_true": price_is_true,
     "survives_checkpointing": survives_checkpointing,
@@ -426,8 +456,20 @@ def _seeded() -> Iterator[None]:
 
 
 def _forward(model: Any, ids: Tensor, **kwargs: Any) -> Any:
+    """A forward pass, with evidence for adapters that read it."""
     with torch.no_grad():
-        return model(input_ids=ids, **kwargs)
+        return model(input_ids=ids, **{**_evidence(model, len(ids)), **kwargs})
+
+
+def _evidence(model: Any, rows: int) -> dict[str, Tensor]:
+    """Keyword argument with different evidence for each row; empty if nothing active reads any."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    runtime = vars(inner).get("bem_runtime")
+    width = runtime.wiring.controller.n_evidence if runtime and runtime.wiring else 0
+    if not width:
+        return {}
+    values = torch.linspace(0.1, 1.0, 2 * width).view(2, width)
+    return {"evidence": torch.cat([values, values.flip(1)])[:rows]}
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -437,7 +479,8 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 def _loss(model: Any, ids: Tensor) -> Tensor:
     labels = ids.clone()
     labels[:, :13] = -100
-    return model(input_ids=ids, labels=labels, use_cache=False).loss
+    given = _evidence(model, len(ids))
+    return model(input_ids=ids, labels=labels, use_cache=False, **given).loss
 
 
 def _piece(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

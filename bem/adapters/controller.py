@@ -1,6 +1,6 @@
 """The controller: one small network that reads pooled hidden states and writes each chunk's code.
 
-    z = MLP([mean hidden of the last chunk, mean hidden of all earlier tokens])        in R^d_control
+    z = MLP([mean hidden of the last chunk, mean hidden of all earlier tokens, evidence])  in R^d_control
 
 It never sees the chunk that its code governs: the code of a chunk depends on earlier tokens only, so
 all chunks of a prompt are coded in one parallel pass, and a token decoded later changes nothing.
@@ -74,15 +74,22 @@ class Controller(nn.Module):
     Features of a token: its hidden state entering the router layer and, if `n_heads` > 0, each
     head's energy (mean square of its slice of the attention output one layer below) and the square
     of that, from which mean and spread over a chunk follow. A sequence's first chunk has no past:
-    its code is a learned prior.
+    its code is a learned prior, moved by the evidence if `n_evidence` > 0.
     """
 
-    def __init__(self, d_model: int, d_control: int, chunk_size: int, n_heads: int = 0):
+    def __init__(
+        self, d_model: int, d_control: int, chunk_size: int, n_heads: int = 0, n_evidence: int = 0
+    ):
+        """n_evidence: number of evidence features; 0: reads none."""
         super().__init__()
         self.d_model, self.n_heads, self.chunk_size = d_model, n_heads, chunk_size
-        self.read = nn.Linear(2 * d_model, d_control)
+        self.n_evidence = n_evidence
+        self.read = nn.Linear(2 * d_model + n_evidence, d_control)
         self.write = nn.Linear(d_control, d_control)
         self.prior = nn.Parameter(torch.zeros(d_control))
+        if n_evidence:
+            self.hint = nn.Linear(n_evidence, d_control, bias=False)
+            nn.init.zeros_(self.hint.weight)
         self.width = d_model + 2 * n_heads  # features per token
 
     def start(self, batch: int, control_width: int, device: torch.device) -> Running:
@@ -113,8 +120,12 @@ class Controller(nn.Module):
         count = torch.cat([count[:, :1] + before.count[:, None], count[:, 1:]], 1)
         return Routed(before.control[:, None], slot, sums, count, before)
 
-    def code(self, pooled: Routed) -> Code:
-        """The code of every chunk that begins in the piece: slots 1, 2, ..."""
+    def code(self, pooled: Routed, evidence: Tensor | None = None) -> Code:
+        """The code of every chunk that begins in the piece: slots 1, 2, ...
+
+        Args:
+            evidence: of each of these chunks (batch, slots, n_evidence); None: it reads none.
+        """
         sums, count = pooled.sums[:, :-1], pooled.count[:, :-1]
         all_sums = pooled.before.done_sums[:, None] + sums.cumsum(1)
         all_count = pooled.before.done_count[:, None] + count.cumsum(1)
@@ -122,10 +133,14 @@ class Controller(nn.Module):
         past = all_sums / all_count.clamp(min=1)[..., None]
         seen = (all_count > 0)[..., None]
         d = self.d_model
-        z = self._mlp(torch.cat([_scale(last[..., :d]), _scale(past[..., :d])], -1))
-        z = torch.where(seen, z, self.prior)
+        read = [_scale(last[..., :d]), _scale(past[..., :d])]
+        first = self.prior
+        if evidence is not None:
+            read.append(evidence)
+            first = first + self.hint(evidence)
+        z = torch.where(seen, self._mlp(torch.cat(read, -1)), first)
         heads = torch.where(seen, self._head_statistics(last), 0.0) if self.n_heads else None
-        return Code(z, heads, pooled.number[:, 1:])
+        return Code(z, heads, pooled.number[:, 1:], evidence, pooled.count[:, 1:] > 0)
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.write(F.gelu(self.read(x)))
@@ -139,7 +154,8 @@ class Controller(nn.Module):
 
     def flops_per_chunk(self) -> int:
         """Matrix FLOPs for one chunk slot, without pooling."""
-        return 2 * (self.read.weight.numel() + self.write.weight.numel())
+        hint = self.hint.weight.numel() if self.n_evidence else 0
+        return 2 * (self.read.weight.numel() + self.write.weight.numel() + hint)
 
 
 def token_features(hidden: Tensor, head_input: Tensor | None, n_heads: int) -> Tensor:
@@ -157,6 +173,24 @@ def token_features(hidden: Tensor, head_input: Tensor | None, n_heads: int) -> T
         return torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], 2 * n_heads)], -1)
     energy = head_input.detach().float().unflatten(-1, (n_heads, -1)).square().mean(-1)
     return torch.cat([hidden, energy, energy.square()], -1)
+
+
+def evidence_of_chunks(given: Tensor | None, routed: Routed, width: int) -> Tensor:
+    """Evidence of every chunk that begins in a piece, (batch, slots, width).
+
+    Args:
+        given: handed in with the piece: (batch, width) for all of it, (batch, tokens, width) of
+            which a chunk takes its first token's; None: what held before the piece goes on.
+        routed: the piece, cut into chunks.
+    """
+    slots = routed.sums.shape[1] - 1
+    if given is None:  # the evidence is the tail of the control: it travels with the cache
+        given = routed.before.control[:, routed.before.control.shape[1] - width :]
+    if given.dim() == 2:
+        return given.float()[:, None].expand(-1, slots, -1)
+    new = torch.arange(1, slots + 1, device=routed.slot.device)
+    first = (routed.slot[:, None] == new[:, None]).to(torch.int8).argmax(-1)
+    return given.float().gather(1, first[..., None].expand(-1, -1, width))
 
 
 def with_control(pooled: Routed, control: Tensor) -> Routed:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bem.adapters.build import Parts, build
 from bem.adapters.controller import Controller
+from bem.adapters.queries import find_queries
 from bem.adapters.runtime import MarkedGenerate, Runtime, Wiring
 from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
 from bem.config import AdapterConfig, parse
@@ -82,17 +83,14 @@ BemConfig.__doc__ = "PEFT config of BEM; its fields are those of `bem.config.Ada
 class BemSite(nn.Module, BaseTunerLayer):
     """A frozen linear layer and, per adapter name, what is attached to it."""
 
-    adapter_layer_names = ("bem_update", "bem_film", "bem_controller")
+    adapter_layer_names = ("bem_update", "bem_film", "bem_controller", "bem_shaping")
     live: Any  # (active update, index of its control), or None
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime):
         super().__init__()
         self.base_layer = base_layer
-        self.bem_update, self.bem_film, self.bem_controller = (
-            nn.ModuleDict(),
-            nn.ModuleDict(),
-            nn.ModuleDict(),
-        )
+        self.bem_update, self.bem_film = nn.ModuleDict(), nn.ModuleDict()
+        self.bem_controller, self.bem_shaping = nn.ModuleDict(), nn.ModuleDict()
         self._disable_adapters, self.merged_adapters, self._active_adapter = False, [], []
         self.runtime = runtime
         self.indices: dict[
@@ -107,6 +105,7 @@ class BemSite(nn.Module, BaseTunerLayer):
             (self.bem_update, parts.update),
             (self.bem_film, parts.film),
             (self.bem_controller, parts.controller),
+            (self.bem_shaping, parts.shaping),
         ):
             if module is not None:
                 home[name] = module
@@ -120,7 +119,9 @@ class BemSite(nn.Module, BaseTunerLayer):
         def of(home: nn.ModuleDict) -> Any:
             return home[name] if name in home else None  # noqa: SIM401 - ModuleDict has no get
 
-        return Parts(of(self.bem_update), of(self.bem_film), of(self.bem_controller))
+        return Parts(
+            of(self.bem_update), of(self.bem_film), of(self.bem_controller), of(self.bem_shaping)
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -279,7 +280,9 @@ def rewire(model: nn.Module) -> None:
     present = {name for site in sites.values() for name in site._get_available_adapters()}
     plans = {name: plan for name, plan in runtime.plans.items() if name in present}
     wirings = {
-        name: w for name, plan in plans.items() if (w := _wire(name, plan.sites, plan.layer, sites))
+        name: w
+        for name, plan in plans.items()
+        if (w := _wire(name, plan.sites, plan.layer, sites, model))
     }
     first = next(iter(sites.values()), None)
     active = next(iter(first.active_adapters), "") if first and not first.disable_adapters else ""
@@ -295,11 +298,14 @@ def rewire(model: nn.Module) -> None:
         site._refresh()
 
 
-def _wire(name: str, plan: Sites, layer: int, sites: dict[str, BemSite]) -> Wiring | None:
+def _wire(
+    name: str, plan: Sites, layer: int, sites: dict[str, BemSite], model: nn.Module
+) -> Wiring | None:
     """The wiring of one adapter; None if it is static."""
     controller: Controller | None = None
     controlled: list[Any] = []
     films: dict[int, int] = {}
+    shapings: dict[int, int] = {}
     for place in plan.above(layer):
         if place.name not in sites:
             continue
@@ -313,9 +319,13 @@ def _wire(name: str, plan: Sites, layer: int, sites: dict[str, BemSite]) -> Wiri
         if parts.film is not None:
             films[place.layer] = len(controlled)
             controlled.append(parts.film)
+        if parts.shaping is not None:
+            shapings[place.layer] = len(controlled)
+            controlled.append(parts.shaping)
     if controller is None:
         return None
-    return Wiring(name, layer, len(plan.blocks), controller, controlled, films)
+    queries = find_queries(model, plan, list(shapings)) if shapings else {}
+    return Wiring(name, layer, len(plan.blocks), controller, controlled, films, shapings, queries)
 
 
 def adapters_of(model: nn.Module, name: str) -> list[tuple[str, Parts]]:

@@ -16,7 +16,15 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from bem.adapters.cache import ControlLayer, control_layer
 from bem.adapters.chunks import slots_needed, turns_from_labels
-from bem.adapters.controller import Controller, Routed, token_features, with_control
+from bem.adapters.controller import (
+    Controller,
+    Routed,
+    evidence_of_chunks,
+    token_features,
+    with_control,
+)
+from bem.adapters.queries import Queries
+from bem.adapters.sites import clean_name
 from bem.errors import AttachError, CacheError, TrainingError
 
 
@@ -30,11 +38,14 @@ class Wiring:
     controller: Controller
     members: list[Any]  # modules with a control, in order
     films: dict[int, int]  # decoder block -> index into `members`
+    shapings: dict[int, int]  # decoder block whose queries are scaled -> index into `members`
+    queries: dict[int, Queries]  # the same blocks -> where their queries come out
 
     @property
     def widths(self) -> list[int]:
-        """Control floats of each member."""
-        return [member.control_width for member in self.members]
+        """Control floats of each member; the evidence that they were made from comes last."""
+        widths = [member.control_width for member in self.members]
+        return [*widths, n] if (n := self.controller.n_evidence) else widths
 
 
 class _PerToken:
@@ -71,7 +82,9 @@ class Runtime:
         self.handles: list[Any] = []
         self._mask: Tensor | None = None
         self._turns: Tensor | None = None
-        self._prompt_turns: Tensor | None = None
+        self._evidence: Tensor | None = None
+        self.prompt_turns: Tensor | None = None  # what `generate` was given
+        self.prompt_evidence: Tensor | None = None
         self._head_input: Tensor | None = None
 
     # --- hooks ------------------------------------------------------------------------------------
@@ -94,6 +107,11 @@ class Runtime:
                 self.handles.append(attn_out[layer - 1].register_forward_pre_hook(self._listen))
         for block in sorted({block for w in wirings for block in w.films}):
             self.handles.append(blocks[block].register_forward_hook(partial(self._modulate, block)))
+        places = {block: q for w in wirings for block, q in w.queries.items()}
+        modules = {clean_name(n): m for n, m in model.named_modules()} if places else {}
+        for block, queries in sorted(places.items()):
+            hook = partial(self._shape, block)
+            self.handles.append(modules[queries.name].register_forward_hook(hook))
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -102,8 +120,8 @@ class Runtime:
         self.handles = []
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Note padding and turn starts; `turn_starts` is ours and goes no further."""
-        turns = kwargs.pop("turn_starts", None)
+        """Note padding, turn starts and evidence; the last two are ours and go no further."""
+        turns, evidence = kwargs.pop("turn_starts", None), kwargs.pop("evidence", None)
         if self.wiring is None:
             return args, kwargs
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -113,7 +131,7 @@ class Runtime:
             )
         if turns is None and kwargs.get("labels") is not None:
             turns = turns_from_labels(kwargs["labels"])
-        self._mask, self._turns = mask, turns
+        self._mask, self._turns, self._evidence = mask, turns, evidence
         self._head_input = None
         self.parts = _NoControl()
         self.serial += 1
@@ -131,6 +149,12 @@ class Runtime:
         if isinstance(output, tuple):
             return film.modulate(output[0], control), *output[1:]
         return film.modulate(output, control)
+
+    def _shape(self, block: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        wiring = self.wiring
+        if wiring is None or block not in wiring.shapings:
+            return output
+        return wiring.queries[block].scale(output, self.parts[wiring.shapings[block]])
 
     def _route(self, layer: int, block: Any, args: tuple, kwargs: dict) -> None:
         """Before the router layer runs: turn what was read so far into control for every site above."""
@@ -200,8 +224,30 @@ class Runtime:
             state.append(routed, features, valid)
 
     def _decide(self, wiring: Wiring, pooled: Routed) -> Routed:
-        code = wiring.controller.code(pooled)
-        return with_control(pooled, torch.cat([m.control(code) for m in wiring.members], -1))
+        width, evidence = wiring.controller.n_evidence, None
+        if width:
+            given = self._given_evidence(*pooled.slot.shape, width, pooled.slot.device)
+            evidence = evidence_of_chunks(given, pooled, width)
+        code = wiring.controller.code(pooled, evidence)
+        parts = [m.control(code) for m in wiring.members]
+        return with_control(pooled, torch.cat(parts + [evidence] * (evidence is not None), -1))
+
+    def _given_evidence(
+        self, batch: int, tokens: int, width: int, device: torch.device
+    ) -> Tensor | None:
+        """Evidence of this piece as the caller gave it, one row per sequence (beams repeat rows)."""
+        given = self._evidence
+        if given is None and self.prompt_evidence is not None:
+            given = self.prompt_evidence
+            given = given.repeat_interleave(max(1, batch // len(given)), 0)
+        if given is None:
+            return None
+        if given.shape not in ((batch, width), (batch, tokens, width)):
+            raise AttachError(
+                f"evidence {tuple(given.shape)} must be (batch, features) {(batch, width)} or (batch, tokens, "
+                f"features) {(batch, tokens, width)}; features are bem.config.EVIDENCE_FEATURES."
+            )
+        return given.to(device)
 
     def _valid(self, batch: int, tokens: int, device: torch.device) -> Tensor:
         if self._mask is None:
@@ -225,8 +271,8 @@ class Runtime:
             if turns is None
             else turns.clone()
         )
-        if self._prompt_turns is not None:  # beams repeat each row of the prompt
-            known = self._prompt_turns[:, offset : offset + tokens]
+        if self.prompt_turns is not None:  # beams repeat each row of the prompt
+            known = self.prompt_turns[:, offset : offset + tokens]
             turns[:, : known.shape[1]] |= known.repeat_interleave(batch // len(known), 0)
         if at < tokens:
             turns[:, at] = True
@@ -250,12 +296,21 @@ class Runtime:
 
 
 class MarkedGenerate:
-    """`model.generate` that marks the prompt's end as a turn start; `turn_starts` marks earlier turns."""
+    """`model.generate` that marks the prompt's end as a turn start.
+
+    `turn_starts` marks earlier turns; `evidence` (batch, features) is what is known of the evidence.
+    """
 
     def __init__(self, model: Any, runtime: Runtime):
         self.model, self.runtime = model, runtime
 
-    def __call__(self, *args: Any, turn_starts: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        turn_starts: Tensor | None = None,
+        evidence: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         prompt = next(
             (
                 p
@@ -269,11 +324,13 @@ class MarkedGenerate:
         )
         runtime = self.runtime
         runtime.prompt_end = prompt.shape[1] if isinstance(prompt, Tensor) else None
-        runtime.generating, runtime._prompt_turns = True, turn_starts
+        runtime.prompt_turns, runtime.prompt_evidence = turn_starts, evidence
+        runtime.generating = True
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
-            runtime.prompt_end, runtime._prompt_turns, runtime.generating = None, None, False
+            runtime.prompt_turns, runtime.prompt_evidence = None, None
+            runtime.prompt_end, runtime.generating = None, False
 
 
 def _refuse_reentrant(block: Any) -> None:

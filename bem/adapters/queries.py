@@ -1,0 +1,139 @@
+"""Where the queries of each attention layer come out, so that they can be scaled head by head.
+
+A query projection may be a layer of its own, followed by a norm per head (Qwen3, Gemma 3), or one
+third of a fused projection whose layout depends on the architecture. Fused layouts are listed, not
+guessed: scaling a key by mistake would poison the cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bem.adapters.sites import ATTENTION, Sites, clean_name, is_linear, linear_shape
+from bem.errors import AttachError
+
+QUERY = re.compile(r"\.(q_proj|query|wq|q_lin|q_b_proj|q)$")
+QUERY_NORM = re.compile(r"\.(q_norm|query_norm|q_layernorm|query_layernorm|q_ln)$")
+FUSED = re.compile(r"\.(qkv_proj|c_attn|query_key_value|Wqkv|in_proj|qkv)$")
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The module whose output holds one layer's queries, and which head each column belongs to."""
+
+    name: str
+    n_heads: int
+    columns: Tensor | None
+    """int (width,): query head of each output column, n_heads where it is a key or a value;
+    None: the output is (.., heads, head_dim) or (batch, heads, tokens, head_dim)."""
+
+    def scale(self, output: Tensor, factor: Tensor) -> Tensor:
+        """`output` with each head's queries times `factor` (batch, tokens, n_heads)."""
+        if self.columns is None:
+            return output * self._by_head(output, factor)
+        ones = factor.new_ones(*factor.shape[:-1], 1)
+        columns = self.columns.to(output.device)
+        wide = torch.cat([factor, ones], -1).index_select(-1, columns)
+        return output * wide.view(*output.shape)
+
+    def _by_head(self, output: Tensor, factor: Tensor) -> Tensor:
+        """Norms run before or after heads and tokens change places: the strides tell, and sizes."""
+        tokens = factor.shape[1]
+        heads_last = output.shape[1:3] == (tokens, self.n_heads)
+        if heads_last and tokens == self.n_heads and tokens > 1:
+            heads_last = output.stride(1) > output.stride(2)
+        return factor[..., None] if heads_last else factor.transpose(1, 2)[..., None]
+
+
+def find_queries(model: nn.Module, sites: Sites, layers: list[int]) -> dict[int, Queries]:
+    """Block index -> where its queries come out, for each of `layers`.
+
+    Raises:
+        AttachError: a block has no query projection of a known layout.
+    """
+    modules = {clean_name(n): m for n, m in model.named_modules() if ".bem_" not in n}
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {layer: _of_block(modules, sites.blocks[layer], config, sites) for layer in layers}
+
+
+def _of_block(modules: dict[str, nn.Module], block: str, config: Any, sites: Sites) -> Queries:
+    inside = {
+        n: m
+        for n, m in modules.items()
+        if n.startswith(block + ".") and ATTENTION.search(n[len(block) :])
+    }
+    heads = sites.n_heads
+    own = [n for n, m in inside.items() if QUERY.search(n) and is_linear(m)]
+    norms = [n for n in inside if QUERY_NORM.search(n)]
+    if own:
+        width = linear_shape(inside[own[0]])[1]
+        if norms:
+            weight = getattr(inside[norms[0]], "weight", None)
+            per_head = weight is None or weight.numel() != width
+            columns = None if per_head else _plain(width, heads)
+            return Queries(norms[0], heads, columns)
+        return Queries(own[0], heads, _plain(width, heads))
+    fused = [n for n, m in inside.items() if FUSED.search(n) and is_linear(m)]
+    layout = LAYOUTS.get(getattr(config, "model_type", ""))
+    if not fused or layout is None:
+        raise AttachError(
+            f"{block}: no query projection of a layout that I know (model type "
+            f"{getattr(config, 'model_type', '?')!r}): v2 cannot scale its heads. "
+            "Use attach(model, 'v2', temperature=False), or another variant."
+        )
+    return Queries(fused[0], heads, layout(linear_shape(inside[fused[0]])[1], heads, config))
+
+
+def _plain(width: int, heads: int) -> Tensor:
+    return torch.arange(heads).repeat_interleave(width // heads)
+
+
+def _queries_first(width: int, heads: int, config: Any) -> Tensor:
+    """[q | k | v]"""
+    size = getattr(config, "head_dim", None) or _hidden(config) // heads
+    columns = torch.full((width,), heads)
+    columns[: heads * size] = _plain(heads * size, heads)
+    return columns
+
+
+def _interleaved(width: int, heads: int, config: Any) -> Tensor:
+    """[q k v] of head 0, [q k v] of head 1, ..."""
+    size = width // (3 * heads)
+    columns = torch.full((heads, 3, size), heads)
+    columns[:, 0] = torch.arange(heads)[:, None]
+    return columns.flatten()
+
+
+def _falcon(width: int, heads: int, config: Any) -> Tensor:
+    """Grouped [q ... q k v] (new architecture), [q ... q k v] once (multi-query), or interleaved."""
+    size = _hidden(config) // heads
+    if getattr(config, "new_decoder_architecture", False):
+        groups = config.num_kv_heads
+    elif getattr(config, "multi_query", True):
+        groups = 1
+    else:
+        return _interleaved(width, heads, config)
+    columns = torch.full((groups, heads // groups + 2, size), heads)
+    columns[:, :-2] = torch.arange(heads).view(groups, -1, 1)
+    return columns.flatten()
+
+
+def _hidden(config: Any) -> int:
+    return getattr(config, "hidden_size", None) or config.n_embd
+
+
+LAYOUTS: dict[str, Callable[[int, int, Any], Tensor]] = {
+    "gpt2": _queries_first,
+    "phi3": _queries_first,
+    "gpt_neox": _interleaved,
+    "bloom": _interleaved,
+    "falcon": _falcon,
+}
+"""Model type -> head of each column of its fused projection: (width, n_heads, config) -> columns."""
