@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import bm25s
 
-K1, B = 1.5, 0.75
+K1, B = 0.9, 0.4  # for passages of a paragraph (Trotman et al., "Improvements to BM25", 2014)
 
 _FUNCTION_WORDS = """
 a about after all also am an and any are as at be because been before being between both but by can
