@@ -34,10 +34,10 @@ SAME_TOPIC = 0.75
 MIN_SHARED = 2
 """Content terms that two sentences must share at least."""
 
-NEGATIONS = frozenset(
-    ["no", "not", "never", "none", "nobody", "nothing", "nowhere"]
-    + ["neither", "nor", "without", "cannot"]
-)
+NEGATIONS = frozenset([
+    "no", "not", "never", "none", "nobody", "nothing", "nowhere", "neither", "nor", "without",
+    "cannot",
+])  # fmt: skip
 NUMBER_WORDS = {"zero": 0.0, "two": 2.0, "three": 3.0, "four": 4.0, "five": 5.0, "six": 6.0,
     "seven": 7.0, "eight": 8.0, "nine": 9.0, "ten": 10.0, "eleven": 11.0, "twelve": 12.0,
 }  # fmt: skip
@@ -148,8 +148,11 @@ def contradiction(shown: Sequence[Reading], p: Sequence[float], idf: Idf) -> flo
     the two sentences.
     """
     weights = _shares(p)
-    pairs = combinations(range(len(shown)), 2)
-    return sum(2 * weights[i] * weights[j] for i, j in pairs if contradict(shown[i], shown[j], idf))
+    total = 0.0
+    for i, j in combinations(range(len(shown)), 2):
+        if contradict(shown[i], shown[j], idf):
+            total += 2 * weights[i] * weights[j]
+    return total
 
 
 def contradict(a: Reading, b: Reading, idf: Idf) -> bool:
