@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isfinite
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from bem.config import GatesConfig
 from bem.errors import DataError
@@ -13,8 +14,9 @@ from bem.stats.bootstrap import joint_bca
 from bem.stats.inputs import Floats, finite
 from bem.stats.latency import paired_ratio
 from bem.stats.measurement import Measurement
+from bem.stats.monotone import index_swap
 from bem.stats.verdict import Check
-from bem.stats.weights import Statistic, ratio
+from bem.stats.weights import Statistic
 
 MAX_PLAN = 3
 """Most actions in a router's plan."""
@@ -146,30 +148,25 @@ def _router(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
         reason = f"longest plan {longest:g} actions, allowed {MAX_PLAN}."
         checks.append(Check("router.plan", longest <= MAX_PLAN, reason, longest, MAX_PLAN))
     if facts.index_swap is not None:
-        checks += _index_swap(
-            {k: finite(f"router.index_swap.{k}", v) for k, v in facts.index_swap.items()}, gates
-        )
+        clusters = _clusters(baseline, candidate, facts.index_swap)
+        checks += [
+            Check(f"router.{s.better}>={s.worse}", s.passed, s.reason, s.difference, 0.0,
+                  s.ci_low, s.ci_high)
+            for s in index_swap(facts.index_swap, clusters, gates).steps
+        ]  # fmt: skip
     return checks
 
 
-def _index_swap(scores: dict[str, Floats], gates: GatesConfig) -> list[Check]:
-    """A router that reads its evidence does no better on a worse index."""
-    checks = []
-    for better, worse in (("clean", "corrupt"), ("corrupt", "shuffled")):
-        name = f"router.{better}>={worse}"
-        if {better, worse} - set(scores) or scores[better].size != scores[worse].size:
-            checks.append(
-                Check(name, None, "cannot be computed: needs both, on the same examples.")
-            )
-            continue
-        d = (scores[better] - scores[worse])[:, None]
-        bca = joint_bca([Statistic(name, np.append(d, np.ones_like(d), 1), ratio)],
-                        gates.n_bootstrap, gates.alpha, gates.seed)[0]  # fmt: skip
-        passed = True if bca.observed >= 0 else False if bca.upper < 0 else None
-        interval = f"[{bca.lower:.4f}, {bca.upper:.4f}]"
-        reason = f"difference {bca.observed:+.4f} {interval}, may not be negative."
-        checks.append(Check(name, passed, reason, bca.observed, 0.0, bca.lower, bca.upper))
-    return checks
+def _clusters(
+    baseline: Measurement, candidate: Measurement, scores: Mapping[str, ArrayLike]
+) -> list[str] | None:
+    """Clusters of the index-swap scores, if they are of the measured examples."""
+    if baseline.clusters is None or any(
+        np.shape(v)[-1:] != (candidate.n,) for v in scores.values()
+    ):
+        return None
+    of = dict(zip(baseline.example_ids, baseline.clusters, strict=True))
+    return [of.get(example, example) for example in candidate.example_ids]
 
 
 def _positive(value: float | None) -> bool:
