@@ -209,14 +209,14 @@ def open_index(folder: str | Path, encoder: Encoder | None = None, checksums: bo
     """
     folder = Path(folder)
     manifest = storage.read_manifest(folder)
-    try:
-        return _open(folder, manifest, encoder, checksums)
-    except (DataError, FileNotFoundError):
-        # A build may have replaced the generation between our two looks at the folder.
-        newer = storage.read_manifest(folder)
-        if newer == manifest:
-            raise
-        return _open(folder, newer, encoder, checksums)
+    while True:
+        try:
+            return _open(folder, manifest, encoder, checksums)
+        except (DataError, FileNotFoundError):
+            # A build may have replaced the generation between our two looks at the folder.
+            before, manifest = manifest, storage.read_manifest(folder)
+            if manifest == before:
+                raise
 
 
 def _open(folder: Path, manifest: Manifest, encoder: Encoder | None, checksums: bool) -> Index:
