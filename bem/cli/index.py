@@ -1,0 +1,195 @@
+"""`bem index build | search | info`: folders of searchable passages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bem.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bem.evidence.encoders import Encoder
+    from bem.evidence.index import Hit
+    from bem.evidence.storage import Manifest
+
+SHOWN_CHARACTERS = 200
+
+index_app = typer.Typer(
+    help="Build, search and inspect an index of passages.", no_args_is_help=True
+)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of an index.")]
+
+
+@index_app.command()
+def build(
+    corpus: Annotated[Path, typer.Argument(help='JSONL (or .gz) rows {"id", "title", "text"}.')],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the index.")],
+    encoder: Annotated[
+        str,
+        typer.Option(
+            "--encoder",
+            help="base: the base model's own states; none: BM25 alone; or a "
+            "sentence-transformers name or folder.",
+        ),
+    ] = "base",
+    base: Annotated[
+        str, typer.Option("--base", help="Whose states: bem-tiny, a folder or a hub id.")
+    ] = "bem-tiny",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Look at every vector, however many there are.")
+    ] = False,
+) -> int:
+    """Index a corpus; the same command resumes what was interrupted.
+
+    Whoever queries the folder meanwhile gets what it held before.
+    """
+    from bem.evidence import index as indexes
+    from bem.evidence.passages import read_corpus
+    from bem.evidence.storage import read_manifest
+
+    passages = read_corpus(corpus)
+    made_by = _encoder(encoder, base)
+    console = Console()
+    with _Display(console) as display:
+        indexes.build(passages, out, made_by, display.show, exact=exact)
+    _show(console, out, read_manifest(out))
+    return 0
+
+
+@index_app.command()
+def search(
+    folder: Folder,
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Passages to show.")] = 5,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="bm25, dense or hybrid; default: hybrid if it can."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per passage.")] = False,
+) -> int:
+    """Show the passages that an index finds for a query."""
+    from bem.evidence import index as indexes
+
+    if method is not None and method not in get_args(indexes.Method):
+        known = ", ".join(get_args(indexes.Method))
+        raise ConfigError(f"No search method {method!r}; there are {known}.")
+    index = indexes.open_index(folder)
+    chosen = method or ("hybrid" if index.encoder_facts else "bm25")
+    if chosen != "bm25":
+        _quiet()
+    hits = index.search([query], k, chosen)[0]  # pyright: ignore[reportArgumentType]
+    if as_json:
+        for hit in hits:
+            print(json.dumps(_plain(hit), ensure_ascii=False))
+        return 0
+    _list(Console(), hits, chosen)
+    return 0
+
+
+@index_app.command()
+def info(folder: Folder) -> int:
+    """Check every file of an index against its manifest, and say what it holds."""
+    from bem.evidence.storage import check_files, read_manifest
+
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    console = Console()
+    _show(console, folder, manifest)
+    console.print(f"[green]ok[/] {len(manifest.files)} files are as the manifest says")
+    return 0
+
+
+def _encoder(name: str, base: str) -> Encoder | None:
+    if name == "none":
+        return None
+    _quiet()
+    from bem.evidence.encoders import OWN, load_encoder
+
+    return load_encoder(f"{OWN}{base}" if name == "base" else name)
+
+
+def _quiet() -> None:
+    """No bars for loading a few megabytes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _plain(hit: Hit) -> dict[str, object]:
+    passage = hit.passage
+    return {
+        "id": passage.id,
+        "score": hit.score,
+        "lexical": hit.lexical,
+        "title": passage.title,
+        "text": passage.text,
+    }
+
+
+def _list(console: Console, hits: list[Hit], method: str) -> None:
+    if not hits:
+        console.print("Nothing found: no passage shares a word with the query.")
+    for rank, hit in enumerate(hits, 1):
+        line = f"[bold]{rank}[/] [cyan]{escape(hit.passage.id)}[/] {method} {hit.score:.4g}"
+        if method != "bm25":
+            line += f", bm25 {hit.lexical:.4g}"
+        console.print(line, soft_wrap=True, highlight=False)
+        text = " ".join(hit.passage.shown.split())
+        if len(text) > SHOWN_CHARACTERS:
+            text = text[: SHOWN_CHARACTERS - 3] + "..."
+        console.print(escape(text), highlight=False)
+
+
+def _show(console: Console, folder: Path, manifest: Manifest) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    vectors = "none: BM25 alone"
+    if manifest.encoder is not None:
+        found = manifest.encoder
+        vectors = f"{found.name}, {found.dimension} dimensions, search {manifest.search}"
+    size = sum(facts["bytes"] for facts in manifest.files.values()) / 2**20
+    copies = f" ({manifest.copies:,} copies left out)" if manifest.copies else ""
+    for name, value in {
+        "index": str(folder),
+        "passages": f"{manifest.passages:,}{copies}",
+        "vectors": vectors,
+        "size": f"{size:,.1f} MiB",
+        "corpus": manifest.corpus_hash[:12],
+    }.items():
+        table.add_row(f"[bold]{name}[/]", escape(value))
+    console.print(table)
+
+
+class _Display:
+    """A bar per stage of a build on a terminal; elsewhere the result alone."""
+
+    def __init__(self, console: Console):
+        self._bars: dict[str, int] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._bars[stage], completed=done)  # pyright: ignore[reportArgumentType]
