@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bem.config import EVIDENCE_FEATURES
 from bem.errors import DataError
 from bem.evidence.coverage import (
     Idf,
@@ -60,7 +61,7 @@ class EvidenceRecord:
         All zeros if nothing was found or no reranker ran: the adapter then falls back to its prior.
         """
         if not (self.reranked and self.sources):
-            return (0.0,) * 8
+            return (0.0,) * len(EVIDENCE_FEATURES)
         count = min(1.0, len(self.sources) / FULL_COUNT)
         return (
             1.0, self.best, self.margin, self.entropy, self.contradiction, self.coverage,

@@ -55,8 +55,8 @@ class Evidence:
 class Retriever:
     """Searches, reranks, and keeps the best passages, within a time budget.
 
-    Past `timeout_ms` (search included) the answer starts without the reranker: the passages stand in
-    the order of the search, and the record says so and has no features.
+    Past `timeout_ms` (search and reranking together) the answer starts without the reranker: the
+    passages stand in the order of the search, and the record says so and has no features.
 
     Args:
         index: where `retrieve` searches and what `rank` weighs words by; None: `rank` only.
