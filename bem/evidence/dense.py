@@ -85,10 +85,13 @@ class Dense:
         self._whitening = whitening
         self._graph = graph  # a FAISS index, or None: every vector is looked at
 
+    def prepare(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Query vectors [q, d] from the encoder as they are compared: whitened like the passages."""
+        return queries if self._whitening is None else self._whitening.apply(queries)
+
     def search(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[int, float]]]:
         """(position, cosine) of the k nearest passages of each query vector [q, d], best first."""
-        if self._whitening is not None:
-            queries = self._whitening.apply(queries)
+        queries = self.prepare(queries)
         k = min(k, len(self.vectors))
         if self._graph is not None:
             return self._through_graph(queries, k)

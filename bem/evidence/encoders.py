@@ -61,7 +61,7 @@ class PooledStates:
         self,
         base: str = "bem-tiny",
         layer: int = 0,
-        max_tokens: int = 512,
+        max_tokens: int = 256,
         batch_size: int = 32,
         device: str = "cpu",
     ):
