@@ -25,10 +25,7 @@ from bem.experiments.plots import (
 )
 from bem.stats import normal
 from bem.stats.inputs import finite
-from bem.stats.monotone import CONDITIONS
-
-OFF = "off"
-"""No passages at all; beside the staircase, not a step of it."""
+from bem.stats.monotone import CONDITIONS, OFF
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from bem.stats.weights import Statistic, ratio
 
 CONDITIONS = ("clean", "corrupt", "shuffled")
 """From the best index to the worst."""
+OFF = "off"
+"""No passages at all: beside the order, because a bad passage may be worse than none."""
 P_FLOOR = 1e-12
 """Rounding of the trend test's law: no smaller p-value is stated."""
 
@@ -48,6 +50,8 @@ class IndexSwap:
     with equal scores counts as 0. None: not all conditions were measured."""
     p_value: float | None
     """One-sided, Page's trend test: H0 the index does not matter."""
+    ablation: Step | None
+    """Clean against no passages, if that was measured; no part of `monotone`."""
     n: int
     """Independent units: examples, or clusters."""
     monotone: bool | None
@@ -63,18 +67,20 @@ def index_swap(
     """Judge scores of the same examples with a clean, a corrupt and a shuffled index.
 
     Args:
-        scores: condition -> [examples] or [seeds, examples] (then averaged); higher is better.
+        scores: clean, corrupt, shuffled and perhaps off -> [examples] or [seeds, examples] (then
+            averaged); higher is better.
         clusters: label per example; examples of one cluster are not independent.
         gates: level, resamples, seed and the fewest units that can decide; None: the defaults.
     Raises:
         DataError: NaN or inf (with its index), or labels that do not match the examples.
     """
     gates = gates or GatesConfig()
-    rows = {c: over_seeds(f"index_swap.{c}", scores[c]) for c in CONDITIONS if c in scores}
+    rows = {c: over_seeds(f"index_swap.{c}", scores[c]) for c in (*CONDITIONS, OFF) if c in scores}
     units = {c: _units(row, clusters) for c, row in rows.items()}
     steps = tuple(_step(better, worse, units, gates) for better, worse in pairwise(CONDITIONS))
     spearman = p_value = None
-    if len({row.size for row in rows.values()}) == 1 and len(rows) == len(CONDITIONS):
+    ablation = _step(CONDITIONS[0], OFF, units, gates) if OFF in rows else None
+    if all(c in rows and rows[c].size == rows[CONDITIONS[0]].size for c in CONDITIONS):
         spearman = trend(np.stack([rows[c] for c in CONDITIONS], axis=1))
         means = [units[c][:, 0] / units[c][:, 1] for c in CONDITIONS]
         p_value = page_test(np.stack(means, axis=1))
@@ -83,7 +89,7 @@ def index_swap(
     monotone = False if False in passed else True if all(passed) and significant else None
     means_of = {c: float(row.mean()) for c, row in rows.items()}
     n = max((len(u) for u in units.values()), default=0)
-    return IndexSwap(means_of, steps, spearman, p_value, n, monotone)
+    return IndexSwap(means_of, steps, spearman, p_value, ablation, n, monotone)
 
 
 def trend(table: Floats) -> float:

@@ -70,6 +70,18 @@ def test_an_index_that_does_not_matter_passes_no_trend():
     assert (found.spearman, found.p_value, found.monotone) == (0.0, 1.0, None)
 
 
+def test_retrieval_off_is_set_against_the_clean_index_beside_the_steps():
+    scores = falling()
+    found = index_swap({**scores, "off": scores["corrupt"]}, gates=GATES)
+    steps = found.steps[0]
+    assert (found.ablation.better, found.ablation.worse) == ("clean", "off")
+    assert (found.ablation.difference, found.ablation.ci_low) == (steps.difference, steps.ci_low)
+    assert found.means["off"] == pytest.approx(scores["corrupt"].mean())
+    without = index_swap(scores, gates=GATES)
+    assert without.ablation is None
+    assert (without.steps, without.monotone) == (found.steps, found.monotone)
+
+
 def test_better_scores_on_a_worse_index_are_not_monotone():
     scores = falling()
     found = index_swap({**scores, "shuffled": scores["clean"] + 0.5}, gates=GATES)
