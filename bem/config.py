@@ -117,6 +117,40 @@ class TrainingConfig(Section):
     """Autocast precision of the forward pass."""
 
 
+class RetrievalConfig(Section):
+    """Where a task's evidence comes from, and how it is judged before the model sees it."""
+
+    source: Literal["corpus", "row"] = "corpus"
+    """corpus: search all passages; row: rank the passages that each row carries."""
+    index: str | None = None
+    """Folder made by `bem index build`; None: an index of the rows' passages and of `corpora`."""
+    corpora: list[str] = []
+    """JSONL files with further passages, searched beside those of the rows."""
+    method: Literal["bm25", "dense", "hybrid"] = "bm25"
+    """First-stage search; dense and hybrid need an `index` with vectors."""
+    candidates: int = Field(default=20, ge=1)
+    """Passages that the first stage hands to the reranker."""
+    shown: int = Field(default=3, ge=1)
+    """Passages that go into the prompt."""
+    keep_order: bool = False
+    """Show passages in the order of the row instead of the best first (a story)."""
+    reranker: str = "tiny"
+    """tiny (shipped), none, or a sentence-transformers CrossEncoder by name or folder."""
+    withheld: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows whose gold passages are kept from the search: evidence that fails."""
+    corrupt_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the sentences that the corrupt index has from other passages."""
+    swap: bool = True
+    """Measure the held-out rows with a corrupt, a shuffled and no index as well."""
+    leak_threshold: float = Field(default=0.8, gt=0, le=1)
+    """Held-out rows whose gold passage is this similar to a training one are left out
+    (Jaccard of 5-word shingles)."""
+    slice_threshold: float = Field(default=0.8, ge=0, le=1)
+    """Slice A holds the rows whose evidence has at least this coverage and consistency."""
+    seed: int = 0
+    """Seed of withheld rows and of the worse indices."""
+
+
 class TaskConfig(Section):
     """One task family: where its rows come from and how they are scored."""
 
@@ -142,6 +176,8 @@ class TaskConfig(Section):
     """Which of its splits serve as train and dev."""
     columns: dict[str, str] = {}
     """Mapping of our fields (input, references, evidence, group, id) to its columns."""
+    retrieval: RetrievalConfig | None = None
+    """Evidence by retrieval; None: the task's own way, for most tasks what stands in the rows."""
 
 
 class DataConfig(Section):

@@ -275,7 +275,9 @@ def evidence_travels(make: Make, arch: str) -> str:
     new = first.flip(1)
     turns = torch.zeros_like(ids, dtype=torch.bool)
     turns[:, 27] = True
-    by_token = torch.where((torch.arange(TOKENS) >= 27)[None, :, None], new[:, None], first[:, None])
+    by_token = torch.where(
+        (torch.arange(TOKENS) >= 27)[None, :, None], new[:, None], first[:, None]
+    )
     both = _forward(model, ids, turn_starts=turns, evidence=by_token, use_cache=False).logits
     _, cache = _piece(model, ids[:, :27], None)
     later = _forward(

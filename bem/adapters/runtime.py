@@ -226,7 +226,8 @@ class Runtime:
     def _decide(self, wiring: Wiring, pooled: Routed) -> Routed:
         width, evidence = wiring.controller.n_evidence, None
         if width:
-            given = self._given_evidence(*pooled.slot.shape, width, pooled.slot.device)
+            batch, tokens = pooled.slot.shape
+            given = self._given_evidence(batch, tokens, width, pooled.slot.device)
             evidence = evidence_of_chunks(given, pooled, width)
         code = wiring.controller.code(pooled, evidence)
         parts = [m.control(code) for m in wiring.members]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bem.config import RetrievalConfig
+
 
 @dataclass(frozen=True)
 class Family:
@@ -22,6 +24,8 @@ class Family:
     """Text put before every input."""
     slice_by: tuple[str, ...] = ()
     """Keys of meta whose values are reported as named slices."""
+    retrieval: RetrievalConfig | None = None
+    """How evidence is found; None: what stands in the rows goes into the prompt as it is."""
 
 
 TEXT_METRICS = ("chrf", "bleu", "loss")

@@ -124,9 +124,19 @@ def over_seeds(name: str, parts: Sequence[Measurement]) -> Measurement:
         values = [getattr(part, key) for part in parts]
         return None if any(v is None for v in values) else np.concatenate(values)
 
+    def swapped(key: str) -> dict[str, Any] | None:
+        facts = [getattr(part.router, key, None) for part in parts]
+        if any(f is None for f in facts):
+            return None
+        return {c: np.concatenate([np.atleast_2d(f[c]) for f in facts]) for c in facts[0]}  # type: ignore[index]
+
+    router = first.router and replace(
+        first.router, index_swap=swapped("index_swap"), answer_loss=swapped("answer_loss")
+    )
     return replace(
         first,
         name=name,
+        router=router,
         kv_hits=joined("kv_hits"),
         kv_needed=joined("kv_needed"),
         metrics=stacked("metrics"),

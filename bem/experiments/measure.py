@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bem.config import EVIDENCE_FEATURES
 from bem.errors import MeasurementError
 from bem.experiments.scoring import QUALITY, score
 from bem.experiments.tasks import METRIC_NAMES, Task
-from bem.stats.measurement import Measurement
+from bem.stats.measurement import Measurement, RouterFacts
 from bem.stats.scores import Metric
 from bem.training.data import IGNORED, Encoded, Example, collate, encode, end_of_turn
 from bem.training.fit import write_atomically
@@ -48,6 +49,8 @@ class Answer:
     scores: dict[str, float]
     seconds: float
     """Share of the time its batch took."""
+    gate: float | None = None
+    """Mean head-group gate while the answer begins; None: the adapter has none."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,9 @@ def measure(
         on_progress: called with (examples done, examples in all).
     Returns:
         metrics [1, examples] for every metric that any of the tasks reports, and `quality`;
-        examples in the order of the tasks; clusters; a slice TASK for each of several tasks, and
-        slices TASK/VALUE for what a task is sliced by.
+        examples in the order of the tasks; clusters; a slice TASK for each of several tasks,
+        slices TASK/VALUE for what a task is sliced by, and slice A: strong evidence; with tasks
+        that have `variants`, the quality of the same rows on worse indices (RouterFacts.index_swap).
     Raises:
         MeasurementError: no held-out rows, two tasks of the same name, or a full disk.
         DataError: an answer does not fit the context.
@@ -91,7 +95,7 @@ def measure(
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise MeasurementError(f"Task names must differ, got {', '.join(names)}.")
-    total = sum(len(task.dev) for task in tasks)
+    total = sum(len(task.dev) * (1 + len(task.variants)) for task in tasks)
     if not total:
         raise MeasurementError(
             f"No held-out rows in {', '.join(names) or 'an empty list of tasks'}."
@@ -101,15 +105,27 @@ def measure(
     started = time.perf_counter()
     answers: list[Answer] = []
     uses: list[CacheUse] = []
+    swapped: dict[str, list[Answer]] = {}
+    asked = 0
     with _evaluating(attached.model):
         for task in tasks:
-            before = len(answers)
-            tick = lambda done, b=before: on_progress(b + done, total) if on_progress else None  # noqa: E731
-            found, used = _measure_task(
-                attached, tokenizer, task, metrics, batch_size, max_length, tick
-            )
-            answers += found
-            uses += used
+            for condition, rows in {"clean": task.dev, **task.variants}.items():
+                tick = lambda done, b=asked: on_progress(b + done, total) if on_progress else None  # noqa: E731
+                found, used = _measure_task(
+                    attached,
+                    tokenizer,
+                    replace(task, dev=rows),
+                    metrics,
+                    batch_size,
+                    max_length,
+                    tick,
+                )
+                asked += len(rows)
+                if condition == "clean":
+                    answers += found
+                    uses += used
+                if task.variants:
+                    swapped[condition] = swapped.get(condition, []) + found
     if predictions is not None:
         rows = (json.dumps(_row(answer), ensure_ascii=False) + "\n" for answer in answers)
         try:
@@ -131,6 +147,7 @@ def measure(
         adapter_flops_per_token=price.flops_per_token if price else None,
         kv_hits=[use.hits for use in uses],
         kv_needed=[use.needed for use in uses],
+        router=_index_swap(swapped) if swapped else None,
         meta={
             "tasks": {
                 task.name: {
@@ -205,9 +222,9 @@ def _measure_task(
         rows = order[at : at + batch_size]
         started = time.perf_counter()
         said, used = _generate(model, [prompts[i] for i in rows], pad_id, ends, task.max_new_tokens)
-        losses = _answer_losses(model, [wholes[i] for i in rows], pad_id)
+        losses, gates = _answer_losses(attached, [wholes[i] for i in rows], pad_id)
         seconds = (time.perf_counter() - started) / len(rows)
-        for i, ids, use, loss in zip(rows, said, used, losses, strict=True):
+        for i, ids, use, loss, gate in zip(rows, said, used, losses, gates, strict=True):
             example = task.dev[i]
             prediction = tokenizer.decode(ids, skip_special_tokens=True).strip()
             scores = {
@@ -217,7 +234,7 @@ def _measure_task(
             }
             scores["loss"] = loss
             scores[QUALITY] = quality(task.primary, scores)
-            answers[i] = Answer(task.name, example, prediction, scores, seconds)
+            answers[i] = Answer(task.name, example, prediction, scores, seconds, gate)
             uses[i] = use
         tick(len(answers))
     return [answers[i] for i in range(len(prompts))], [uses[i] for i in range(len(prompts))]
@@ -256,6 +273,7 @@ def _generate(
             attention_mask=batch["attention_mask"],
             turn_starts=batch["turn_starts"],
             generation_config=settings,
+            **({"evidence": batch["evidence"]} if "evidence" in batch else {}),
         )
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
@@ -301,12 +319,17 @@ def _counted(model: Any) -> Iterator[list[tuple[int, int]]]:
 
 
 @torch.inference_mode()
-def _answer_losses(model: Any, rows: list[Encoded], pad_id: int) -> list[float]:
-    """Mean negative log-likelihood of each row's last answer and its end, in nats per token."""
+def _answer_losses(
+    attached: Any, rows: list[Encoded], pad_id: int
+) -> tuple[list[float], list[float | None]]:
+    """Mean negative log-likelihood of each row's last answer and its end, in nats per token; and the
+    mean gate at the answer's first token, if there are gates."""
+    model = attached.model
     longest = max(len(row) for row in rows)
     vocabulary = getattr(model.config, "vocab_size", None) or 1 << 16
     at_once = max(1, LOGITS_AT_ONCE // (longest * vocabulary))
     losses: list[float] = []
+    gates: list[float | None] = []
     for i in range(0, len(rows), at_once):
         batch = collate(rows[i : i + at_once], pad_id)
         for row, labels in zip(rows[i : i + at_once], batch["labels"], strict=True):
@@ -314,7 +337,21 @@ def _answer_losses(model: Any, rows: list[Encoded], pad_id: int) -> list[float]:
         batch = {key: value.to(model.device) for key, value in batch.items()}
         sums, counts = answer_nll(answer_logits(model, batch), batch["labels"])
         losses += (sums / counts).tolist()
-    return losses
+        found = attached.gate_magnitude() if hasattr(attached, "gate_magnitude") else None
+        width = batch["labels"].shape[1]
+        for r, row in enumerate(rows[i : i + at_once]):
+            first = width - len(row) + row.prompt_length
+            gates.append(None if found is None else float(found[r, first]))
+    return losses, gates
+
+
+def _index_swap(swapped: dict[str, list[Answer]]) -> RouterFacts:
+    clean = swapped["clean"]
+    return RouterFacts(
+        index_swap={c: [[a.scores[QUALITY] for a in row]] for c, row in swapped.items()},
+        clusters=[f"{a.task}/{a.example.group}" for a in clean],
+        answer_loss={c: [[a.scores["loss"] for a in row]] for c, row in swapped.items()},
+    )
 
 
 def _slices(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, list[bool]]:
@@ -329,7 +366,18 @@ def _slices(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, list[
                 parts[f"{task.name}/{value}"] = [
                     a.task == task.name and str(a.example.meta.get(key)) == value for a in answers
                 ]
+    strong = [_is_strong(task, a.example) for task in tasks for a in answers if a.task == task.name]
+    if any(task.retrieval for task in tasks):
+        parts["A"] = strong
     return parts
+
+
+def _is_strong(task: Task, row: Example) -> bool:
+    """The evidence covers the question and agrees with itself."""
+    if task.retrieval is None or not row.relevance:
+        return False
+    known = dict(zip(EVIDENCE_FEATURES, row.relevance, strict=True))
+    return min(known["coverage"], known["consistency"]) >= task.retrieval.slice_threshold
 
 
 def _row(answer: Answer) -> dict[str, Any]:
@@ -343,6 +391,8 @@ def _row(answer: Answer) -> dict[str, Any]:
         "prediction": answer.prediction,
         "references": list(example.references),
         "scores": {key: round(value, 6) for key, value in answer.scores.items()},
+        **({"relevance": list(example.relevance)} if example.relevance else {}),
+        **({"gate": round(answer.gate, 6)} if answer.gate is not None else {}),
     }
 
 

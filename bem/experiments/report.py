@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bem.config import ArmConfig, ExperimentConfig
-from bem.experiments import plots, wording
+from bem.experiments import plots, report_evidence, wording
 from bem.experiments.judging import measurements, read_verdicts
 from bem.experiments.scoring import QUALITY
 from bem.experiments.store import RunFolder, read_json, read_jsonl, write_text
@@ -93,6 +93,7 @@ class Page:
     scores: list[Score]
     price_columns: list[str]
     controls: list[Contrast]
+    evidence: report_evidence.EvidencePart | None
     examples: list[SideBySide]
     environment: list[tuple[str, str]]
     family: str
@@ -116,6 +117,7 @@ class Page:
             ("latency", "Latency", self.scatter),
             ("scores", "Scores and prices", True),
             ("controls", "Controls", self.controls),
+            ("evidence", "Evidence", self.evidence),
             ("gates", "Gates", self.candidates),
             ("refused", "Not promoted", self.refused),
             ("training", "Training", self.curves),
@@ -172,6 +174,7 @@ def page_of(folder: RunFolder) -> Page:
         scores=list(_scores(config, measured, verdicts["family"])),
         price_columns=["rank", "parameters", "FLOPs / token", *_phases(base), "peak memory"],
         controls=list(_contrasts(verdicts)),
+        evidence=report_evidence.part_of(folder, config, measured, colours),
         examples=_examples(folder, config, colours),
         environment=list(_environment(environment)),
         family=", ".join(verdicts["family"]),
@@ -234,6 +237,7 @@ ABOUT = {
     "s0": "static LoRA",
     "pt1": "head-group gates",
     "v1": "head-group gates and rank mask",
+    "v2": "head-group gates and attention temperatures, shaped by evidence",
     "v3": "Kronecker update at the MLP",
     "v4": "FiLM on the residual stream",
 }

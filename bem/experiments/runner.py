@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bem.errors import ConfigError
 from bem.experiments import environment, judging, report
 from bem.experiments.latency import measure_latency, peak_memory, with_shared_weights
 from bem.experiments.measure import QUALITY, context_length, measure
+from bem.experiments.retrieval import with_evidence
 from bem.experiments.store import Cell, RunFolder, digest_of, read_json, write_json
 from bem.experiments.tasks import Task, load_tasks, training_mixture
 from bem.experiments.workers import run_apart
@@ -127,7 +128,7 @@ def evaluate(
     show = on_event or (lambda event: None)
     show(Event("loading the base"))
     model, tokenizer = load_base(config.base, device_of(config))
-    tasks = load_tasks(config.data, need_train=False)
+    tasks = [with_evidence(task, None) for task in load_tasks(config.data, need_train=False)]
     attached = load(model, checkpoint)
     return measure(
         attached,
@@ -180,7 +181,10 @@ class Work:
     def __init__(self, config: ExperimentConfig, folder: RunFolder, show: Show):
         self.config, self.folder, self.show = config, folder, show
         show(Event("reading the data"))
-        self.tasks = load_tasks(config.data)
+        self.tasks = [
+            with_evidence(task, folder.evidence, self._finding(task))
+            for task in load_tasks(config.data)
+        ]
         self.examples = training_mixture(self.tasks)
         self.device = device_of(config)
         if config.threads:
@@ -197,6 +201,14 @@ class Work:
         self.worked = 0
         """Cells that were not found finished."""
 
+    def _finding(self, task: Task) -> Callable[[int, int], None]:
+        def show(done: int, total: int) -> None:
+            event = Event("finding evidence", done=done, total=total, detail=task.name)
+            if done % 16 == 0 or done == total:
+                self.show(replace(event, final=done == total))
+
+        return show
+
     def claim(self, command: str | None) -> None:
         """Take the run's folder, and record what the run depends on."""
         self.folder.claim(
@@ -212,6 +224,9 @@ class Work:
                 "command": command,
             },
         )
+        facts = {task.name: task.facts for task in self.tasks if task.facts}
+        if facts:
+            write_json(self.folder.path / "evidence.json", facts)
 
     def all_cells(self) -> None:
         """Seed by seed, so that every arm has its first numbers early."""

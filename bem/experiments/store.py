@@ -4,6 +4,8 @@
       config.yaml          the resolved config; a run of that name with another one is refused
       environment.json     versions, machine, seeds, hashes of the data and of the base
       arms/ARM/seed-N/     checkpoint/ metrics.jsonl predictions.jsonl measurement.json cell.json
+      evidence.json        facts about the evidence: leaked rows, ranks of the gold passages
+      evidence/TASK-KEY.json.gz   what was retrieved for the rows, and their worse variants
       latency.json         interleaved timings of all arms
       verdicts.json        what was decided, and the sha256 of everything it rests on
       report.html report.md
@@ -124,6 +126,11 @@ class RunFolder:
     @property
     def latency(self) -> Path:
         return self.path / "latency.json"
+
+    @property
+    def evidence(self) -> Path:
+        """What was retrieved for the tasks' rows."""
+        return self.path / "evidence"
 
     @property
     def verdicts(self) -> Path:

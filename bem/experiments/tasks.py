@@ -12,13 +12,15 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from bem.config import DataConfig, TaskConfig, parse
+from bem.config import DataConfig, RetrievalConfig, TaskConfig, parse
 from bem.errors import ConfigError, DataError
+from bem.evidence.passages import Passage, read_corpus
 from bem.experiments.family import Family
+from bem.experiments.retrieval import corpus_of
 from bem.experiments.scoring import FORMS
 from bem.experiments.tasks_embedded import EMBEDDED, embedded
 from bem.experiments.tasks_public import PUBLIC, public
@@ -51,6 +53,14 @@ class Task:
     form: str = "text"
     """Key of scoring.FORMS for rows that do not say (meta["form"])."""
     slice_by: tuple[str, ...] = ()
+    retrieval: RetrievalConfig | None = None
+    """How evidence is found for the rows (see `retrieval.with_evidence`); None: as it stands in them."""
+    corpus: list[Passage] = field(default_factory=list, repr=False)
+    """What is searched."""
+    variants: dict[str, list[Example]] = field(default_factory=dict, repr=False)
+    """The held-out rows with worse evidence, by condition."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What finding the evidence brought to light: leaked rows, places of the gold passages."""
 
     def form_of(self, example: Example) -> str:
         return example.meta.get("form", self.form)
@@ -96,11 +106,19 @@ def load_task(
             f"Task {config.name!r}: unknown metric {', '.join(unknown)}. "
             f"Known: {', '.join(METRIC_NAMES)}."
         )
-    train = _rows(config, "train", root, instruction, needed=need_train)
+    retrieval = config.retrieval or family.retrieval
+    has_train = config.name not in PUBLIC or "train" in PUBLIC[config.name].parts or own_rows
+    train = _rows(
+        config, "train", root, instruction, needed=need_train or bool(retrieval and has_train)
+    )
     dev = _rows(config, "dev", root, instruction, needed=True)
+    corpus = []
+    if retrieval is not None and retrieval.source == "corpus" and not retrieval.index:
+        corpus = corpus_of([*train, *dev], [read_corpus(path) for path in retrieval.corpora])
+        _need_passages(corpus, config.name)
     return Task(
         name=config.name,
-        train=_chosen(train, train_rows, seed, f"{config.name} train"),
+        train=_chosen(train, train_rows, seed, f"{config.name} train") if need_train else [],
         dev=_chosen(dev, dev_rows, seed, f"{config.name} dev"),
         metrics=metrics,
         primary=primary,
@@ -111,15 +129,44 @@ def load_task(
         ),
         form=family.form,
         slice_by=family.slice_by,
+        retrieval=retrieval,
+        corpus=corpus,
     )
 
 
 def load_tasks(data: DataConfig, need_train: bool = True) -> list[Task]:
-    """All tasks of a config, in its order."""
-    return [
-        load_task(entry, data.root, data.train_rows, data.dev_rows, data.seed, need_train)
+    """All tasks of a config, in its order; sets that are for measuring only train nothing.
+
+    Raises:
+        DataError: there is nothing to train on.
+    """
+    tasks = [
+        load_task(
+            entry, data.root, data.train_rows, data.dev_rows, data.seed,
+            need_train and not _measuring_only(entry),
+        )
         for entry in data.tasks
-    ]
+    ]  # fmt: skip
+    if need_train and not any(task.train for task in tasks):
+        raise DataError(
+            f"{', '.join(task.name for task in tasks)}: for measuring only, there is nothing to train on. "
+            "Add a task with train rows."
+        )
+    return tasks
+
+
+def _measuring_only(entry: str | TaskConfig) -> bool:
+    config = parse(TaskConfig, {"name": entry}, "tasks") if isinstance(entry, str) else entry
+    spec = PUBLIC.get(config.name)
+    return spec is not None and "train" not in spec.parts and not config.train
+
+
+def _need_passages(corpus: list[Passage], name: str) -> None:
+    if not corpus:
+        raise DataError(
+            f"Task {name!r}: its rows hold no evidence, so there is nothing to search. Give passages: "
+            "retrieval.corpora=[file.jsonl] or retrieval.index=FOLDER."
+        )
 
 
 def training_mixture(tasks: Sequence[Task]) -> list[Example]:

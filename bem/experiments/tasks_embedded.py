@@ -9,6 +9,8 @@ not asked. The cluster of the statistics is the source file.
     sig2json   a `def` line -> {"name": ..., "args": [...]}
     sig2doc    a `def` line -> the first line of its docstring
     continue   the beginning of a function -> its next lines
+    lookup     a function's name and module, or a docstring line -> its arguments, which only a
+               retrieved passage can tell
     forms      a cue, then other code, then a `def` line -> the form that the cue asked for
     switch     a conversation of three such turns, each with another cue
 
@@ -35,6 +37,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from bem.config import RetrievalConfig
 from bem.errors import DataError
 from bem.experiments.family import ANSWER_METRICS, STRUCTURE_METRICS, TEXT_METRICS, Family
 from bem.training.data import Example
@@ -47,6 +50,10 @@ SKIPPED = {"test", "tests", "idle_test", "lib2to3", "idlelib", "this", "antigrav
 }
 FILLER_CHARACTERS = 264
 """Other code between cue and question: more than 64 tokens even at 4 characters per token."""
+
+
+PASSAGE_CHARACTERS = 200
+"""Of a function in the index of `lookup`."""
 
 
 def split_of(module: str) -> Part:
@@ -322,6 +329,29 @@ def _continue(found: list[Function]) -> Iterator[Example]:
         yield Example(f.id, "\n".join(shown)[-700:], (rest,), group=f.module)
 
 
+def _lookup(found: list[Function]) -> Iterator[Example]:
+    for function in found:
+        if len(function.args) < 2:  # `self` alone can be guessed
+            continue
+        by = "name" if not function.doc or _rng("lookup", function.id).random() < 0.5 else "doc"
+        module = function.module.rsplit(".", 1)[-1]
+        yield Example(
+            id=function.id,
+            input=function.doc if by == "doc" else f"{function.name} of {module}",
+            references=(", ".join(function.args),),
+            evidence=(_passage(function),),
+            gold_evidence=(0,),
+            group=function.module,
+            meta={"by": by},
+        )
+
+
+def _passage(function: Function) -> str:
+    """What an index of the code holds: module, `def` line and the first lines of the body."""
+    body = " ".join(line.strip() for line in function.body[:3] if line.strip())
+    return f"{function.module}: {function.header} {body}"[:PASSAGE_CHARACTERS].rstrip()
+
+
 def _askable(found: list[Function]) -> list[Function]:
     """Functions of several words and arguments on which all forms differ."""
 
@@ -410,6 +440,16 @@ EMBEDDED: dict[str, Family] = {
         max_new_tokens=32,
         instruction="Write the docstring:",
     ),
+    "lookup": Family(
+        "arguments of a function, from retrieved code",
+        form="names",
+        metrics=ANSWER_METRICS,
+        primary="em",
+        max_new_tokens=40,
+        instruction="Which arguments, in order?",
+        slice_by=("by",),
+        retrieval=RetrievalConfig(candidates=10, shown=2, withheld=0.2),
+    ),
     "continue": Family(
         "next lines of a function",
         form="code",
@@ -440,6 +480,7 @@ _MAKERS: dict[str, Callable[[list[Function]], Iterator[Example]]] = {
     "doc2name": _doc2name,
     "sig2json": _sig2json,
     "sig2doc": _sig2doc,
+    "lookup": _lookup,
     "continue": _continue,
     "forms": _forms,
     "switch": _switch,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from bem.config import RetrievalConfig
 from bem.errors import DataError
 from bem.experiments.family import ANSWER_METRICS, STRUCTURE_METRICS, TEXT_METRICS, Family
 from bem.training.data import Example, read_jsonl
@@ -71,6 +72,12 @@ def _first_acceptable(rows: list[Example]) -> Iterator[Example]:
             }
             row = replace(row, references=(json.dumps(call, ensure_ascii=False), reference))
         yield row
+
+
+def _with_gold(rows: list[Example]) -> Iterator[Example]:
+    """Every passage of these rows is a gold one."""
+    for row in rows:
+        yield replace(row, gold_evidence=tuple(range(len(row.evidence))))
 
 
 def _scene_in_words(rows: list[Example]) -> Iterator[Example]:
@@ -168,6 +175,7 @@ def _rnnlg_styles(rows: list[Example]) -> Iterator[Example]:
 # --------------------------------------------------------------------------------------------- sets
 
 FROM_EVIDENCE = "Answer from the text."
+_SEARCHED = RetrievalConfig(candidates=20, shown=2, withheld=0.2)
 PUBLIC: dict[str, PublicSet] = {
     "qa_babi": PublicSet(
         _answer(FROM_EVIDENCE, about="stories, marked facts", max_new_tokens=8, slice_by=("hops",)),
@@ -256,6 +264,52 @@ PUBLIC: dict[str, PublicSet] = {
         _label("Is the sentence true or false of the boxes?", about="scenes", max_new_tokens=4),
         _without_last_number,
         derive=_scene_in_words,
+    ),
+    "nq_open": PublicSet(
+        _answer(FROM_EVIDENCE, about="real queries, passages searched", retrieval=_SEARCHED),
+        _meta("title"),
+        source="qa_nq_oracle",
+        derive=_with_gold,
+    ),
+    "xquad_open": PublicSet(
+        _answer(FROM_EVIDENCE, about="spans, paragraphs searched", retrieval=_SEARCHED),
+        _passage,
+        ("dev",),
+        source="qa_xquad_en",
+        derive=_with_gold,
+    ),
+    "hotpot_open": PublicSet(
+        _answer(FROM_EVIDENCE, about="two hops, passages searched", retrieval=_SEARCHED),
+        parts=("dev",),
+        source="qa_hotpot500",
+    ),
+    "babi_ranked": PublicSet(
+        _answer(
+            FROM_EVIDENCE,
+            about="stories, sentences ranked",
+            max_new_tokens=8,
+            slice_by=("hops",),
+            retrieval=RetrievalConfig(
+                source="row", candidates=40, shown=8, keep_order=True, withheld=0.2
+            ),
+        ),
+        _without_last_number,
+        source="qa_babi",
+    ),
+    "strategy_open": PublicSet(
+        _label("Answer yes or no.", about="facts searched", max_new_tokens=4, retrieval=_SEARCHED),
+        _meta("term"),
+        source="qa_strategy",
+    ),
+    "pubmed_open": PublicSet(
+        _label(
+            "Answer yes, no or maybe.",
+            about="abstracts searched",
+            max_new_tokens=4,
+            retrieval=_SEARCHED,
+        ),
+        source="qa_pubmed",
+        derive=_with_gold,
     ),
     "snips_forms": PublicSet(
         _json("", about="one utterance in three forms, cue earlier", slice_by=("ask",)),

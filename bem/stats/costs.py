@@ -148,7 +148,7 @@ def _router(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
         reason = f"longest plan {longest:g} actions, allowed {MAX_PLAN}."
         checks.append(Check("router.plan", longest <= MAX_PLAN, reason, longest, MAX_PLAN))
     if facts.index_swap is not None:
-        clusters = _clusters(baseline, candidate, facts.index_swap)
+        clusters = facts.clusters or _clusters(baseline, candidate, facts.index_swap)
         checks += [
             Check(f"router.{s.better}>={s.worse}", s.passed, s.reason, s.difference, 0.0,
                   s.ci_low, s.ci_high)

@@ -25,7 +25,12 @@ class RouterFacts:
     plan_lengths: Sequence[int] | None = None
     """Actions in each plan."""
     index_swap: Mapping[str, ArrayLike] | None = None
-    """Scores per example with a `clean`, a `corrupt` and a `shuffled` index; higher is better."""
+    """Scores [examples] or [seeds, examples] with a `clean`, a `corrupt` and a `shuffled` index, and
+    perhaps with it `off`; higher is better."""
+    clusters: Sequence[str] | None = None
+    """Source document of each example of `index_swap`."""
+    answer_loss: Mapping[str, ArrayLike] | None = None
+    """Under the same conditions: negative log-likelihood of the acceptable answer; never judged."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 A row of JSONL is `{"input": str, "references": [str, ...]}` and optionally `id`, `evidence`,
 `gold_evidence`, `group` (the source document: the unit of resampling), `task`, `instruction`,
-`history` (earlier [user, assistant] turns) and `meta`. The first reference is the one trained on.
+`history` (earlier [user, assistant] turns), `relevance` (what a retriever knows of the evidence, in
+the order of EVIDENCE_FEATURES) and `meta`. The first reference is the one trained on.
 
     read_jsonl / load_hf -> [Example] -> encode -> Encoded -> collate -> tensors
 """
@@ -20,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bem.config import EVIDENCE_FEATURES
 from bem.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ FIELDS = (
     "task",
     "instruction",
     "history",
+    "relevance",
     "meta",
 )
 
@@ -59,6 +62,8 @@ class Example:
     instruction: str = ""
     history: tuple[tuple[str, str], ...] = ()
     """Earlier (user, assistant) turns of the same conversation."""
+    relevance: tuple[float, ...] = ()
+    """How good the evidence is, in the order of EVIDENCE_FEATURES; empty: nothing is known of it."""
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -216,8 +221,19 @@ def _example(
         task=str(row.get("task") or task),
         instruction=row.get("instruction") or instruction,
         history=tuple((user, assistant) for user, assistant in history),
+        relevance=_relevance(row.get("relevance") or (), where),
         meta=meta,
     )
+
+
+def _relevance(value: Any, where: str) -> tuple[float, ...]:
+    n = len(EVIDENCE_FEATURES)
+    right = isinstance(value, (list, tuple)) and len(value) in (0, n)
+    if not right or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value):
+        raise DataError(
+            f"{where}: relevance must be {n} numbers from 0 to 1: {', '.join(EVIDENCE_FEATURES)}."
+        )
+    return tuple(float(v) for v in value)
 
 
 def _texts(value: Any, name: str, where: str) -> tuple[str, ...]:
@@ -266,6 +282,8 @@ class Encoded:
     """Position of the first token of the last answer."""
     turn_starts: list[bool]
     """True at the position that predicts the first token of an answer, where a chunk begins."""
+    relevance: tuple[float, ...] = ()
+    """As in Example."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -334,13 +352,14 @@ def encode(
         ids = [*lead, *ids]
         labels, starts = [IGNORED] * len(lead) + labels, [False] * len(lead) + starts
         prompt_length = max(0, prompt_length - surplus)
-    return Encoded(ids, labels, prompt_length, starts)
+    return Encoded(ids, labels, prompt_length, starts, example.relevance)
 
 
 def collate(
     batch: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "left"
 ) -> dict[str, Tensor]:
-    """Tensors [batch, longest]: input_ids, attention_mask, position_ids, labels, turn_starts."""
+    """Tensors [batch, longest]: input_ids, attention_mask, position_ids, labels, turn_starts; and
+    evidence [batch, features] if anything is known of any row's (zeros: nothing)."""
     import torch
 
     longest = max(len(encoded) for encoded in batch)
@@ -350,13 +369,17 @@ def collate(
         return [*missing, *values] if side == "left" else [*values, *missing]
 
     mask = torch.tensor([pad([1] * len(e), 0) for e in batch])
-    return {
+    tensors = {
         "input_ids": torch.tensor([pad(e.input_ids, pad_id) for e in batch]),
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
         "labels": torch.tensor([pad(e.labels, IGNORED) for e in batch]),
         "turn_starts": torch.tensor([pad(e.turn_starts, 0) for e in batch], dtype=torch.bool),
     }
+    if any(e.relevance for e in batch):
+        nothing = [0.0] * len(EVIDENCE_FEATURES)
+        tensors["evidence"] = torch.tensor([e.relevance or nothing for e in batch])
+    return tensors
 
 
 def end_of_turn(tokenizer: Any) -> int:

@@ -423,6 +423,7 @@ def _tokens_hash(encoded: dict[int, Encoded]) -> str:
     digest = hashlib.sha256()
     for i, row in encoded.items():
         digest.update(np.array([i, len(row), *row.input_ids, *row.labels], np.int64).tobytes())
+        digest.update(np.array(row.relevance, np.float64).tobytes())
     return digest.hexdigest()
 
 

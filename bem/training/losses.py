@@ -43,7 +43,8 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     labels = batch["labels"]
     first = int((labels != IGNORED).any(0).to(torch.int8).argmax())
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "turn_starts")}
+    ours = ("input_ids", "attention_mask", "turn_starts", "evidence")
+    inputs = {key: batch[key] for key in ours if key in batch}
     takes = arguments_of(model)
     if "position_ids" in takes:
         inputs["position_ids"] = batch["position_ids"]
