@@ -24,7 +24,7 @@ from bem.evidence import bm25, dense, fusion, storage
 from bem.evidence.bm25 import Bm25
 from bem.evidence.dense import Dense
 from bem.evidence.encoders import Encoder, load_encoder
-from bem.evidence.passages import Passage, corpus_hash
+from bem.evidence.passages import Passage, corpus_hash, distinct
 from bem.evidence.storage import EncoderFacts, Manifest, Progress, StoredPassages
 
 Method = Literal["bm25", "dense", "hybrid"]
@@ -131,7 +131,7 @@ class Index:
         if self._encoder is None:
             assert self.encoder_facts is not None  # there are vectors
             encoder = load_encoder(self.encoder_facts.name)
-            _check_encoder(self.encoder_facts, encoder)
+            self.encoder_facts.check(encoder)
             self._encoder = encoder
         return dense.embed(self._encoder, queries, [f"query {i + 1}" for i in range(len(queries))])
 
@@ -142,10 +142,10 @@ def in_memory(passages: Sequence[Passage], encoder: Encoder | None = None) -> In
     Raises:
         DataError: no passages, one id for two texts, or an encoder that gives no unit vectors.
     """
-    kept = _distinct(passages)
+    kept = distinct(passages)
     vectors = dense.in_memory(kept, encoder) if encoder else None
     lexical = Bm25.build(passage.shown for passage in kept)
-    facts = _facts(encoder)
+    facts = EncoderFacts.of(encoder)
     return Index(kept, corpus_hash(passages), lexical, vectors, encoder, facts)
 
 
@@ -173,11 +173,11 @@ def build(
         MissingExtra: 100,000 passages or more, vectors, not `exact`, and no FAISS.
     """
     folder, news = Path(folder), on_progress or (lambda *_: None)
-    kept = _distinct(passages)
+    kept = distinct(passages)
     graph = encoder is not None and not exact and len(kept) >= dense.FAISS_FROM
     if graph:
         dense.require_faiss()
-    corpus, facts = corpus_hash(passages), _facts(encoder)
+    corpus, facts = corpus_hash(passages), EncoderFacts.of(encoder)
     search = "none" if encoder is None else "hnsw" if graph else "exact"
     with storage.locked(folder):
         generation = folder / _generation_name(corpus, facts, search)
@@ -221,7 +221,7 @@ def open_index(folder: str | Path, encoder: Encoder | None = None, checksums: bo
 
 def _open(folder: Path, manifest: Manifest, encoder: Encoder | None, checksums: bool) -> Index:
     if encoder is not None and manifest.encoder is not None:
-        _check_encoder(manifest.encoder, encoder)
+        manifest.encoder.check(encoder)
     storage.check_files(folder, manifest, checksums)
     generation = folder / manifest.generation
     passages, lexical = StoredPassages(generation), Bm25.load(generation / "bm25")
@@ -233,19 +233,6 @@ def _open(folder: Path, manifest: Manifest, encoder: Encoder | None, checksums: 
     if len(set(counts.values())) > 1:
         raise DataError(f"The parts of {folder} do not belong together: {counts}. Build it again.")
     return Index(passages, manifest.corpus_hash, lexical, vectors, encoder, manifest.encoder)
-
-
-def _distinct(passages: Sequence[Passage]) -> list[Passage]:
-    """The first passage of each text as shown; copies under other ids add nothing to a search."""
-    if not passages:
-        raise DataError("There are no passages to index.")
-    first: dict[str, Passage] = {}
-    texts: dict[str, str] = {}
-    for passage in passages:
-        if texts.setdefault(passage.id, passage.shown) != passage.shown:
-            raise DataError(f"Two different passages have the id {passage.id!r}.")
-        first.setdefault(passage.shown, passage)
-    return list(first.values())
 
 
 def _write_lexical(generation: Path, passages: Sequence[Passage], news: Progress) -> None:
@@ -280,16 +267,3 @@ def _discard_if_damaged(folder: Path, generation: Path) -> None:
 def _generation_name(corpus: str, facts: EncoderFacts | None, search: str) -> str:
     recipe = f"{storage.FORMAT} {corpus} {facts} {search} {bm25.K1} {bm25.B} {dense.RIDGE}"
     return "g-" + hashlib.sha256(recipe.encode()).hexdigest()[:16]
-
-
-def _facts(encoder: Encoder | None) -> EncoderFacts | None:
-    return EncoderFacts(encoder.name, encoder.hash, encoder.dimension) if encoder else None
-
-
-def _check_encoder(wanted: EncoderFacts, encoder: Encoder) -> None:
-    if encoder.hash != wanted.hash:
-        raise DataError(
-            f"The index was made with encoder {wanted.name} ({wanted.hash[:12]}), this one is "
-            f"{encoder.name} ({encoder.hash[:12]}): their vectors cannot be compared. Open the "
-            "index with its own encoder, or build it again."
-        )

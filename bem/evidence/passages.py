@@ -15,7 +15,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -70,6 +70,23 @@ def corpus_hash(passages: Iterable[Passage]) -> str:
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
     return digest.hexdigest()
+
+
+def distinct(passages: Sequence[Passage]) -> list[Passage]:
+    """The first passage of each text as shown; copies under other ids add nothing to a search.
+
+    Raises:
+        DataError: no passages, or one id for two texts.
+    """
+    if not passages:
+        raise DataError("There are no passages to index.")
+    first: dict[str, Passage] = {}
+    texts: dict[str, str] = {}
+    for passage in passages:
+        if texts.setdefault(passage.id, passage.shown) != passage.shown:
+            raise DataError(f"Two different passages have the id {passage.id!r}.")
+        first.setdefault(passage.shown, passage)
+    return list(first.values())
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -27,6 +27,7 @@ from typing import Any, overload
 import numpy as np
 
 from bem.errors import DataError
+from bem.evidence.encoders import Encoder
 from bem.evidence.passages import Passage
 
 FORMAT = "bem-index-1"
@@ -45,6 +46,19 @@ class EncoderFacts:
     name: str
     hash: str
     dimension: int
+
+    @classmethod
+    def of(cls, encoder: Encoder | None) -> EncoderFacts | None:
+        return cls(encoder.name, encoder.hash, encoder.dimension) if encoder else None
+
+    def check(self, encoder: Encoder) -> None:
+        """DataError if this encoder is another one."""
+        if encoder.hash != self.hash:
+            raise DataError(
+                f"The index was made with encoder {self.name} ({self.hash[:12]}), this one is "
+                f"{encoder.name} ({encoder.hash[:12]}): their vectors cannot be compared. Open the "
+                "index with its own encoder, or build it again."
+            )
 
 
 @dataclass(frozen=True)
