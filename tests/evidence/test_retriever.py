@@ -6,6 +6,7 @@ import pytest
 from bem.errors import DataError
 from bem.evidence.index import in_memory
 from bem.evidence.passages import Passage
+from bem.evidence.rerank import load_reranker
 from bem.evidence.retriever import Retriever, idf_among
 from bem.evidence.swap import shuffled, swapped
 
@@ -165,3 +166,22 @@ def test_idf_among_texts_is_that_of_an_index_over_them():
     idf = idf_among(texts, INDEX.tokens)
     for term in ("sea", "moon", "unknown"):
         assert idf(term) == pytest.approx(INDEX.idf(term))
+
+
+def test_the_shipped_reranker_sees_that_a_swapped_index_no_longer_answers():
+    facts = {"gold": "Au", "iron": "Fe", "tin": "Sn", "lead": "Pb", "silver": "Ag", "zinc": "Zn"}
+    passages = [
+        Passage(name, f"The chemical symbol of the metal {name} is {symbol}.")
+        for name, symbol in facts.items()
+    ]
+    index, reranker = in_memory(passages), load_reranker("tiny")
+    queries = [f"what is the chemical symbol of {name}" for name in facts]
+    best = {}
+    for condition, corpus in (("clean", passages), ("shuffled", shuffled(passages))):
+        # One passage per question, so that the shuffled corpus cannot bring the right one back.
+        found = Retriever(swapped(index, corpus), reranker, candidates=1, shown=1)
+        evidence = found.retrieve_many(queries)
+        assert [e.passages[0].id for e in evidence] == list(facts)
+        assert all(e.record.reranked for e in evidence)
+        best[condition] = np.array([e.record.best for e in evidence])
+    assert (best["clean"] > best["shuffled"]).all()
