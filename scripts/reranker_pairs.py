@@ -163,7 +163,8 @@ def _cloze(path: Path, rng: random.Random) -> PairSet:
     without an answer it is an inverse cloze task: Lee et al. 2019.)
     """
     found = PairSet("openstax", [], [], lists=10500)
-    for row in read_rows(path):
+    documents = list(read_rows(path))
+    for row in rng.sample(documents, min(len(documents), 2000)):
         title, *paragraphs = row["text"].split("\n")
         for i, paragraph in enumerate(paragraphs):
             if not 200 <= len(paragraph) <= 1500:

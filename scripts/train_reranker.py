@@ -12,6 +12,7 @@ back. `log.jsonl` in the output folder has every number.
 
 import argparse
 import json
+import math
 import random
 import shutil
 import time
@@ -30,16 +31,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bem.bases import SHIPPED
-from bem.evidence.pairs import (
-    BUCKETS,
-    MAX_PIECES,
-    Pairs,
-    Words,
-    make_pairs,
-    query_words,
-    read_passage,
-    table_bm25,
-)
+from bem.evidence.pairs import Pairs, make_pairs, table_bm25
+from bem.evidence.reading import BUCKETS, MAX_PIECES, Words, query_words, read_passage
 from bem.evidence.tiny_reranker import Shape, TinyReranker
 
 BASE = SHIPPED["bem-tiny"]
@@ -192,7 +185,8 @@ def platt(outcomes: dict[str, tuple[NDArray, NDArray]]) -> tuple[float, float]:
         return loss
 
     optimizer.step(closure)  # pyright: ignore
-    return float(free[0].exp()), float(free[1])
+    scale, shift = free.detach()
+    return float(scale.exp()), float(shift)
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -250,15 +244,18 @@ def train(args: argparse.Namespace) -> None:
     started, recent = time.monotonic(), []
     stream = batches(words, learn, args.lists, args.size, args.seed)
     for step in range(args.steps + 1):
-        if step % args.measure_every == 0 or step == args.steps:
+        minutes = (time.monotonic() - started) / 60
+        share = min(1.0, max((step + 1) / args.steps, minutes / args.minutes))
+        last = step == args.steps or minutes >= args.minutes
+        if (step and step % args.measure_every == 0) or last:
             table, outcomes = evaluate(averaged.module, words, held)
             row = {"step": step, "seconds": round(time.monotonic() - started), "mrr": table}
             print(json.dumps(row), file=log, flush=True)
             save(args.out, averaged.module, idf, platt(outcomes), step)
-        if step == args.steps:
+        if last:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate((step + 1) / args.steps, args.peak)
+            group["lr"] = learning_rate(share, args.peak)
         halves, right, sizes = next(stream)
         logits = torch.cat([model(**half) for half in halves])
         loss, parts = list_loss(logits, right, sizes)
@@ -283,7 +280,7 @@ def split(sets: Sequence[rp.PairSet], seed: int) -> tuple[list, dict]:
         back = [q for q in pairs.questions if rp.held_back(q)]
         rest = [q for q in pairs.questions if not rp.held_back(q)]
         back = rng.sample(back, min(len(back), HELD_BACK))
-        rest = rng.sample(rest, min(len(rest), 3 * pairs.lists))
+        rest = rng.sample(rest, min(len(rest), 2 * pairs.lists))
         parts = {}
         for name, questions in (("rest", rest), ("back", back)):
             part = rp.PairSet(pairs.name, pairs.pool, questions, pairs.lists)
@@ -327,6 +324,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--export", type=Path, help="copy the run's weights here and stop")
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop here if earlier")
     parser.add_argument("--lists", type=int, default=7, help="candidate lists per step")
     parser.add_argument("--size", type=int, default=10, help="passages per list")
     parser.add_argument("--peak", type=float, default=2e-3, help="largest learning rate")

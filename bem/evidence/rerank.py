@@ -22,14 +22,8 @@ from numpy.typing import NDArray
 from bem.errors import CheckpointError
 from bem.evidence.cross_encoder import CrossEncoderReranker
 from bem.evidence.deadline import before, passed
-from bem.evidence.pairs import (
-    Words,
-    checked_lexical,
-    make_pairs,
-    query_words,
-    read_passage,
-    table_bm25,
-)
+from bem.evidence.pairs import checked_lexical, make_pairs, table_bm25
+from bem.evidence.reading import Words, query_words, read_passage
 
 if TYPE_CHECKING:
     from bem.evidence.tiny_reranker import TinyReranker
@@ -103,6 +97,7 @@ class Tiny:
         self.shift = float(config["calibration"]["shift"])
         self._model, self._words, digest = _load_tiny(folder, config, device)
         self.name = f"tiny@{digest[:8]}"
+        self.logits("warm", ["up: the first call sets up threads and caches"])
 
     def logits(
         self,

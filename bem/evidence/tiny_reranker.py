@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bem.evidence.pairs import MAX_PASSAGE, MAX_QUERY, PAIR_FEATURES, WORD_FEATURES
+from bem.evidence.pairs import PAIR_FEATURES, WORD_FEATURES
+from bem.evidence.reading import MAX_PASSAGE, MAX_QUERY
 
 KERNELS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, -0.1)
 """Centres of the soft-match kernels, in cosine."""

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from bem.errors import CheckpointError, DataError, MissingExtra
 from bem.evidence.deadline import before
-from bem.evidence.pairs import BUCKETS, Words, make_pairs, query_words, read_passage, table_bm25
+from bem.evidence.pairs import make_pairs, table_bm25
+from bem.evidence.reading import BUCKETS, Words, query_words, read_passage
 from bem.evidence.rerank import SHIPPED, load_reranker
 from bem.evidence.tiny_reranker import Shape, TinyReranker
 from bem.evidence.windows import around_matches, densest
