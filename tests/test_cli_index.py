@@ -38,7 +38,7 @@ def test_build_search_and_info_with_the_states_of_a_base(corpus, tmp_path, micro
     out = tmp_path / "ix"
     said = call("build", corpus, "--out", out, "--base", micro_base)
     assert "2 (1 copies left out)" in said and f"base:{micro_base}, 32 dimensions" in said
-    found = call("search", out, "first program", "-k", "1")
+    found = call("search", out, "first program", "-k", "1", "--method", "hybrid")
     assert "1 ada hybrid" in found
     assert "Ada Lovelace: wrote the first [bold]program[/]" in found  # not taken for markup
     assert "files are as the manifest says" in call("info", out)

@@ -69,28 +69,24 @@ def search(
     folder: Folder,
     query: Annotated[str, typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Passages to show.")] = 5,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", help="bm25, dense or hybrid; default: hybrid if it can."),
-    ] = None,
+    method: Annotated[str, typer.Option("--method", help="bm25, dense or hybrid.")] = "bm25",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per passage.")] = False,
 ) -> int:
     """Show the passages that an index finds for a query."""
     from bem.evidence import index as indexes
 
-    if method is not None and method not in get_args(indexes.Method):
+    if method not in get_args(indexes.Method):
         known = ", ".join(get_args(indexes.Method))
         raise ConfigError(f"No search method {method!r}; there are {known}.")
     index = indexes.open_index(folder)
-    chosen = method or ("hybrid" if index.encoder_facts else "bm25")
-    if chosen != "bm25":
+    if method != "bm25":
         _quiet()
-    hits = index.search([query], k, chosen)[0]  # pyright: ignore[reportArgumentType]
+    hits = index.search([query], k, method)[0]  # pyright: ignore[reportArgumentType]
     if as_json:
         for hit in hits:
             print(json.dumps(_plain(hit), ensure_ascii=False))
         return 0
-    _list(Console(), hits, chosen)
+    _list(Console(), hits, method)
     return 0
 
 

@@ -37,12 +37,13 @@ FAISS_FROM = 100_000
 BLOCK = 2048
 """Passages encoded between two points from which an interrupted build resumes."""
 ROWS = 65_536
-"""Vectors per matrix product: a bound on the memory of a search."""
+QUERIES = 32
+"""Vectors and queries per matrix product: a bound on the memory of a search."""
 LEAST_PER_DIMENSION = 4
 """Passages per dimension below which a corpus cannot be whitened: vectors are used as they are."""
 RIDGE = 1e-6
 """Share of the largest variance added to each: ε above."""
-HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 128
+HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 256
 
 VECTORS, WHITENING, GRAPH = "vectors.npy", "whitening.npz", "vectors.faiss"
 
@@ -95,16 +96,16 @@ class Dense:
         k = min(k, len(self.vectors))
         if self._graph is not None:
             return self._through_graph(queries, k)
-        return [self._exact(query, k) for query in queries]
+        blocks = range(0, len(queries), QUERIES)
+        return [found for at in blocks for found in self._exact(queries[at : at + QUERIES], k)]
 
-    def _exact(self, query: NDArray[np.float32], k: int) -> list[tuple[int, float]]:
-        positions, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    def _exact(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[int, float]]]:
+        found: list[list[tuple[int, float]]] = [[] for _ in queries]
         for start in range(0, len(self.vectors), ROWS):
-            block = self.vectors[start : start + ROWS] @ query
-            found = np.asarray(fusion.best(block, k))
-            positions = np.concatenate([positions, found + start])
-            scores = np.concatenate([scores, block[found]])
-        return [(int(positions[i]), float(scores[i])) for i in fusion.best(scores, k)]
+            products = queries @ self.vectors[start : start + ROWS].T
+            for scores, so_far in zip(products, found, strict=True):
+                so_far += [(start + i, float(scores[i])) for i in fusion.best(scores, k)]
+        return [sorted(each, key=lambda pair: (-pair[1], pair[0]))[:k] for each in found]
 
     def _through_graph(self, queries: NDArray[np.float32], k: int) -> list[list[tuple[int, float]]]:
         faiss = _faiss()

@@ -15,7 +15,7 @@ def best(scores: NDArray[np.floating], k: int, above: float = -np.inf) -> list[i
 
     Exact in its ties: the same scores give the same order, whatever k.
     """
-    found = np.flatnonzero(scores > above)
+    found = np.arange(len(scores)) if above == -np.inf else np.flatnonzero(scores > above)
     if len(found) > k:
         values = scores[found]
         least = np.partition(values, len(found) - k)[len(found) - k]
