@@ -65,6 +65,8 @@ class AdapterConfig(Section):
     """Temperature of the Gumbel top-k relaxation while v1 trains."""
     temperature: bool = True
     """v2: one attention temperature per head, set by the evidence; False: gates alone."""
+    blind: bool = False
+    """v2: every evidence feature reads as zero. Its control: the same size, without the evidence."""
     alignment: float = Field(default=0.1, ge=0)
     """v2: weight of the loss that draws the gates' magnitude to the evidence's margin."""
     margin_scale: float = Field(default=2.0, gt=0)

@@ -84,6 +84,7 @@ def build(
                 config.chunk_size,
                 heads_read(sites, config),
                 evidence_read(config),
+                config.blind,
             )
         parts[first] = replace(parts[first], controller=controller)
     return parts

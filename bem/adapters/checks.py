@@ -129,7 +129,9 @@ def only_the_adapter_trains(make: Make, arch: str) -> str:
     """Adapter parameters all get a gradient; nothing else gets one."""
     attached = _perturbed(make(tiny_model(arch)))
     attached.model.train()
-    _loss(attached.model, _ids()).backward()
+    ids = _ids()
+    known = _evidence(attached.model, len(ids))
+    attached.model(input_ids=ids, labels=ids, use_cache=False, **known).loss.backward()
     mine = dict(attached.named_parameters())
     silent = [n for n, p in mine.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert mine and not silent, f"no gradient: {silent[:4]}"

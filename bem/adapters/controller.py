@@ -78,12 +78,18 @@ class Controller(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, d_control: int, chunk_size: int, n_heads: int = 0, n_evidence: int = 0
+        self,
+        d_model: int,
+        d_control: int,
+        chunk_size: int,
+        n_heads: int = 0,
+        n_evidence: int = 0,
+        blind: bool = False,
     ):
-        """n_evidence: number of evidence features; 0: reads none."""
+        """n_evidence: number of evidence features, 0: reads none; blind: they all read as zero."""
         super().__init__()
         self.d_model, self.n_heads, self.chunk_size = d_model, n_heads, chunk_size
-        self.n_evidence = n_evidence
+        self.n_evidence, self.blind = n_evidence, blind
         self.read = nn.Linear(2 * d_model + n_evidence, d_control)
         self.write = nn.Linear(d_control, d_control)
         self.prior = nn.Parameter(torch.zeros(d_control))

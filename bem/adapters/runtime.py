@@ -229,6 +229,8 @@ class Runtime:
             batch, tokens = pooled.slot.shape
             given = self._given_evidence(batch, tokens, width, pooled.slot.device)
             evidence = evidence_of_chunks(given, pooled, width)
+            if wiring.controller.blind:
+                evidence = torch.zeros_like(evidence)
         code = wiring.controller.code(pooled, evidence)
         parts = [m.control(code) for m in wiring.members]
         return with_control(pooled, torch.cat(parts + [evidence] * (evidence is not None), -1))

@@ -111,9 +111,8 @@ class Retriever:
         for query, hits, searched in self._searched(self.index, queries):
             passages = [hit.passage for hit in hits]
             lexical = [hit.lexical for hit in hits]
-            known = None if any(map(math.isnan, lexical)) else lexical
             found.append(
-                self._judged(query, passages, known, self.index.tokens, self.index.idf, searched)
+                self._judged(query, passages, lexical, self.index.tokens, self.index.idf, searched)
             )
             if on_progress:
                 on_progress(len(found), len(queries))

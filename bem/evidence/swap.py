@@ -5,8 +5,7 @@ search the clean index and to show what a worse corpus holds *under the id that 
 the worse corpus itself would prove nothing: a search finds a text wherever it stands, so that a
 corpus in another order gives the same passages as before.
 
-    clean, worse = index.passages, shuffled(index.passages)
-    Retriever(swapped(index, worse), reranker)
+    Retriever(swapped(index, shuffled(index.passages)), reranker)
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bem.errors import DataError
+from bem.evidence.bm25 import Bm25
 
 if TYPE_CHECKING:
     from bem.evidence.index import Hit, Index, Method
@@ -76,8 +76,6 @@ def shuffled(passages: Sequence[Passage], seed: int = 0) -> list[Passage]:
 def swapped(index: Index, passages: Sequence[Passage]) -> SwappedIndex:
     """Search `index`, but show what `passages` hold under the ids found.
 
-    For a fair staircase give all three conditions through here, clean too (`index.passages`).
-
     Raises:
         DataError: an id of the index has no passage.
     """
@@ -96,15 +94,28 @@ class SwappedIndex:
             )
         self._index, self._shown = index, shown
         self.passages = [shown[passage.id] for passage in index.passages]
+        self._place = {passage.id: i for i, passage in enumerate(self.passages)}
+        self._bm25 = Bm25.build(passage.shown for passage in self.passages)
 
     def search(
         self, queries: Sequence[str], k: int = 10, method: Method = "bm25"
     ) -> list[list[Hit]]:
-        """Hits of the index with the other corpus' passages; their `lexical` is NaN (unknown):
-        the score of the clean text would tell a reranker what the passage no longer says."""
+        """Hits of the index with the other corpus' passages, each with the BM25 score of what it now
+        says: the score of the clean text would tell a reranker what is no longer there."""
         return [
-            [replace(h, passage=self._shown[h.passage.id], lexical=math.nan) for h in hits]
-            for hits in self._index.search(queries, k, method)
+            self._worded(query, hits)
+            for query, hits in zip(queries, self._index.search(queries, k, method), strict=True)
+        ]
+
+    def _worded(self, query: str, hits: list[Hit]) -> list[Hit]:
+        lexical = self._bm25.scores(query)
+        return [
+            replace(
+                hit,
+                passage=self._shown[hit.passage.id],
+                lexical=float(lexical[self._place[hit.passage.id]]),
+            )
+            for hit in hits
         ]
 
     def tokens(self, text: str) -> list[str]:

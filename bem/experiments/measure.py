@@ -367,7 +367,7 @@ def _slices(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, list[
                     a.task == task.name and str(a.example.meta.get(key)) == value for a in answers
                 ]
     strong = [_is_strong(task, a.example) for task in tasks for a in answers if a.task == task.name]
-    if any(task.retrieval for task in tasks):
+    if any(strong):
         parts["A"] = strong
     return parts
 

@@ -13,7 +13,7 @@ from bem.errors import AttachError, BaseMismatch, CheckpointError, ConfigError
 
 
 def test_an_unknown_variant_names_the_known_ones():
-    with pytest.raises(AttachError, match=r"unknown variant 'v9'.*s0, pt1, v1, v3, v4"):
+    with pytest.raises(AttachError, match=r"unknown variant 'v9'.*s0, pt1, v1, v2, v3, v4"):
         bem.attach(tiny_model("llama"), "v9")
 
 

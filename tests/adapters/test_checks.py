@@ -14,6 +14,8 @@ UNUSUAL = {
     "v1-from-the-embeddings": {"variant": "v1", "router_layer": 0},
     "v1-at-the-mlp-alone": {"variant": "v1", "rank_attn": 0},
     "v4-wide": {"variant": "v4", "film_range": "wide", "router_layer": 3},
+    "v2-in-a-trust-region": {"variant": "v2", "trust_radius": 0.7, "router_layer": 0},
+    "v2-gates-alone": {"variant": "v2", "temperature": False, "decorrelation": 0.1},
     "pt1-two-groups": {"variant": "pt1", "head_groups": 2, "decorrelation": 0.1},
 }
 

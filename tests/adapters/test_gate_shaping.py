@@ -143,3 +143,14 @@ def test_an_unknown_fused_projection_is_refused_and_gates_alone_still_work():
         bem.attach(model, "v2", rank=4)
     fresh = AutoModelForCausalLM.from_config(CodeGenConfig(**sizes)).eval()
     assert bem.attach(fresh, "v2", rank=4, temperature=False).n_evidence == N
+
+
+def test_the_blind_control_sees_no_evidence():
+    ids = torch.arange(1, 12)[None]
+    attached = bem.attach(tiny_model("llama"), "v2", rank=4, blind=True)
+    for parameter in attached.parameters():
+        parameter.data.normal_()
+    with torch.no_grad():
+        some = attached.model(input_ids=ids, evidence=torch.rand(1, N)).logits
+        none = attached.model(input_ids=ids).logits
+    assert torch.equal(some, none)
