@@ -37,8 +37,9 @@ FAISS_FROM = 100_000
 BLOCK = 2048
 """Passages encoded between two points from which an interrupted build resumes."""
 ROWS = 65_536
+"""Vectors per matrix product ..."""
 QUERIES = 32
-"""Vectors and queries per matrix product: a bound on the memory of a search."""
+"""... and queries: a bound on the memory of a search (8 MiB of products)."""
 LEAST_PER_DIMENSION = 4
 """Passages per dimension below which a corpus cannot be whitened: vectors are used as they are."""
 RIDGE = 1e-6
@@ -66,7 +67,7 @@ class Whitening:
             products += block.T @ block
         mean = total / n
         variances, directions = np.linalg.eigh(products / n - np.outer(mean, mean))
-        variances = np.maximum(variances, 0) + RIDGE * variances[-1]
+        variances = np.maximum(variances, 0) + RIDGE * max(variances[-1], 1e-6)
         return cls(mean.astype(np.float32), (directions / np.sqrt(variances)).astype(np.float32))
 
     def apply(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:

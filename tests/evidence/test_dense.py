@@ -52,9 +52,15 @@ def test_the_corpus_mean_and_a_direction_without_variance_stay_finite():
     assert not whitening.apply(whitening.mean[None]).any()
 
 
+def test_a_corpus_of_one_vector_whitens_to_nothing_instead_of_nan():
+    same = np.tile(unit(np.ones((1, 4))), (50, 1))
+    assert np.isfinite(Whitening.fit(same).apply(same)).all()
+
+
 def test_search_is_the_sorted_matrix_product_over_any_number_of_blocks(monkeypatch):
     vectors, queries = unit(RNG.normal(size=(50, 8))), unit(RNG.normal(size=(3, 8)))
     monkeypatch.setattr(dense, "ROWS", 7)
+    monkeypatch.setattr(dense, "QUERIES", 2)
     for query, found in zip(queries, Dense(vectors, None).search(queries, 10), strict=True):
         product = vectors @ query
         assert [i for i, _ in found] == np.argsort(-product)[:10].tolist()
