@@ -1,4 +1,4 @@
-"""The `bem` command: run | train | evaluate | validate | promote | report | doctor.
+"""The `bem` command: run | train | evaluate | validate | promote | report | index | doctor.
 
 Exit codes: 0 done (or PROMOTE), 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains,
 130 Ctrl-C.
@@ -19,6 +19,7 @@ from rich.markup import escape
 import bem
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train
+from bem.cli.index import index_app
 from bem.cli.verdict import promote, validate
 from bem.errors import BemError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 for command in (run, train, evaluate, validate, promote, report, doctor):
     app.command()(command)
+app.add_typer(index_app, name="index")
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,6 +18,8 @@ NEEDED_DISK_GIB = 1.0
 
 EXTRAS = {
     "datasets": ("datasets", "Hugging Face datasets as tasks"),
+    "sentence_transformers": ("retrieval", "encoders and rerankers from sentence-transformers"),
+    "faiss": ("retrieval", "dense search in 100,000 passages and more"),
     "tensorboard": ("tensorboard", "training curves in TensorBoard"),
     "arch": ("benchmarks", "benchmarks/bca.py against arch"),
     "pytest": ("dev", "make test"),
@@ -74,7 +76,8 @@ def _disk() -> Check:
 
 def _libraries() -> list[Check]:
     checks = []
-    for name in ("torch", "transformers", "peft", "scipy", "sacrebleu", "matplotlib"):
+    needed = ("torch", "transformers", "peft", "scipy", "sacrebleu", "bm25s", "matplotlib")
+    for name in needed:
         found = installed(name)
         if found:
             checks.append(Check("ok", name, found))
