@@ -157,6 +157,7 @@ def _is_ours(folder: Path) -> bool:
 def _load_tiny(
     folder: Path, config: dict[str, Any], device: str
 ) -> tuple[TinyReranker, Words, str]:
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
     from tokenizers import Tokenizer
@@ -173,8 +174,9 @@ def _load_tiny(
         data = (folder / "model.safetensors").read_bytes()
         tensors = {name: tensor.float() for name, tensor in load(data).items()}
         idf = tensors.pop("idf").numpy()
-        model = TinyReranker(Shape(**config["shape"]))
-        model.load_state_dict(tensors)
+        with torch.device("meta"):  # no initial weights: the caller's random state stays as it is
+            model = TinyReranker(Shape(**config["shape"]))
+        model.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} holds no usable reranker: {str(error).splitlines()[0]} "

@@ -111,6 +111,12 @@ def test_more_bm25_never_makes_a_passage_worse_at_the_start_of_training(words):
     np.testing.assert_allclose(logits, 3.0 * np.array(lexical) / 10 - 4.0, atol=1e-6)
 
 
+def test_loading_and_judging_leave_the_random_state_alone():
+    before_it = torch.get_rng_state()
+    load_reranker("tiny").logits(QUERY, [RIGHT])
+    assert torch.equal(torch.get_rng_state(), before_it)
+
+
 def test_the_shipped_files_stay_small():
     assert sum(f.stat().st_size for f in SHIPPED["tiny"].iterdir()) < 3_000_000
 
