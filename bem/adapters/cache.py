@@ -110,6 +110,11 @@ class ControlLayer(CacheLayerMixin):
         number, _, controls, _ = self._history()
         return number, controls
 
+    def valid(self) -> Tensor:
+        """Bool (batch, columns): False at padding."""
+        self.settle()
+        return torch.cat([p.valid for p in self._pieces], 1)
+
     def _history(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(chunk of each column, sums per chunk, control per chunk, valid columns)."""
         number = torch.cat([p.number for p in self._pieces], 1)

@@ -33,16 +33,15 @@ class Queries:
     """int (width,): query head of each output column, n_heads where it is a key or a value;
     None: the output is (.., heads, head_dim) or (batch, heads, tokens, head_dim)."""
 
-    def scale(self, output: Tensor, factor: Tensor) -> Tensor:
-        """`output` with each head's queries times `factor` (batch, tokens, n_heads)."""
+    def spread(self, factor: Tensor, output: Tensor) -> Tensor:
+        """A head's factor (batch, tokens, n_heads) at each of its numbers in `output`: 1 elsewhere."""
         if self.columns is None:
-            return output * self._by_head(output, factor)
+            return self._by_head(factor, output)
         ones = factor.new_ones(*factor.shape[:-1], 1)
         columns = self.columns.to(output.device)
-        wide = torch.cat([factor, ones], -1).index_select(-1, columns)
-        return output * wide.view(*output.shape)
+        return torch.cat([factor, ones], -1).index_select(-1, columns).view(*output.shape)
 
-    def _by_head(self, output: Tensor, factor: Tensor) -> Tensor:
+    def _by_head(self, factor: Tensor, output: Tensor) -> Tensor:
         """Norms run before or after heads and tokens change places: the strides tell, and sizes."""
         tokens = factor.shape[1]
         heads_last = output.shape[1:3] == (tokens, self.n_heads)

@@ -83,6 +83,7 @@ class Runtime:
         self._mask: Tensor | None = None
         self._turns: Tensor | None = None
         self._evidence: Tensor | None = None
+        self._spread: dict[int, tuple[Tensor, Tensor]] = {}
         self.prompt_turns: Tensor | None = None  # what `generate` was given
         self.prompt_evidence: Tensor | None = None
         self._head_input: Tensor | None = None
@@ -115,6 +116,7 @@ class Runtime:
 
     def remove(self) -> None:
         """Take all hooks off the model."""
+        self._spread = {}
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -154,7 +156,13 @@ class Runtime:
         wiring = self.wiring
         if wiring is None or block not in wiring.shapings:
             return output
-        return wiring.queries[block].scale(output, self.parts[wiring.shapings[block]])
+        control = self.parts[wiring.shapings[block]]
+        known, spread = self._spread.get(block, (None, None))
+        if known is not control or spread is None:  # while a chunk is decoded, both stay
+            spread = wiring.queries[block].spread(control, output)
+            if control.shape[1] == 1:
+                self._spread[block] = (control, spread)
+        return output * spread
 
     def _route(self, layer: int, block: Any, args: tuple, kwargs: dict) -> None:
         """Before the router layer runs: turn what was read so far into control for every site above."""
