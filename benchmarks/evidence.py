@@ -75,7 +75,10 @@ def per_token(base: str, device: str, rounds: int) -> list[str]:
     arms = {n: bem.attach(with_shared_weights(model), **s, rank=12) for n, s in ARMS.items()}
     arms["base"] = model
     timings = measure_latency(arms, rounds=rounds, prompt_tokens=256, new_tokens=64)
-    lines = ["| arm | decode ms per token | ÷ pt1 | prefill ms | ÷ pt1 |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| arm | decode ms per token | ÷ pt1 | prefill ms | ÷ pt1 |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, p50 in timings.p50_ms.items():
         cells = []
         for phase in ("decode", "prefill"):

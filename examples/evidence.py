@@ -14,7 +14,9 @@ from bem.evidence.retriever import Retriever
 
 index = in_memory(
     [
-        Passage("nobel", "The first Nobel Prize in Physics went to Wilhelm Conrad Röntgen in 1901."),
+        Passage(
+            "nobel", "The first Nobel Prize in Physics went to Wilhelm Conrad Röntgen in 1901."
+        ),
         Passage("curie", "Marie Curie shared the Nobel Prize in Physics of 1903."),
         Passage("einstein", "Albert Einstein worked at the patent office in Bern until 1909."),
         Passage("otter", "The otter sleeps near the river and wakes at six o'clock."),

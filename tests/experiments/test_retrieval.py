@@ -15,8 +15,34 @@ from bem.experiments.tasks import Task, load_task
 from bem.stats.files import load
 from bem.training.data import Example
 
-ANIMALS = "heron otter badger falcon lynx marten plover curlew siskin dunlin avocet bittern".split()
-PLACES = "marsh river forest cliff mountain barn beach moor alder mudflat lagoon reeds".split()
+ANIMALS = [
+    "heron",
+    "otter",
+    "badger",
+    "falcon",
+    "lynx",
+    "marten",
+    "plover",
+    "curlew",
+    "siskin",
+    "dunlin",
+    "avocet",
+    "bittern",
+]
+PLACES = [
+    "marsh",
+    "river",
+    "forest",
+    "cliff",
+    "mountain",
+    "barn",
+    "beach",
+    "moor",
+    "alder",
+    "mudflat",
+    "lagoon",
+    "reeds",
+]
 
 
 def rows(part, animals=ANIMALS):
