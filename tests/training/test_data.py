@@ -239,3 +239,27 @@ def test_padding_goes_left_or_right_and_positions_count_real_tokens():
     assert left["turn_starts"].tolist() == [[False, True, False], [False, False, True]]
     assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert right["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
+
+
+GOOD = [1.0, 0.9, 0.7, 0.2, 0.0, 0.8, 0.9, 0.3]
+
+
+def test_what_is_known_of_the_evidence_goes_into_the_batch(tmp_path, tokenizer):
+    rows = [
+        {"input": "a", "references": ["b"], "relevance": GOOD},
+        {"input": "c", "references": ["d"]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoded = [encode(row, tokenizer, 64) for row in read_jsonl(path)]
+    batch = collate(encoded, 0)
+    assert batch["evidence"].tolist() == [pytest.approx(GOOD), [0.0] * 8]
+    assert "evidence" not in collate(encoded[1:], 0)
+
+
+@pytest.mark.parametrize("bad", [[1.0], [*GOOD[:-1], 1.5], [*GOOD[:-1], "x"], 0.5])
+def test_relevance_that_cannot_be_is_refused_with_its_place(bad, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"input": "a", "references": ["b"], "relevance": bad}) + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: relevance must be 8 numbers.*margin"):
+        read_jsonl(path)
