@@ -1,11 +1,12 @@
 """How well passages cover a question, agree with one another, and contradict one another.
 
-All three weigh a passage by p_i, the probability that it supports the answer (sigmoid of the
-reranker's logit). The source document names the same features; two of its formulas are repaired:
+Agreement and contradiction weigh a passage by p_i, the probability that it supports the answer (sigmoid
+of the reranker's logit). The source document names the same features; two of its formulas are repaired:
 
 - Its coverage, sum_i softmax(s)_i exp(-0.1 i) cos(q, d_i), discounts by rank and takes a cosine of
   a short question with a long passage: a perfect passage scores far below 1. Ours asks of each
-  term of the question whether a good passage has it, and reaches 1.
+  term of the question whether a passage has it, and reaches 1. It does not weigh by relevance:
+  `best` and `margin` say that already.
 - Its consistency leaves out the pairs (i, i): one strong passage with weak ones beside it counts
   as inconsistent, a single passage as undefined. With them it is 1 - Rao's quadratic entropy.
 """
@@ -100,24 +101,19 @@ def sentence(text: str, tokens: Tokens) -> Sentence:
     return Sentence(frozenset(words), frozenset(numbers), negations % 2 == 1, tokens)
 
 
-def coverage(
-    query_terms: Sequence[str], shown: Sequence[Reading], p: Sequence[float], idf: Idf
-) -> float:
-    """Share of the question that good passages speak of, in [0, 1].
+def coverage(query_terms: Sequence[str], shown: Sequence[Reading], idf: Idf) -> float:
+    """Share of the question that the passages speak of, in [0, 1].
 
-        sum_t idf_t max_{i: t in d_i} p_i / sum_t idf_t        t: distinct terms of the question
+        sum_t idf_t [t in any d_i] / sum_t idf_t        t: distinct terms of the question
 
-    A rare term counts more; a term that no passage has counts nothing. 0 without terms.
+    A rare term counts more. 0 without terms.
     """
     weights = {term: idf(term) for term in query_terms}
     total = sum(weights.values())
     if total <= 0:
         return 0.0
-    found = (
-        weight * max((p_i for p_i, d in zip(p, shown, strict=True) if term in d.counts), default=0)
-        for term, weight in weights.items()
-    )
-    return sum(found) / total
+    said = (w for term, w in weights.items() if any(term in d.counts for d in shown))
+    return sum(said) / total
 
 
 def consistency(shown: Sequence[Reading], p: Sequence[float], idf: Idf) -> float:

@@ -115,7 +115,7 @@ def make_record(
         margin=float(scores[0] - np.median(scores)),
         entropy=entropy_of(ordered / temperature),
         contradiction=contradiction(readings, p, idf),
-        coverage=coverage(tokens(query), readings, p, idf),
+        coverage=coverage(tokens(query), readings, idf),
         consistency=consistency(readings, p, idf),
         sources=tuple(passage.id for passage in shown),
         digest=digest_of(shown),

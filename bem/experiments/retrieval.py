@@ -110,7 +110,7 @@ class _Finder:
         assert task.retrieval is not None
         self.task, self.config, self.reranker = task, task.retrieval, reranker
         self.on_progress, self.done = on_progress, 0
-        self.dev, self.leaked = _without_leaks(task.train, task.dev, self.config.leak_threshold)
+        self.dev, self.leaked = _without_leaks(task, self.config)
         conditions = 3 if self.config.swap else 1
         self.total = len(task.train) + conditions * len(self.dev)
         self.index: Any = None
@@ -268,13 +268,21 @@ def corpus_of(rows: Iterable[Example], corpora: Iterable[list[Passage]]) -> list
     return passages
 
 
-def _without_leaks(
-    train: Sequence[Example], dev: Sequence[Example], threshold: float
-) -> tuple[list[Example], int]:
-    """Held-out rows whose gold passages are not nearly those of a training row, and how many were."""
-    known = sorted({text for row in train for text in _gold(row)})
-    asked = [(i, text) for i, row in enumerate(dev) for text in sorted(_gold(row))]
-    pairs = near_duplicates([text for _, text in asked], known, threshold) if known else []
+def _without_leaks(task: Task, config: RetrievalConfig) -> tuple[list[Example], int]:
+    """Held-out rows whose answer passages are not nearly those of a training row, and how many were.
+
+    A row that brings its own passages is compared as a whole: a single sentence of a story may well
+    stand in another story.
+    """
+
+    def answer_passages(row: Example) -> frozenset[str]:
+        return _gold(row) if config.source == "corpus" else frozenset(["\n".join(row.evidence)])
+
+    dev = task.dev
+    known = sorted({text for row in task.train for text in answer_passages(row)})
+    asked = [(i, text) for i, row in enumerate(dev) for text in sorted(answer_passages(row))]
+    texts = [text for _, text in asked]
+    pairs = near_duplicates(texts, known, config.leak_threshold) if known else []
     leaked = {asked[at][0] for at, _, _ in pairs}
     if dev and len(leaked) == len(dev):
         raise DataError(

@@ -236,3 +236,14 @@ def test_a_run_measures_the_swap_judges_it_and_reports_it(tmp_path, micro_base):
     assert "## Evidence" in text and "correlation of gate and margin" in text
     html = result.report.read_text()
     assert all(f'aria-label="{t}' in html for t in ("quality (points) with an index", "Share of"))
+
+
+def test_a_row_with_its_own_passages_leaks_only_as_a_whole():
+    both = ("The heron sleeps near the marsh after a long flight.", "The otter left the river.")
+    train = [replace(r, evidence=both, gold_evidence=(0,)) for r in rows("north")[:2]]
+    same = replace(rows("south")[0], evidence=both, gold_evidence=(0,))
+    other = ("Nobody has seen the badger since the storm came.", *both[:1])
+    shares_a_sentence = replace(rows("south")[1], evidence=other, gold_evidence=(1,))
+    config = RetrievalConfig(source="row", candidates=2, shown=1, reranker="none", swap=False)
+    found = with_evidence(task(config, train, [same, shares_a_sentence], corpus=[]), None)
+    assert [r.id for r in found.dev] == ["south-1"] and found.facts["leaked"] == 1
