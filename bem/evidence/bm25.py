@@ -56,7 +56,7 @@ def words(text: str) -> list[str]:
     if text.isascii():
         return _ASCII_WORD.findall(text)
     found: list[str] = []
-    for word in _any_word().findall(text):
+    for word in _any_word().findall(text.replace("_", " ")):
         if word.isascii() or not _SPACELESS.search(word):
             found.append(word)
         else:
@@ -161,4 +161,4 @@ def _any_word() -> re.Pattern[str]:
         for code in range(0x300, min(0x20000, sys.maxunicode))
         if unicodedata.category(chr(code)).startswith("M")
     )
-    return re.compile(f"(?:[^\\W_]|[{marks}])+")
+    return re.compile(f"\\w+(?:[{marks}]+\\w*)*")
