@@ -2,7 +2,8 @@
 
 A query projection may be a layer of its own, followed by a norm per head (Qwen3, Gemma 3), or one
 third of a fused projection whose layout depends on the architecture. Fused layouts are listed, not
-guessed: scaling a key by mistake would poison the cache.
+guessed: scaling a key by mistake would poison the cache. ALiBi adds positions to the logits, past the
+queries, so that it is refused; a soft cap on the logits is applied after the division.
 """
 
 from __future__ import annotations
@@ -68,26 +69,34 @@ def _of_block(modules: dict[str, nn.Module], block: str, config: Any, sites: Sit
         for n, m in modules.items()
         if n.startswith(block + ".") and ATTENTION.search(n[len(block) :])
     }
-    heads = sites.n_heads
-    own = [n for n, m in inside.items() if QUERY.search(n) and is_linear(m)]
-    norms = [n for n in inside if QUERY_NORM.search(n)]
-    if own:
-        width = linear_shape(inside[own[0]])[1]
-        if norms:
-            weight = getattr(inside[norms[0]], "weight", None)
-            per_head = weight is None or weight.numel() != width
-            columns = None if per_head else _plain(width, heads)
-            return Queries(norms[0], heads, columns)
-        return Queries(own[0], heads, _plain(width, heads))
-    fused = [n for n, m in inside.items() if FUSED.search(n) and is_linear(m)]
-    layout = LAYOUTS.get(getattr(config, "model_type", ""))
-    if not fused or layout is None:
+    heads, kind = sites.n_heads, getattr(config, "model_type", "")
+    if kind in ("bloom", "mpt") or getattr(config, "alibi", False):
         raise AttachError(
-            f"{block}: no query projection of a layout that I know (model type "
-            f"{getattr(config, 'model_type', '?')!r}): v2 cannot scale its heads. "
+            f"{kind} adds position biases (ALiBi) to the logits, which scaled queries do not reach. "
             "Use attach(model, 'v2', temperature=False), or another variant."
         )
-    return Queries(fused[0], heads, layout(linear_shape(inside[fused[0]])[1], heads, config))
+    own = [n for n, m in inside.items() if QUERY.search(n) and is_linear(m)]
+    fused = [n for n, m in inside.items() if FUSED.search(n) and is_linear(m)]
+    norms = [n for n in inside if QUERY_NORM.search(n)]
+    if own and norms and (size := _weights(inside[norms[0]])):
+        width = linear_shape(inside[own[0]])[1]
+        if size in (width, width // heads):  # a norm undoes what is scaled before it
+            columns = _plain(width, heads) if size == width else None
+            return Queries(norms[0], heads, columns)
+    elif own and not norms:
+        return Queries(own[0], heads, _plain(linear_shape(inside[own[0]])[1], heads))
+    elif fused and not norms and kind in LAYOUTS:
+        width = linear_shape(inside[fused[0]])[1]
+        return Queries(fused[0], heads, LAYOUTS[kind](width, heads, config))
+    raise AttachError(
+        f"{block}: no query projection of a layout that I know (model type {kind or '?'!r}): v2 cannot "
+        "scale its heads. Use attach(model, 'v2', temperature=False), or another variant."
+    )
+
+
+def _weights(norm: nn.Module) -> int:
+    weight = getattr(norm, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else 0
 
 
 def _plain(width: int, heads: int) -> Tensor:
@@ -132,7 +141,6 @@ LAYOUTS: dict[str, Callable[[int, int, Any], Tensor]] = {
     "gpt2": _queries_first,
     "phi3": _queries_first,
     "gpt_neox": _interleaved,
-    "bloom": _interleaved,
     "falcon": _falcon,
 }
 """Model type -> head of each column of its fused projection: (width, n_heads, config) -> columns."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     CodeGenConfig,
     CodeGenForCausalLM,
     Gemma3ForCausalLM,
@@ -134,6 +136,12 @@ def test_evidence_of_a_wrong_shape_is_refused():
     attached = bem.attach(tiny_model("llama"), "v2", rank=4)
     with pytest.raises(AttachError, match="EVIDENCE_FEATURES"):
         attached.model(input_ids=torch.arange(1, 9)[None], evidence=torch.rand(1, N - 1))
+
+
+def test_position_biases_on_the_logits_are_refused():
+    sizes = dict(vocab_size=64, hidden_size=32, n_layer=4, n_head=4)
+    with pytest.raises(AttachError, match="ALiBi"):
+        bem.attach(BloomForCausalLM(BloomConfig(**sizes)), "v2", rank=4)
 
 
 def test_an_unknown_fused_projection_is_refused_and_gates_alone_still_work():
