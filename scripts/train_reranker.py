@@ -1,7 +1,9 @@
 """Train the tiny cross-encoder that ships with the package, on one CPU core.
 
     python scripts/train_reranker.py --data ../shared/data --out runs/reranker --steps 3000
-    python scripts/train_reranker.py --out runs/reranker --export bem/evidence/tiny-reranker
+    python scripts/train_reranker.py --data ../shared/data --out runs/blend --shrink 0.6 \\
+        --blend runs/reranker/step-1000 runs/reranker
+    python scripts/train_reranker.py --out runs/blend --export bem/evidence/tiny-reranker
 
 Each step takes lists of one right passage and mined wrong ones (top BM25 passages without the
 answer). Loss: softmax cross-entropy over the list (which is the right one?) plus binary
@@ -251,7 +253,9 @@ def train(args: argparse.Namespace) -> None:
             table, outcomes = evaluate(averaged.module, words, held)
             row = {"step": step, "seconds": round(time.monotonic() - started), "mrr": table}
             print(json.dumps(row), file=log, flush=True)
-            save(args.out, averaged.module, idf, platt(outcomes), step)
+            for folder in (args.out, args.out / f"step-{step}"):
+                folder.mkdir(exist_ok=True)
+                save(folder, averaged.module, idf, platt(outcomes), step)
         if last:
             break
         for group in optimizer.param_groups:
@@ -272,7 +276,7 @@ def train(args: argparse.Namespace) -> None:
             recent.clear()
 
 
-def split(sets: Sequence[rp.PairSet], seed: int) -> tuple[list, dict]:
+def split(sets: Sequence[rp.PairSet], seed: int, learning: bool = True) -> tuple[list, dict]:
     """Candidate lists to learn from (with right passages added), and held-back natural lists."""
     rng = random.Random(seed)
     learn, held = [], {}
@@ -280,7 +284,7 @@ def split(sets: Sequence[rp.PairSet], seed: int) -> tuple[list, dict]:
         back = [q for q in pairs.questions if rp.held_back(q)]
         rest = [q for q in pairs.questions if not rp.held_back(q)]
         back = rng.sample(back, min(len(back), HELD_BACK))
-        rest = rng.sample(rest, min(len(rest), 2 * pairs.lists))
+        rest = rng.sample(rest, min(len(rest), 2 * pairs.lists if learning else 0))
         parts = {}
         for name, questions in (("rest", rest), ("back", back)):
             part = rp.PairSet(pairs.name, pairs.pool, questions, pairs.lists)
@@ -318,11 +322,35 @@ def save(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def blend(args: argparse.Namespace) -> None:
+    """Mean of several checkpoints, its learned part shrunk towards BM25, calibrated anew.
+
+    (Weight averaging: Izmailov et al. 2018; interpolation towards the start: Wortsman et al. 2022.)
+    """
+    torch.set_num_threads(args.threads)
+    loaded = [load_file(folder / "model.safetensors") for folder in args.blend]
+    mean = {k: torch.stack([one[k].float() for one in loaded]).mean(0) for k in loaded[0]}
+    for name in ("head.2.weight", "head.2.bias"):
+        mean[name] *= args.shrink
+    idf = mean.pop("idf").numpy()
+    config = json.loads((args.blend[-1] / "config.json").read_text())
+    model = TinyReranker(Shape(**config["shape"]))
+    model.load_state_dict(mean)
+    words = Words(Tokenizer.from_file(str(BASE / "tokenizer.json")), idf)
+    _, held = split(rp.training_sets(args.data, random.Random(args.seed)), args.seed, False)
+    table, outcomes = evaluate(model, words, held)
+    print(json.dumps(table))
+    args.out.mkdir(parents=True, exist_ok=True)
+    save(args.out, model, idf, platt(outcomes), config["steps"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder of the public sets")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--export", type=Path, help="copy the run's weights here and stop")
+    parser.add_argument("--blend", type=Path, nargs="+", help="average these runs into --out")
+    parser.add_argument("--shrink", type=float, default=1.0, help="factor on the learned part")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop here if earlier")
     parser.add_argument("--lists", type=int, default=7, help="candidate lists per step")
@@ -338,7 +366,7 @@ def main() -> None:
         for name in ("model.safetensors", "config.json"):
             shutil.copy(args.out / name, args.export / name)
         return
-    train(args)
+    (blend if args.blend else train)(args)
 
 
 if __name__ == "__main__":
