@@ -128,7 +128,10 @@ def evaluate(
     show = on_event or (lambda event: None)
     show(Event("loading the base"))
     model, tokenizer = load_base(config.base, device_of(config))
-    tasks = [with_evidence(task, None) for task in load_tasks(config.data, need_train=False)]
+    tasks = [
+        with_evidence(task, None, _finding(task, show))
+        for task in load_tasks(config.data, need_train=False)
+    ]
     attached = load(model, checkpoint)
     return measure(
         attached,
@@ -182,7 +185,7 @@ class Work:
         self.config, self.folder, self.show = config, folder, show
         show(Event("reading the data"))
         self.tasks = [
-            with_evidence(task, folder.evidence, self._finding(task))
+            with_evidence(task, folder.evidence, _finding(task, show))
             for task in load_tasks(config.data)
         ]
         self.examples = training_mixture(self.tasks)
@@ -200,14 +203,6 @@ class Work:
         self.started = time.monotonic()
         self.worked = 0
         """Cells that were not found finished."""
-
-    def _finding(self, task: Task) -> Callable[[int, int], None]:
-        def show(done: int, total: int) -> None:
-            event = Event("finding evidence", done=done, total=total, detail=task.name)
-            if done % 16 == 0 or done == total:
-                self.show(replace(event, final=done == total))
-
-        return show
 
     def claim(self, command: str | None) -> None:
         """Take the run's folder, and record what the run depends on."""
@@ -343,6 +338,17 @@ class Work:
             return ""
         seconds = (time.monotonic() - self.started) / self.worked * cells / self.config.workers
         return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+
+
+def _finding(task: Task, show: Show) -> Callable[[int, int], None]:
+    """Passes on how far the search for a task's evidence is."""
+
+    def tell(done: int, total: int) -> None:
+        if done % 16 == 0 or done == total:
+            event = Event("finding evidence", done=done, total=total, detail=task.name)
+            show(replace(event, final=done == total))
+
+    return tell
 
 
 def _now(event: Event, stage: str, **values: Any) -> Event:
