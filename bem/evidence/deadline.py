@@ -30,7 +30,8 @@ def before(deadline: float | None, work: Callable[[], T | None]) -> T | None:
         except Exception as error:
             failed.append(error)
 
-    worker = threading.Thread(target=run, name="rerank", daemon=True)
+    # Not a daemon: one that is inside torch when the interpreter ends aborts the process.
+    worker = threading.Thread(target=run, name="rerank", daemon=False)
     worker.start()
     worker.join(max(0.0, deadline - time.monotonic()))
     if failed:
