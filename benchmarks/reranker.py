@@ -1,6 +1,6 @@
 """BM25 alone against BM25 and the shipped reranker, on questions that nothing was trained on.
 
-    python benchmarks/reranker.py --data ../shared/data     # writes benchmarks/results/reranker.md
+    python benchmarks/reranker.py --data DIR_OF_THE_PUBLIC_SETS     # writes benchmarks/results/reranker.md
 
 MRR@10 of the first right passage among BM25's top 20, the paired difference with its BCa interval
 (clusters: title, question, article, module), how well the probabilities are calibrated, and the

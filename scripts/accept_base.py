@@ -1,6 +1,6 @@
 """Is a base good enough to put adapters on? Three checks, a table, a JSON file.
 
-    python scripts/accept_base.py --base bem/bases/bem-tiny --data ../shared/data --out accept.json
+    python scripts/accept_base.py --base bem/bases/bem-tiny --data DIR_OF_THE_PUBLIC_SETS --out accept.json
 
 1. Copy test: a 20-token span of random ids is much cheaper the second time (under a third).
 2. Full fine-tuning reaches exact match above 0 on each of `--tasks` (rows it was not trained on).

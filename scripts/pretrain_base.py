@@ -1,11 +1,11 @@
 """Pretrain the small base model that ships with the package.
 
     # 2 CPU cores, one process per core (about 3.4 million parameters, at most two hours)
-    torchrun --nproc-per-node 2 scripts/pretrain_base.py --data ../shared/data \\
+    torchrun --nproc-per-node 2 scripts/pretrain_base.py --data DIR_OF_THE_PUBLIC_SETS \\
         --out runs/pretrain --hours 2
 
     # one CUDA GPU, bf16, 20 million parameters
-    python scripts/pretrain_base.py --data ../shared/data --out runs/pretrain20 --size 20m \\
+    python scripts/pretrain_base.py --data DIR_OF_THE_PUBLIC_SETS --out runs/pretrain20 --size 20m \\
         --hours 0.3 --tokens-per-step 65536 --micro-tokens 65536
 
     # write the model of the last checkpoint as a Hugging Face folder

@@ -1,7 +1,7 @@
 """Train the tiny cross-encoder that ships with the package, on one CPU core.
 
-    python scripts/train_reranker.py --data ../shared/data --out runs/reranker --steps 3000
-    python scripts/train_reranker.py --data ../shared/data --out runs/blend --shrink 0.6 \\
+    python scripts/train_reranker.py --data DIR_OF_THE_PUBLIC_SETS --out runs/reranker --steps 3000
+    python scripts/train_reranker.py --data DIR_OF_THE_PUBLIC_SETS --out runs/blend --shrink 0.6 \\
         --blend runs/reranker/step-1000 runs/reranker
     python scripts/train_reranker.py --out runs/blend --export bem/evidence/tiny-reranker
 
