@@ -1,4 +1,4 @@
-"""`bem index build | search | info`, through the command line."""
+"""`bem index build | search | evidence | info`, through the command line."""
 
 import json
 import subprocess
@@ -89,3 +89,18 @@ def test_the_commands_are_importable_without_the_heavy_libraries():
 def test_index_is_a_group_of_three_commands():
     group = typer.main.get_command(index_app)
     assert set(group.commands) == {"build", "search", "info"}
+
+
+def test_evidence_says_what_the_model_would_be_told(corpus, tmp_path):
+    call("build", corpus, "--out", tmp_path / "ix", "--encoder", "none")
+    said = call("evidence", tmp_path / "ix", "Who wrote the first program?")
+    assert said.startswith("ada relevant with probability") and "told to the model" in said
+    found = json.loads(call("evidence", tmp_path / "ix", "first program", "--json"))
+    assert found["passages"][0]["id"] == "ada" and found["record"]["reranked"] is True
+    assert found["record"]["features"][0] == 1 and len(found["record"]["digest"]) == 64
+
+
+def test_a_question_in_an_unknown_script_is_told_to_have_no_evidence(corpus, tmp_path):
+    call("build", corpus, "--out", tmp_path / "ix", "--encoder", "none")
+    said = call("evidence", tmp_path / "ix", "猫はどこ")
+    assert "Nothing found" in said and "present 0.00" in said

@@ -1,4 +1,4 @@
-"""`bem index build | search | info`: folders of searchable passages."""
+"""`bem index build | search | evidence | info`: folders of searchable passages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bem.config import EVIDENCE_FEATURES
 from bem.errors import ConfigError
 
 if TYPE_CHECKING:
     from bem.evidence.encoders import Encoder
     from bem.evidence.index import Hit
+    from bem.evidence.retriever import Evidence
     from bem.evidence.storage import Manifest
 
 SHOWN_CHARACTERS = 200
@@ -91,6 +93,42 @@ def search(
 
 
 @index_app.command()
+def evidence(
+    folder: Folder,
+    query: Annotated[str, typer.Argument(help="The question.")],
+    shown: Annotated[int, typer.Option("--shown", min=1, help="Passages for the prompt.")] = 3,
+    candidates: Annotated[
+        int, typer.Option("--candidates", min=1, help="Passages that the reranker judges.")
+    ] = 20,
+    reranker: Annotated[
+        str, typer.Option("--reranker", help="tiny, or a sentence-transformers CrossEncoder.")
+    ] = "tiny",
+    timeout_ms: Annotated[
+        float | None, typer.Option("--timeout-ms", help="Time from question to evidence.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Passages and record as JSON.")] = False,
+) -> int:
+    """Show what a model would be given and told for a question: passages, and how good they are."""
+    from bem.evidence.index import open_index
+    from bem.evidence.rerank import load_reranker
+    from bem.evidence.retriever import Retriever
+
+    _quiet()
+    judge = load_reranker(reranker)
+    most = max(candidates, shown)
+    found = Retriever(
+        open_index(folder), judge, candidates=most, shown=shown, timeout_ms=timeout_ms
+    ).retrieve(query)
+    if as_json:
+        passages = [{"id": p.id, "title": p.title, "text": p.text} for p in found.passages]
+        record = {**vars(found.record), "features": found.record.features()}
+        print(json.dumps({"passages": passages, "record": record}, ensure_ascii=False))
+        return 0
+    _tell(Console(), found)
+    return 0
+
+
+@index_app.command()
 def info(folder: Folder) -> int:
     """Check every file of an index against its manifest, and say what it holds."""
     from bem.evidence.storage import check_files, read_manifest
@@ -138,10 +176,29 @@ def _list(console: Console, hits: list[Hit], method: str) -> None:
         if method != "bm25":
             line += f", bm25 {hit.lexical:.4g}"
         console.print(line, soft_wrap=True, highlight=False)
-        text = " ".join(hit.passage.shown.split())
-        if len(text) > SHOWN_CHARACTERS:
-            text = text[: SHOWN_CHARACTERS - 3] + "..."
-        console.print(escape(text), highlight=False)
+        console.print(escape(_short(hit.passage.shown)), highlight=False)
+
+
+def _tell(console: Console, found: Evidence) -> None:
+    record = found.record
+    if not found.passages:
+        console.print("Nothing found: no passage shares a word with the question.")
+    scores = record.scores or (None,) * len(found.passages)
+    for passage, score in zip(found.passages, scores, strict=False):
+        said = "" if score is None else f" relevant with probability {score:.2f}"
+        console.print(f"[cyan]{escape(passage.id)}[/]{said}", soft_wrap=True, highlight=False)
+        console.print(escape(_short(passage.shown)), highlight=False)
+    if record.timed_out:
+        console.print("[yellow]Time was up before the reranker was done:[/] order of the search.")
+    features = zip(EVIDENCE_FEATURES, record.features(), strict=True)
+    told = "  ".join(f"{name} {value:.2f}" for name, value in features)
+    console.print(f"\n[bold]told to the model:[/] {told}", highlight=False, soft_wrap=True)
+    console.print(f"{1000 * record.seconds:.1f} ms", highlight=False)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
 def _show(console: Console, folder: Path, manifest: Manifest) -> None:
