@@ -86,9 +86,9 @@ def test_the_commands_are_importable_without_the_heavy_libraries():
     assert done.stdout.strip() == "[]"
 
 
-def test_index_is_a_group_of_three_commands():
+def test_index_is_a_group_of_four_commands():
     group = typer.main.get_command(index_app)
-    assert set(group.commands) == {"build", "search", "info"}
+    assert set(group.commands) == {"build", "search", "evidence", "info"}
 
 
 def test_evidence_says_what_the_model_would_be_told(corpus, tmp_path):
