@@ -145,6 +145,7 @@ def make_arms(layers: int, device: str) -> Iterator[Arm]:
         "BEM pt1": settings_of("pt1"),
         "BEM v1": settings_of("v1"),
         "BEM v1, LoRA's parameters": match_rank(plain, settings_of("v1"), static),
+        "BEM v2": settings_of("v2"),
         "BEM v3": settings_of("v3", terms),
         "BEM v4": settings_of("v4"),
     }
@@ -399,7 +400,7 @@ def report(
         f"Llama architecture, random weights, hidden 512, {args.layers} layers, MLP 1408, 8 heads, vocabulary 8000: "
         f"{base.parameters / 1e6:.1f} M parameters. Rank {RANK} at o_proj and down_proj of all layers "
         "(`router_layer=0`, so that the controller reads the embeddings and BEM adapts the same layers as PEFT). "
-        "pt1 adapts o_proj alone and v3 down_proj alone, by definition; v4 works on the residual stream.",
+        "pt1 and v2 adapt o_proj alone and v3 down_proj alone, by definition; v4 works on the residual stream.",
         f"`generate` is (T({DECODED + 1}) - T(1)) / {DECODED} after a prompt of {PROMPT} tokens: the {DECODED} steps contain "
         "the start of one chunk. `loop` calls the model itself, the arms taking turns token by token: a round is a token. "
         "Prefill computes the logits of the last token only, as `generate` does. X-LoRA decodes 2 tokens, without cache.",
