@@ -48,7 +48,7 @@ def test_the_trust_region_holds_in_every_chunk():
 def test_the_penalty_is_zero_for_uncorrelated_gates_and_large_for_equal_ones():
     module = gate(decorrelation=1.0).train()
     signs = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])  # orthogonal columns
-    module._gates = signs[None]
+    module._seen = (signs[None], code())
     assert module.penalty() < 1e-10
-    module._gates = signs[None, :, :1].expand(1, 4, 3)
+    module._seen = (signs[None, :, :1].expand(1, 4, 3), code())
     assert torch.allclose(module.penalty(), torch.tensor(1.0))  # every correlation is 1
