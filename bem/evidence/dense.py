@@ -193,7 +193,7 @@ def require_faiss() -> None:
     if importlib.util.find_spec("faiss") is None:
         raise MissingExtra(
             "faiss-cpu", "retrieval", f"Dense search over {FAISS_FROM:,} passages or more "
-            "(without `--exact`, which looks at every vector)"
+            "(`--exact` looks at every vector instead, `--encoder none` makes no vectors)"
         )  # fmt: skip
 
 
