@@ -203,6 +203,8 @@ def _short(text: str) -> str:
 
 def _show(console: Console, folder: Path, manifest: Manifest) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a long path is worth its lines
     vectors = "none: BM25 alone"
     if manifest.encoder is not None:
         found = manifest.encoder
