@@ -57,6 +57,7 @@ def save(
             "files": {f.name: file_hash(f) for f in sorted(work.iterdir()) if f.is_file()},
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        _readable(work)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(work, folder)
@@ -67,6 +68,15 @@ def save(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _readable(folder: Path) -> None:
+    """The usual rights for a new folder and its files: mkdtemp and safetensors write for us alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def load(model: Any, folder: Path, trainable: bool) -> Attached:

@@ -255,6 +255,7 @@ class Runtime:
             given = given.repeat_interleave(max(1, batch // len(given)), 0)
         if given is None:
             return None
+        given = _features(given)
         if given.shape not in ((batch, width), (batch, tokens, width)):
             raise AttachError(
                 f"evidence {tuple(given.shape)} must be (batch, features) {(batch, width)} or (batch, tokens, "
@@ -336,6 +337,12 @@ class MarkedGenerate:
             None,
         )
         runtime = self.runtime
+        if evidence is not None:
+            evidence = _features(evidence)
+            if isinstance(prompt, Tensor) and len(evidence) != len(prompt):
+                raise AttachError(
+                    f"evidence has {len(evidence)} rows for {len(prompt)} prompts: one row each."
+                )
         runtime.prompt_end = prompt.shape[1] if isinstance(prompt, Tensor) else None
         runtime.prompt_turns, runtime.prompt_evidence = turn_starts, evidence
         runtime.generating = True
@@ -344,6 +351,19 @@ class MarkedGenerate:
         finally:
             runtime.prompt_turns, runtime.prompt_evidence = None, None
             runtime.prompt_end, runtime.generating = None, False
+
+
+def _features(given: Any) -> Tensor:
+    """Evidence as a tensor; AttachError unless it holds numbers from 0 to 1."""
+    try:
+        features = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise AttachError(f"evidence must be a tensor of features: {error}.") from None
+    if not bool(((features >= 0) & (features <= 1)).all()):  # False for NaN too
+        raise AttachError(
+            "evidence holds NaN or a number outside [0, 1]: give EvidenceRecord.features()."
+        )
+    return features
 
 
 def _refuse_reentrant(block: Any) -> None:

@@ -104,7 +104,7 @@ def evidence(
         str, typer.Option("--reranker", help="tiny, or a sentence-transformers CrossEncoder.")
     ] = "tiny",
     timeout_ms: Annotated[
-        float | None, typer.Option("--timeout-ms", help="Time from question to evidence.")
+        float | None, typer.Option("--timeout-ms", min=0.1, help="Time from question to evidence.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Passages and record as JSON.")] = False,
 ) -> int:

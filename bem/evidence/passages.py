@@ -116,7 +116,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 def _passages(row: dict[str, Any], number: int, where: str) -> Iterator[Passage]:
-    name = str(row.get("id", number))
+    name = str(number if row.get("id") is None else row["id"])
     if "text" in row:
         yield Passage(name, _text(row["text"], where), _string(row.get("title"), where, "title"))
         return
@@ -146,4 +146,11 @@ def _string(value: Any, where: str, field: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"{where}: {field} must be a string, got {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {field} holds half a character (surrogate \\u{ord(value[error.start]):x} at "
+            f"{error.start}). Repair the file's encoding."
+        ) from None
     return value

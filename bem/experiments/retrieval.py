@@ -110,6 +110,11 @@ class _Finder:
         assert task.retrieval is not None
         self.task, self.config, self.reranker = task, task.retrieval, reranker
         self.on_progress, self.done = on_progress, 0
+        if self.config.withheld and not any(row.gold_evidence for row in task.train):
+            raise DataError(
+                f"Task {task.name!r}: retrieval.withheld is {self.config.withheld:g}, but no training row says "
+                "which of its evidence is gold (gold_evidence: [0]). Add it, or set withheld to 0."
+            )
         self.dev, self.leaked = _without_leaks(task, self.config)
         conditions = 3 if self.config.swap else 1
         self.total = len(task.train) + conditions * len(self.dev)
@@ -137,7 +142,7 @@ class _Finder:
             "held_out": len(self.task.dev),
             "withheld": len(failing),
             "passages": len(self.index.passages) if self.index else None,
-            "ranks": self._ranks() if self.index else None,
+            "ranks": self._ranks() if self.index and any(map(_gold, self.dev)) else None,
         }
         return {"rows": {k: [asdict(r) for r in part] for k, part in rows.items()}, "facts": facts}
 
@@ -175,7 +180,7 @@ class _Finder:
         retriever, result = self._retriever(None), []
         for i, row in enumerate(rows):
             gold = _gold(row)
-            mine = [p for p in _own(i, row) if not (i in failing and p.text in gold)]
+            mine = [p for p in _own(i, row) if not (i in failing and _is_gold(p, gold))]
             evidence = retriever.rank(row.input, [by_id[p.id] for p in mine or _own(i, row)])
             result.append(self._with(row, evidence, gold))
             self._tick(self.done + 1)
@@ -194,7 +199,7 @@ class _Finder:
         return replace(
             row,
             evidence=tuple(p.shown for p in passages),
-            gold_evidence=tuple(i for i, p in enumerate(passages) if p.text in gold),
+            gold_evidence=tuple(i for i, p in enumerate(passages) if _is_gold(p, gold)),
             relevance=found.record.features() if found.record.reranked else (),
             meta={
                 **row.meta,
@@ -212,7 +217,7 @@ class _Finder:
         )
         for row, found in zip(self.dev, hits, strict=True):
             gold = _gold(row)
-            places = [p.passage.text in gold for p in found]
+            places = [_is_gold(hit.passage, gold) for hit in found]
             ranks["search"].append(_first(places))
             if self.reranker and found:
                 logits = self.reranker.logits(
@@ -239,7 +244,7 @@ class _Hiding:
     def search(self, queries: Sequence[str], k: int = 10, method: Any = "bm25") -> list[list[Hit]]:
         most = max((len(self.hidden.get(q, ())) for q in queries), default=0)
         return [
-            [h for h in hits if h.passage.text not in self.hidden.get(query, ())][:k]
+            [h for h in hits if not _is_gold(h.passage, self.hidden.get(query, frozenset()))][:k]
             for query, hits in zip(
                 queries, self.index.search(queries, k + most, method), strict=True
             )
@@ -272,11 +277,14 @@ def _without_leaks(task: Task, config: RetrievalConfig) -> tuple[list[Example], 
     """Held-out rows whose answer passages are not nearly those of a training row, and how many were.
 
     A row that brings its own passages is compared as a whole: a single sentence of a story may well
-    stand in another story.
+    stand in another story. So is one that does not say which passage is gold; without any evidence, the
+    question and its answer are compared.
     """
 
     def answer_passages(row: Example) -> frozenset[str]:
-        return _gold(row) if config.source == "corpus" else frozenset(["\n".join(row.evidence)])
+        if config.source == "corpus" and row.gold_evidence:
+            return _gold(row)
+        return frozenset(["\n".join(row.evidence) or f"{row.input}\n{row.references[0]}"])
 
     dev = task.dev
     known = sorted({text for row in task.train for text in answer_passages(row)})
@@ -286,7 +294,7 @@ def _without_leaks(task: Task, config: RetrievalConfig) -> tuple[list[Example], 
     leaked = {asked[at][0] for at, _, _ in pairs}
     if dev and len(leaked) == len(dev):
         raise DataError(
-            f"Every held-out row's gold passage ({len(dev)} of {len(dev)}) also stands in a training row: "
+            f"Every held-out row's answer passage ({len(dev)} of {len(dev)}) also stands in a training row: "
             "nothing would be measured but memory. Split by source document."
         )
     return [row for i, row in enumerate(dev) if i not in leaked], len(leaked)
@@ -310,6 +318,11 @@ def _own(number: int, row: Example) -> list[Passage]:
 
 def _gold(row: Example) -> frozenset[str]:
     return frozenset(row.evidence[i] for i in row.gold_evidence)
+
+
+def _is_gold(passage: Passage, gold: frozenset[str]) -> bool:
+    """A row names its gold passage by text, with or without its title."""
+    return passage.text in gold or passage.shown in gold
 
 
 def _first(places: Sequence[bool]) -> int:

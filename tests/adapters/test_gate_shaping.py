@@ -162,3 +162,19 @@ def test_the_blind_control_sees_no_evidence():
         some = attached.model(input_ids=ids, evidence=torch.rand(1, N)).logits
         none = attached.model(input_ids=ids).logits
     assert torch.equal(some, none)
+
+
+@pytest.mark.parametrize("bad", [[[float("nan")] * N], [[1.5] * N], [["high"] * N]])
+def test_evidence_that_is_no_set_of_features_is_refused(bad):
+    attached = bem.attach(tiny_model("llama"), "v2", rank=4)
+    with pytest.raises(AttachError, match="evidence"):
+        attached.model(input_ids=torch.arange(1, 9)[None], evidence=bad)
+
+
+def test_plain_lists_are_evidence_too_and_every_prompt_needs_its_own():
+    attached = bem.attach(tiny_model("llama"), "v2", rank=4)
+    ids = torch.arange(1, 9)[None].repeat(2, 1)
+    told = dict(max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert attached.model.generate(input_ids=ids, evidence=[[0.5] * N] * 2, **told).shape[0] == 2
+    with pytest.raises(AttachError, match="1 rows for 2 prompts"):
+        attached.model.generate(input_ids=ids, evidence=[[0.5] * N], **told)

@@ -78,3 +78,16 @@ def test_the_hash_knows_order_ids_and_where_a_field_ends():
     assert corpus_hash([a, b]) == corpus_hash((a, b))
     others = [[b, a], [a], [a, Passage("3", "other")], [Passage("1", "ttext", "itle"), b]]
     assert len({corpus_hash(corpus) for corpus in [[a, b], *others]}) == 5
+
+
+def test_half_a_character_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": "a", "text": "lone \\ud800 surrogate"}\n')
+    with pytest.raises(DataError, match=r"corpus.jsonl:1: text holds half a character.*d800 at 5"):
+        read_corpus(path)
+
+
+def test_rows_with_an_id_of_null_are_named_by_their_line(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": null, "text": "a"}\n{"id": null, "text": "b"}\n')
+    assert [p.id for p in read_corpus(path)] == ["1", "2"]

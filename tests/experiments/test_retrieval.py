@@ -184,9 +184,11 @@ def test_a_task_that_retrieves_needs_passages(tmp_path):
 def test_further_passages_come_from_files(tmp_path):
     path, more = tmp_path / "rows.jsonl", tmp_path / "more.jsonl"
     path.write_text(json.dumps({"input": "heron", "references": ["marsh"]}) + "\n")
+    train = tmp_path / "train.jsonl"
+    train.write_text(json.dumps({"input": "otter", "references": ["river"]}) + "\n")
     more.write_text(json.dumps({"id": "p", "text": "The heron sleeps in the marsh."}) + "\n")
     retrieval = RetrievalConfig(corpora=[str(more)], swap=False)
-    loaded = load_task(TaskConfig(name="mine", train=str(path), dev=str(path), retrieval=retrieval))
+    loaded = load_task(TaskConfig(name="mine", train=str(train), dev=str(path), retrieval=retrieval))
     found = with_evidence(loaded, None)
     assert found.dev[0].evidence == ("The heron sleeps in the marsh.",) and not found.variants
 
@@ -247,3 +249,32 @@ def test_a_row_with_its_own_passages_leaks_only_as_a_whole():
     config = RetrievalConfig(source="row", candidates=2, shown=1, reranker="none", swap=False)
     found = with_evidence(task(config, train, [same, shares_a_sentence], corpus=[]), None)
     assert [r.id for r in found.dev] == ["south-1"] and found.facts["leaked"] == 1
+
+
+def test_rows_that_do_not_name_their_gold_passage_have_no_ranks_and_still_no_leaks():
+    plain = lambda part: [replace(r, gold_evidence=()) for r in rows(part)]  # noqa: E731
+    config = RetrievalConfig(candidates=6, shown=2, reranker="none", swap=False)
+    found = with_evidence(task(config, plain("north"), plain("south")), None)
+    assert found.facts["ranks"] is None and found.facts["leaked"] == 0
+    with pytest.raises(DataError, match="Every held-out row"):
+        with_evidence(task(config, plain("north"), plain("north")), None)
+    withheld = config.model_copy(update={"withheld": 0.5})
+    with pytest.raises(DataError, match="gold_evidence"):
+        with_evidence(task(withheld, plain("north"), plain("south")), None)
+
+
+def test_without_any_evidence_question_and_answer_must_differ(tmp_path):
+    bare = [replace(r, evidence=(), gold_evidence=()) for r in rows("north")]
+    config = RetrievalConfig(candidates=6, shown=2, reranker="none", swap=False)
+    corpus = corpus_of(rows("north"), [])
+    with pytest.raises(DataError, match="Every held-out row"):
+        with_evidence(task(config, bare, bare, corpus=corpus), None)
+
+
+def test_gold_is_known_with_and_without_its_title():
+    titled = [replace(p, title="Animals") for p in corpus_of([*rows("north"), *rows("south")], [])]
+    shown = [replace(r, evidence=(f"Animals: {r.evidence[0]}",)) for r in rows("south")]
+    config = RetrievalConfig(candidates=6, shown=2, reranker="none", swap=False)
+    for dev in (rows("south"), shown):
+        found = with_evidence(task(config, dev=dev, corpus=titled), None)
+        assert all(r.gold_evidence == (1,) for r in found.dev)
