@@ -188,7 +188,9 @@ def test_further_passages_come_from_files(tmp_path):
     train.write_text(json.dumps({"input": "otter", "references": ["river"]}) + "\n")
     more.write_text(json.dumps({"id": "p", "text": "The heron sleeps in the marsh."}) + "\n")
     retrieval = RetrievalConfig(corpora=[str(more)], swap=False)
-    loaded = load_task(TaskConfig(name="mine", train=str(train), dev=str(path), retrieval=retrieval))
+    loaded = load_task(
+        TaskConfig(name="mine", train=str(train), dev=str(path), retrieval=retrieval)
+    )
     found = with_evidence(loaded, None)
     assert found.dev[0].evidence == ("The heron sleeps in the marsh.",) and not found.variants
 
