@@ -1,6 +1,6 @@
 """Finding passages among 100,000: our index, `rank_bm25`, `bm25s` by itself, sentence-transformers' search.
 
-    python benchmarks/retrieval.py DATA                  # writes benchmarks/results/retrieval.md and .json
+    python benchmarks/retrieval.py DATA                  # writes benchmarks/results/retrieval.md
     python benchmarks/retrieval.py DATA --questions 50   # fewer questions of each set
 
 DATA holds the public sets as JSONL: a pool of encyclopedia passages, the evidence of question sets,
@@ -417,10 +417,6 @@ def main() -> None:
     options += " --clock wall" if given.clock == "wall" else ""
     command = f"python benchmarks/retrieval.py DATA{options}"
     given.out.write_text(page(result, command), encoding="utf-8")
-    del result["rows"]
-    for costs in result["engines"].values():
-        del costs["found"]
-    given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

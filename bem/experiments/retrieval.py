@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from bem.evidence.rerank import Reranker
     from bem.experiments.tasks import Task
 
-SWAPPED = ("corrupt", "shuffled", "off")
-"""Conditions under which held-out rows are measured beside `clean`."""
 FORMAT = "bem-evidence-1"
 
 Progress = Callable[[int, int], None]

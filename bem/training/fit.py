@@ -179,34 +179,6 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * share
 
 
-@contextmanager
-def progress_bar(label: str, steps: int) -> Iterator[Callable[[StepMetrics], None]]:
-    """A line on the terminal with loss, rate and time left; yields fit's `on_progress`."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} tokens/s"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, transient=True) as progress:
-        bar = progress.add_task(label, total=steps, loss=math.nan, rate=0.0)
-
-        def show(metrics: StepMetrics) -> None:
-            rate = metrics.tokens / max(metrics.seconds, 1e-9)
-            progress.update(bar, completed=metrics.step, loss=metrics.loss, rate=rate)
-
-        yield show
-
-
 class _Run:
     """The state of a run: what is saved, restored and advanced together."""
 

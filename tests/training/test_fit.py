@@ -402,10 +402,3 @@ def test_bfloat16_trains_and_keeps_float32_weights(attach_lora, tokenizer, examp
     result = fit(attached, tokenizer, examples[:4], settings, tmp_path, seed=0)
     assert result.final_loss < 0.8 * result.losses[0]
     assert all(p.dtype == torch.float32 for p in attached.parameters())
-
-
-def test_progress_shows_loss_rate_and_time_left(capsys):
-    from bem.training.fit import StepMetrics, progress_bar
-
-    with progress_bar("v1 seed 0", 4) as show:
-        show(StepMetrics(2, 1.25, 0.0, 1.0, 0.1, 100, 0.5))
