@@ -182,6 +182,32 @@ class TaskConfig(Section):
     """Evidence by retrieval; None: the task's own way, for most tasks what stands in the rows."""
 
 
+class ConversationConfig(Section):
+    """Conversations whose turns switch between the skills of all tasks."""
+
+    turns: int = Field(default=4, ge=1)
+    """Turns of a conversation, the row's own counted; fewer where they do not fit."""
+    switch_rate: float = Field(default=0.7, ge=0, le=1)
+    """Probability that the next turn asks for another skill."""
+    sticky: bool = True
+    """A turn that goes on with the skill of the turn before shows no cue again (tasks with a cue)."""
+    max_characters: int = Field(default=1400, ge=1)
+    """Longest conversation, answers included; the oldest turns go first."""
+    turn_characters: int = Field(default=720, ge=1)
+    """Rows whose own turn is longer than this, with its answer, are left out."""
+    seed: int = 0
+    """Seed of the choice of skills and of the earlier turns."""
+
+    @model_validator(mode="after")
+    def _a_turn_fits(self) -> ConversationConfig:
+        if self.turn_characters > self.max_characters:
+            raise ValueError(
+                f"turn_characters {self.turn_characters} exceed max_characters "
+                f"{self.max_characters}: a turn must fit its conversation."
+            )
+        return self
+
+
 class DataConfig(Section):
     """Which tasks, and how much of them."""
 
@@ -193,6 +219,8 @@ class DataConfig(Section):
     """Rows per task for training; None: all."""
     dev_rows: int | None = Field(default=200, ge=1)
     """Held-out rows per task for measuring; None: all."""
+    conversations: ConversationConfig | None = None
+    """Every row as the last turn of a conversation; None: each row alone."""
     seed: int = 0
     """Seed of the choice of rows and of the training order."""
 
