@@ -19,6 +19,7 @@ import numpy as np
 from bem.config import DataConfig, RetrievalConfig, TaskConfig, parse
 from bem.errors import ConfigError, DataError
 from bem.evidence.passages import Passage, read_corpus
+from bem.experiments.conversations import characters, into_conversations
 from bem.experiments.family import Family
 from bem.experiments.retrieval import corpus_of
 from bem.experiments.scoring import FORMS
@@ -73,6 +74,7 @@ def load_task(
     dev_rows: int | None = None,
     seed: int = 0,
     need_train: bool = True,
+    longest: int | None = None,
 ) -> Task:
     """A task with its rows; fewer rows are a seeded choice that keeps their order.
 
@@ -81,6 +83,7 @@ def load_task(
         root: folder of the public sets.
         train_rows, dev_rows: None: all of them.
         need_train: False: a set that is for measuring only gets an empty train side.
+        longest: rows with more characters, answer included, are left out before the choice.
     Raises:
         ConfigError: no such task or metric; the nearest name is shown.
         DataError: no rows where they are needed.
@@ -112,6 +115,8 @@ def load_task(
         config, "train", root, instruction, needed=need_train or bool(retrieval and has_train)
     )
     dev = _rows(config, "dev", root, instruction, needed=True)
+    if longest is not None:
+        train, dev = (_short(rows, longest, config.name) for rows in (train, dev))
     corpus = []
     if retrieval is not None and retrieval.source == "corpus" and not retrieval.index:
         corpus = corpus_of([*train, *dev], [read_corpus(path) for path in retrieval.corpora])
@@ -135,15 +140,17 @@ def load_task(
 
 
 def load_tasks(data: DataConfig, need_train: bool = True) -> list[Task]:
-    """All tasks of a config, in its order; sets that are for measuring only train nothing.
+    """All tasks of a config, in its order, as conversations if it says so; sets that are for
+    measuring only train nothing.
 
     Raises:
         DataError: there is nothing to train on.
     """
+    longest = data.conversations.turn_characters if data.conversations else None
     tasks = [
         load_task(
             entry, data.root, data.train_rows, data.dev_rows, data.seed,
-            need_train and not _measuring_only(entry),
+            need_train and not _measuring_only(entry), longest,
         )
         for entry in data.tasks
     ]  # fmt: skip
@@ -152,7 +159,7 @@ def load_tasks(data: DataConfig, need_train: bool = True) -> list[Task]:
             f"{', '.join(task.name for task in tasks)}: for measuring only, there is nothing to train on. "
             "Add a task with train rows."
         )
-    return tasks
+    return into_conversations(tasks, data.conversations) if data.conversations else tasks
 
 
 def _measuring_only(entry: str | TaskConfig) -> bool:
@@ -214,6 +221,16 @@ def _rows(
                 f"{name}: row {row.id!r} has the unknown form {form!r}. Known: {', '.join(FORMS)}."
             )
     return rows
+
+
+def _short(rows: list[Example], longest: int, name: str) -> list[Example]:
+    kept = [row for row in rows if characters(row) <= longest]
+    if rows and not kept:
+        raise DataError(
+            f"{name}: all {len(rows)} rows are longer than {longest} characters. "
+            "Raise data.conversations.turn_characters."
+        )
+    return kept
 
 
 def _chosen(rows: list[Example], count: int | None, seed: int, key: str) -> list[Example]:

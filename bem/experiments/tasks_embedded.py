@@ -373,7 +373,7 @@ def _forms(found: list[Function]) -> Iterator[Example]:
                 input=_question(rng.choice(ask.cues), filler, function),
                 references=(ask.answer(function),),
                 group=function.module,
-                meta={"ask": ask_name, "form": ask.form},
+                meta={"ask": ask_name, "form": ask.form, "bare": function.header},
             )
 
 

@@ -152,9 +152,8 @@ def _snips_forms(rows: list[Example]) -> Iterator[Example]:
             "intent": (parsed["intent"], "label"),
             "slots": ("\n".join(lines) or "none", "text"),
         }[ask]
-        yield Example(
-            f"{row.id}:{ask}", prompt, (answer,), group=row.id, meta={"ask": ask, "form": form}
-        )
+        meta = {"ask": ask, "form": form, "bare": _bare(row.input)}
+        yield Example(f"{row.id}:{ask}", prompt, (answer,), group=row.id, meta=meta)
 
 
 RNNLG_CUES = {
@@ -167,9 +166,8 @@ RNNLG_CUES = {
 
 def _rnnlg_styles(rows: list[Example]) -> Iterator[Example]:
     for row, domain, prompt in _conflicting(rows, RNNLG_CUES, lambda r: [r.meta["domain"]]):
-        yield replace(
-            row, input=prompt, group=row.input, meta={"ask": domain, "form": "text"}, evidence=()
-        )
+        meta = {"ask": domain, "form": "text", "bare": _bare(row.input)}
+        yield replace(row, input=prompt, group=row.input, meta=meta, evidence=())
 
 
 # --------------------------------------------------------------------------------------------- sets
