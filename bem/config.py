@@ -191,7 +191,7 @@ class ConversationConfig(Section):
     """Probability that the next turn asks for another skill."""
     sticky: bool = True
     """A turn that goes on with the skill of the turn before shows no cue again (tasks with a cue)."""
-    max_characters: int = Field(default=1400, ge=1)
+    max_characters: int = Field(default=1200, ge=1)
     """Longest conversation, answers included; the oldest turns go first."""
     turn_characters: int = Field(default=720, ge=1)
     """Rows whose own turn is longer than this, with its answer, are left out."""
