@@ -12,14 +12,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
+from bem.adapters.lora import CONFIG, WEIGHTS, Lora, read_json, read_lora, read_tensors, write_loras
 from bem.adapters.low_rank import LowRank
-from bem.adapters.sites import base_hash
+from bem.adapters.sites import ATTN_OUT, MLP_DOWN, base_hash, find_sites
 from bem.config import AdapterConfig, parse
 from bem.errors import AttachError, BaseMismatch, CheckpointError
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from bem.adapters.attach import Attached
 
 MANIFEST = "manifest.json"
-WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
 
 
@@ -81,10 +79,10 @@ def _readable(folder: Path) -> None:
 
 def load(model: Any, folder: Path, trainable: bool) -> Attached:
     """See `bem.load`."""
-    config_file = folder / "adapter_config.json"
+    config_file = folder / CONFIG
     if not config_file.is_file():
         raise CheckpointError(f"{folder} holds no adapter_config.json: not a checkpoint.")
-    if _json(config_file).get("peft_type") == "LORA":
+    if read_json(config_file).get("peft_type") == "LORA":
         return _load_lora(model, folder, trainable)
     manifest = check(folder)
     found = base_hash(model)
@@ -109,7 +107,7 @@ def check(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}, so nothing proves what it is. Written by PEFT alone? Load it with "
             "peft.PeftModel.from_pretrained and save it with Attached.save."
         )
-    manifest = _json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     for name, digest in manifest.get("files", {}).items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing.")
@@ -130,112 +128,48 @@ def file_hash(path: Path) -> str:
 
 def save_lora(attached: Attached, folder: Path) -> Path:
     """Write a static LoRA as PEFT writes one: lora_A = V, lora_B = U, same alpha and ranks."""
-    from peft import LoraConfig
-
     from bem.adapters.attach import NAME
     from bem.adapters.peft_method import adapters_of
 
-    parts = {site: part.update for site, part in adapters_of(attached.base, NAME)}
-    if not all(isinstance(update, LowRank) for update in parts.values()):
-        raise AttachError(
-            f"{attached.config.variant} changes from chunk to chunk: only s0 is a plain LoRA."
-        )
-    tensors, ranks, alphas = {}, {}, {}
-    for site, update in parts.items():
-        assert isinstance(update, LowRank)
-        tensors[f"base_model.model.{site}.lora_A.weight"] = update.v.detach().cpu().contiguous()
-        tensors[f"base_model.model.{site}.lora_B.weight"] = update.u.detach().cpu().contiguous()
-        ranks[site] = len(update.v)
-        alphas[site] = update.scale * len(update.v)
-    first = next(iter(ranks))
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=ranks[first],
-        lora_alpha=alphas[first],  # type: ignore[arg-type]
-        rank_pattern={s: r for s, r in ranks.items() if r != ranks[first]},
-        alpha_pattern={s: a for s, a in alphas.items() if a != alphas[first]},
-        target_modules=sorted(ranks),
-        lora_dropout=0.0,
-        inference_mode=True,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    return folder
+    loras = {}
+    for site, part in adapters_of(attached.base, NAME):
+        if not isinstance(part.update, LowRank):
+            raise AttachError(
+                f"{attached.config.variant} changes from chunk to chunk: only s0 is a plain LoRA."
+            )
+        loras[site] = Lora(part.update.v, part.update.u, part.update.scale)
+    return write_loras(loras, folder)
 
 
 def _load_lora(model: Any, folder: Path, trainable: bool) -> Attached:
-    """Read a PEFT LoRA checkpoint as s0. rsLoRA scales by alpha / sqrt(r); DoRA is refused."""
+    """Read a PEFT LoRA checkpoint as s0."""
     from bem.adapters.attach import NAME, attach
     from bem.adapters.peft_method import adapters_of
 
-    config = _json(folder / "adapter_config.json")
-    for flag in ("use_dora", "fan_in_fan_out", "lora_bias"):
-        if config.get(flag) and flag != "fan_in_fan_out":
-            raise CheckpointError(
-                f"{folder}: {flag} is not a plain low-rank update; only LoRA and rsLoRA are read."
-            )
-    tensors = load_file(folder / WEIGHTS)
-    loras = _lora_pairs(tensors, folder)
-    layers = sorted(loras)
-    ranks = {len(a) for a, _ in loras.values()}
-    attached = attach(
-        model, "s0", rank=max(ranks), router_layer=0, sites=_sites_of(model, layers, folder)
-    )
+    loras = read_lora(model, folder)
+    rank = max(len(lora.a) for lora in loras.values())
+    attached = attach(model, "s0", rank=rank, router_layer=0, sites=_only(model, loras))
     for site, part in adapters_of(attached.base, NAME):
         assert isinstance(part.update, LowRank)
-        a, b = loras.pop(site, (None, None))
-        if a is None or b is None:  # a site that this LoRA leaves alone
+        if (lora := loras.get(site)) is None:  # a site that this LoRA leaves alone
             part.update.v.data = part.update.v.data[:1] * 0
             part.update.u.data = part.update.u.data[:, :1] * 0
             continue
-        rank = _pattern(config.get("rank_pattern"), site, config["r"])
-        alpha = _pattern(config.get("alpha_pattern"), site, config["lora_alpha"])
-        part.update.v.data = a.to(part.update.v)
-        part.update.u.data = b.to(part.update.u)
-        part.update.scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        part.update.v.data = lora.a.to(part.update.v)
+        part.update.u.data = lora.b.to(part.update.u)
+        part.update.scale = lora.scale
     if not trainable:
         _freeze(attached)
     return attached
 
 
-def _sites_of(model: Any, names: list[str], folder: Path) -> dict[str, str | list[str]]:
-    """Site overrides that name exactly the layers of a LoRA checkpoint."""
-    from bem.adapters.sites import find_sites
-
-    known = {site.name: site.role for site in find_sites(model).found}
-    foreign = [name for name in names if name not in known]
-    if foreign:
-        raise CheckpointError(
-            f"{folder} adapts {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''}: only attention output "
-            "and MLP down projections can be adapted without touching keys and values."
-        )
-    roles: dict[str, str | list[str]] = {
-        role: [n for n in names if known[n] == role] for role in set(known.values())
-    }
-    return {role: found or ["(none)"] for role, found in roles.items()}
-
-
-def _lora_pairs(
-    tensors: dict[str, torch.Tensor], folder: Path
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, kind = (
-            key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
-        )
-        if kind not in ("lora_A", "lora_B"):
-            raise CheckpointError(f"{folder}: {key} is not part of a plain LoRA.")
-        pairs.setdefault(name, {})[kind] = tensor
-    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in pairs.items()}
-
-
-def _pattern(patterns: dict[str, Any] | None, site: str, default: Any) -> Any:
-    """PEFT's rank_pattern / alpha_pattern: keys are module names or suffixes."""
-    for key, value in (patterns or {}).items():
-        if site == key or site.endswith("." + key):
-            return value
-    return default
+def _only(model: Any, wanted: Iterable[str]) -> dict[str, str | list[str]]:
+    """Site overrides that name exactly these layers."""
+    roles: dict[str, str | list[str]] = {}
+    for role in (ATTN_OUT, MLP_DOWN):
+        named = [s.name for s in find_sites(model).found if s.role == role and s.name in wanted]
+        roles[role] = named or ["(none)"]
+    return roles
 
 
 def _attach_tensors(model: Any, config: AdapterConfig, folder: Path, trainable: bool) -> Attached:
@@ -244,7 +178,7 @@ def _attach_tensors(model: Any, config: AdapterConfig, folder: Path, trainable: 
     from bem.adapters.attach import attach
 
     attached = attach(model, config)
-    result = set_peft_model_state_dict(attached.model, load_file(folder / WEIGHTS))
+    result = set_peft_model_state_dict(attached.model, read_tensors(folder))
     if result.unexpected_keys:
         raise CheckpointError(
             f"{folder}: {len(result.unexpected_keys)} tensors fit nothing in this model."
@@ -258,10 +192,3 @@ def _freeze(attached: Attached) -> None:
     for parameter in attached.parameters():
         parameter.requires_grad = False
     attached.model.eval()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None

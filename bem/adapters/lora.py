@@ -1,0 +1,255 @@
+"""Plain PEFT LoRA files: the one reader and the one writer.
+
+PEFT's LoRA is delta W = scale * B A with lora_A = A (rank, d_in), lora_B = B (d_out, rank), and
+scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732). Whatever makes a file more
+than that is refused with the reason, because leaving a part out would be another adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bem.adapters.sites import FORBIDDEN, find_sites
+from bem.errors import CheckpointError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# what a config may switch on -> why it cannot be read as a static low-rank update
+REFUSED = {
+    "use_dora": "DoRA rescales the whole weight",
+    "lora_bias": "a bias is no low-rank update",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it changes embeddings",
+    "target_parameters": "it adapts bare parameters, not linear layers",
+    "layer_replication": "it changes the number of layers",
+    "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens",
+    "use_qalora": "QALoRA pools its input",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "Arrow routes between several LoRAs",
+    "kasa_config": "KaSA adds singular values of its own",
+    "monteclora_config": "MonteCLoRA samples its factors",
+}
+# PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also change the weight they start from
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One site's low-rank update: delta W = u @ v, the LoRA scale folded into u."""
+
+    u: Tensor  # (d_out, rank)
+    v: Tensor  # (rank, d_in)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One site's LoRA as the file holds it: delta W = scale * b @ a."""
+
+    a: Tensor  # (rank, d_in)
+    b: Tensor  # (d_out, rank)
+    scale: float
+
+    def update(self) -> Update:
+        """The same in float32, the scale folded in."""
+        return Update(self.b.float() * self.scale, self.a.float())
+
+
+def read_lora(model: Any, folder: Path) -> dict[str, Lora]:
+    """Every adapted site of a PEFT LoRA folder.
+
+    Args:
+        model: the base; its sites and their shapes are checked. PEFT writes no hash of the base, so
+            that a LoRA made for other weights of the same shape cannot be told.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+    Raises:
+        CheckpointError: not a plain LoRA, other sites than W_O and W_down, shapes that do not fit,
+            NaN or inf.
+    """
+    config = read_json(folder / CONFIG)
+    _refuse_what_is_more(config, folder)
+    loras = {}
+    for site, (a, b) in _pairs(read_tensors(folder), folder).items():
+        rank = _pattern(config.get("rank_pattern"), site, config["r"])
+        alpha = _pattern(config.get("alpha_pattern"), site, config["lora_alpha"])
+        if not len(a) == b.shape[-1] == rank:
+            raise CheckpointError(
+                f"{folder}: {site} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, the config says rank {rank}."
+            )
+        loras[site] = Lora(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    check_sites(model, {site: (len(x.b), x.a.shape[1]) for site, x in loras.items()}, str(folder))
+    for site, lora in loras.items():
+        check_finite(Update(lora.b, lora.a), f"{folder}: {site}")
+    return loras
+
+
+def write_loras(loras: dict[str, Lora], folder: Path, base_name: str | None = None) -> Path:
+    """Write what PEFT would write: one rank and alpha for all, patterns where a site differs."""
+    from peft import LoraConfig
+
+    if not loras:
+        raise CheckpointError(f"{folder}: there is no update to write, every site is empty.")
+    tensors, ranks, alphas = {}, {}, {}
+    for site, lora in loras.items():
+        tensors[f"base_model.model.{site}.lora_A.weight"] = _plain(lora.a)
+        tensors[f"base_model.model.{site}.lora_B.weight"] = _plain(lora.b)
+        ranks[site] = len(lora.a)
+        alphas[site] = lora.scale * len(lora.a)
+    first = next(iter(ranks))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        r=ranks[first],
+        lora_alpha=alphas[first],  # type: ignore[arg-type]
+        rank_pattern={s: r for s, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={s: a for s, a in alphas.items() if a != alphas[first]},
+        target_modules=sorted(ranks),
+        lora_dropout=0.0,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def write_lora(
+    updates: dict[str, Update], folder: str | Path, base_name: str | None = None
+) -> Path:
+    """Write updates as a plain PEFT LoRA (alpha = rank, so that its scale is 1).
+
+    Args:
+        updates: site name -> update.
+        folder: made if missing.
+        base_name: what PEFT looks up as the base, a hub id or a folder.
+    Raises:
+        CheckpointError: there is nothing to write.
+    """
+    loras = {site: Lora(update.v, update.u, 1.0) for site, update in updates.items()}
+    return write_loras(loras, Path(folder), base_name)
+
+
+def check_sites(
+    model: Any, shapes: dict[str, tuple[int, int]], where: str, overrides: Any = None
+) -> None:
+    """Are these sites of the model, with these (d_out, d_in)?
+
+    Raises:
+        CheckpointError: names the layers that are no sites, or whose shape is another.
+    """
+    modules = dict(model.named_modules())
+    known = {site.name: (site.d_out, site.d_in) for site in find_sites(model, overrides).found}
+    foreign = sorted(shapes.keys() - known.keys())
+    absent = [name for name in foreign if name not in modules]
+    if foreign and len(absent) == len(foreign):
+        raise CheckpointError(
+            f"{where} adapts {_few(foreign)}, which {type(model).__name__} does not have: made for another "
+            "architecture or size."
+        )
+    if foreign:
+        keys = any(FORBIDDEN.search(name) for name in foreign)
+        raise CheckpointError(
+            f"{where} adapts {_few(foreign)}: only attention output and MLP down projections can be adapted "
+            f"{'without touching keys and values' if keys else 'here'}. Train it with target_modules={_targets(known)}."
+        )
+    for site, shape in shapes.items():
+        if shape != known[site]:
+            raise CheckpointError(
+                f"{where}: {site} is {known[site]} (out, in) in this model, the update {shape}: made for another base."
+            )
+
+
+def check_finite(update: Update, where: str) -> None:
+    """CheckpointError if a factor holds NaN or inf."""
+    bad = int(sum((~torch.isfinite(t)).sum() for t in (update.u, update.v)))
+    if bad:
+        raise CheckpointError(
+            f"{where} holds {bad} NaN or infinite weights: its training diverged."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder; CheckpointError if there are none in safetensors."""
+    if not (folder / WEIGHTS).is_file():
+        pickled = " adapter_model.bin is a pickle, which can run code: save it as safetensors."
+        raise CheckpointError(
+            f"{folder} holds no {WEIGHTS}.{pickled if (folder / 'adapter_model.bin').is_file() else ''}"
+        )
+    try:
+        return load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is no safetensors file: {error}.") from None
+
+
+def _refuse_what_is_more(config: dict[str, Any], folder: Path) -> None:
+    for flag, reason in REFUSED.items():
+        if config.get(flag):
+            raise CheckpointError(
+                f"{folder}: {flag} is not a plain low-rank update ({reason}); only LoRA and rsLoRA are read."
+            )
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{folder}: bias={config['bias']!r} trains biases of the base itself."
+        )
+    if (start := config.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"{folder}: init_lora_weights={start!r} also changes the weights of the base. Save it as a plain LoRA: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    if missing := [key for key in ("r", "lora_alpha") if key not in config]:
+        raise CheckpointError(f"{folder}: {CONFIG} names no {' and no '.join(missing)}.")
+
+
+def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = (
+            key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
+        )
+        if kind not in ("lora_A", "lora_B"):
+            raise CheckpointError(f"{folder}: {key} is not part of a plain LoRA.")
+        found.setdefault(name, {})[kind] = tensor
+    for name, pair in found.items():
+        if len(pair) != 2:
+            raise CheckpointError(f"{folder}: {name} has {next(iter(pair))} alone.")
+    if not found:
+        raise CheckpointError(f"{folder}: {WEIGHTS} holds no LoRA.")
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in found.items()}
+
+
+def _pattern(patterns: dict[str, Any] | None, site: str, default: Any) -> Any:
+    """PEFT's rank_pattern / alpha_pattern: keys are regular expressions over the end of a name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", site):
+            return value
+    return default
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' ... ({len(names)} layers)' if len(names) > 3 else ''}"
+
+
+def _targets(names: Any) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})

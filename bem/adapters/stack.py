@@ -1,0 +1,273 @@
+"""Several experts at one site, side by side along the rank axis.
+
+    y = W x + U (c * (V x))        V: (R, d_in)   U: (d_out, R)   R: the ranks of all experts
+
+A gate is a block of c, so experts are composed exactly (U_1 V_1 + U_2 V_2, never the cross terms of a
+sum of factors) and each row of a batch may follow another. Each expert is kept in singular-value form,
+so that its ranks are ordered by importance and a rank budget is its best approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bem.adapters.base import Adapter, Code, Flops
+from bem.adapters.compose import CompositionEngine, Decision, TrustRegion
+from bem.adapters.lora import Update
+from bem.adapters.subspace import orthogonality_error
+from bem.errors import AttachError
+
+GATHER_ABOVE = 0.10  # share of the frozen linear's FLOPs
+Used = list[tuple[int, Tensor | None]]  # (expert, its tokens; None: all of them)
+
+
+class ExpertStack(Adapter):
+    """The experts of one frozen linear layer. Their control comes from decisions: see `compose`."""
+
+    owner: Tensor  # int (R,): the expert that each rank belongs to
+    importance: Tensor  # (R,): singular value of each rank
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        ranks: Sequence[int],
+        form: Literal["auto", "dense", "gathered"] = "auto",
+        dtype: torch.dtype = torch.float32,
+    ):
+        """ranks[e]: ranks of expert e here; 0: it does not touch this site.
+
+        form: dense multiplies all ranks, gathered only the blocks that a token uses; auto: whichever
+            is faster at this size.
+        """
+        super().__init__()
+        self.ranks = tuple(ranks)
+        ends = list(accumulate(self.ranks, initial=0))
+        self.spans = list(pairwise(ends))  # first and past-the-last rank
+        total = self.control_width = ends[-1]
+        self.v = nn.Parameter(torch.empty(total, d_in, dtype=dtype))
+        if total:
+            nn.init.kaiming_uniform_(self.v, a=5**0.5)
+        self.u = nn.Parameter(torch.zeros(d_out, total, dtype=dtype))  # zero: it changes nothing
+        self.engine = CompositionEngine(self.ranks)
+        self.register_buffer("owner", self.engine.owner.clone())
+        self.register_buffer("importance", torch.zeros(total))
+        share = total * (d_in + d_out) / (d_in * d_out)
+        self.gathered = form == "gathered" or (form == "auto" and share > GATHER_ABOVE)
+        self.form = form
+        self.region: TrustRegion | None = None  # for the price alone
+        self.weight_norm: float | None = None  # of the frozen weight, for a relative region
+        self.bases: list[Tensor] = []
+        self._used: tuple[Tensor, int, Used] | None = None
+
+    # --- experts ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fill(self, expert: int, update: Update) -> None:
+        """Copy an update into the block of `expert`, in singular-value form.
+
+        Raises:
+            AttachError: no such expert, another shape, more ranks than the block, or it leaves the
+                directions reserved for it.
+        """
+        start, stop = self._span(expert)
+        (d_out, d_in), rank = (len(self.u), self.v.shape[1]), len(update.v)
+        if update.u.shape != (d_out, rank) or update.v.shape != (rank, d_in) or rank > stop - start:
+            raise AttachError(
+                f"expert {expert} has room for u {(d_out, stop - start)} and v {(stop - start, d_in)} here, got "
+                f"{tuple(update.u.shape)} and {tuple(update.v.shape)}."
+            )
+        u, v, importance = singular_form(update, stop - start)
+        if self.bases and (lost := self._outside(expert, u.to(self.u))) > 1e-3:
+            raise AttachError(
+                f"{lost:.1%} of expert {expert} lies outside its reserved directions: train it under the same "
+                "reservation, or mount it without one."
+            )
+        self.u[:, start:stop].copy_(u)
+        self.v[start:stop].copy_(v)
+        self.importance[start:stop].copy_(importance)
+        self.after_step()
+
+    def canonicalise(self) -> None:
+        """Bring every block into singular-value form: after training in place."""
+        for expert, rank in enumerate(self.ranks):
+            if rank:
+                self.fill(expert, self.update_of(expert))
+
+    def update_of(self, expert: int) -> Update:
+        """A copy of one expert's update."""
+        start, stop = self._span(expert)
+        return Update(self.u[:, start:stop].detach().clone(), self.v[start:stop].detach().clone())
+
+    @torch.no_grad()
+    def clear(self, expert: int) -> None:
+        """Empty a block: the expert was unloaded."""
+        start, stop = self._span(expert)
+        self.u[:, start:stop].zero_()
+        self.v[start:stop].zero_()
+        self.importance[start:stop].zero_()
+
+    def reserve(self, bases: Sequence[Tensor]) -> list[float]:
+        """Give each expert output directions of its own, now and after every optimiser step.
+
+        Args:
+            bases: one (d_out, dim) for each expert, see `subspace.reserve`.
+        Returns:
+            The share of each block's norm that lay outside and is gone (0: none, or an empty block).
+        Raises:
+            AttachError: bases that do not fit, or are not orthonormal within 1e-5.
+        """
+        shapes = [tuple(basis.shape) for basis in bases]
+        if len(bases) != len(self.ranks) or any(s[0] != len(self.u) for s in shapes):
+            raise AttachError(
+                f"{len(self.ranks)} experts of width {len(self.u)} got bases {shapes}."
+            )
+        error = max([orthogonality_error(bases), *(_off_unit(b) for b in bases)])
+        if not error <= 1e-5:
+            raise AttachError(f"the bases are orthonormal only within {error:.1e}: use reserve().")
+        self.bases = [basis.detach().to(self.u) for basis in bases]
+        lost = [self._outside(e, self.update_of(e).u) for e in range(len(self.ranks))]
+        self.after_step()
+        return lost
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep every expert inside its reserved directions."""
+        for (start, stop), basis in zip(self.spans, self.bases, strict=False):
+            basis = basis.to(self.u.device)
+            self.u[:, start:stop].copy_(basis @ (basis.t() @ self.u[:, start:stop]))
+
+    def _outside(self, expert: int, u: Tensor) -> float:
+        """Share of ||u||_F that leaves the directions reserved for an expert."""
+        basis = self.bases[expert].to(u.device)
+        norm = float(u.norm())
+        return float((u - basis @ (basis.t() @ u)).norm()) / norm if norm > 0 else 0.0
+
+    def _span(self, expert: int) -> tuple[int, int]:
+        if not 0 <= expert < len(self.ranks):
+            raise AttachError(f"there is no expert {expert}: this stack holds {len(self.ranks)}.")
+        return self.spans[expert]
+
+    # --- control and update -----------------------------------------------------------------------
+
+    def control(self, code: Code) -> Tensor:
+        raise AttachError(
+            "an ExpertStack has no control of its own: a router decides, and compose() turns the decision into it."
+        )
+
+    def compose(self, decision: Decision, region: TrustRegion | None) -> Tensor:
+        """Control of each chunk, float32 (..., R)."""
+        return self.engine(decision, region, self.u, self.v, self.importance, self.weight_norm)
+
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+        assert control is not None
+        if not self.control_width:
+            return y
+        # a gate of zero has a gradient too, in the dense form alone
+        if self.form == "gathered" or (self.gathered and not control.requires_grad):
+            return self._update_gathered(y, x, control)
+        return y + F.linear(F.linear(x, self.v.to(x.dtype)) * control, self.u.to(x.dtype))
+
+    def _update_gathered(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
+        """Block by block, each for the tokens that use it."""
+        used = self._blocks_used(control.expand(*x.shape[:-1], -1), control)
+        control = control.expand(*x.shape[:-1], -1).reshape(-1, self.control_width)
+        x, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if any(rows is not None for _, rows in used):
+            out = out.clone()
+        for expert, rows in used:
+            start, stop = self.spans[expert]
+            u, v = self.u[:, start:stop].to(x.dtype), self.v[start:stop].to(x.dtype)
+            if rows is None:
+                out = out + F.linear(F.linear(x, v) * control[:, start:stop], u)
+            else:
+                part = F.linear(F.linear(x[rows], v) * control[rows, start:stop], u)
+                out = out.index_add_(0, rows, part)
+        return out.view(y.shape)
+
+    def _blocks_used(self, control: Tensor, key: Tensor) -> Used:
+        """Which experts act, and for which tokens. Kept while the same control comes again, as it does
+        for every token of a chunk that is being decoded."""
+        version = -1 if key.is_inference() else key._version
+        if self._used is not None and self._used[0] is key and self._used[1] == version:
+            return self._used[2]
+        hot = control.detach().reshape(-1, self.control_width) != 0
+        used: Used = []
+        for expert in self.owner[hot.any(0)].unique().tolist():
+            start, stop = self.spans[expert]
+            rows = hot[:, start:stop].any(-1).nonzero()[:, 0]
+            used.append((expert, None if len(rows) == len(hot) else rows))
+        if key.dim() == 3 and key.shape[1] == 1:
+            self._used = (key, version, used)
+        return used
+
+    def flops(self) -> Flops:
+        """Dense: all ranks; gathered: the largest expert. Projecting: all ranks, the most it can be."""
+        ranks = max(self.ranks, default=0) if self.gathered else self.control_width
+        chunk = 0
+        if self.region is not None:
+            power = 2 if self.region.norm == "frobenius" else 3
+            chunk = 2 * self.control_width**power
+        return Flops(2 * ranks * (self.v.shape[1] + len(self.u)), chunk)
+
+
+def singular_form(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U S, V^T, S) of u @ v, float64, largest first, padded with zeros to `rank`.
+
+    V^T keeps unit rows where S is zero, so that an untrained rank can still learn. The SVD is that of
+    the small core R_u R_v^T of the factors' QR decompositions.
+    """
+    q_u, r_u = torch.linalg.qr(update.u.detach().double())
+    q_v, r_v = torch.linalg.qr(update.v.detach().double().t())
+    left, values, right = torch.linalg.svd(r_u @ r_v.t(), full_matrices=False)
+    u, v = q_u @ (left * values), (q_v @ right.t()).t()
+    missing = rank - len(values)
+    return F.pad(u, (0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(values, (0, missing))
+
+
+def fixed_updates(
+    stacks: dict[str, ExpertStack],
+    decision: Decision | Tensor,
+    region: TrustRegion | None = None,
+) -> dict[str, Update]:
+    """What the stacks of a model add under one decision, as static updates (see `write_lora`).
+
+    Args:
+        stacks: site name -> its experts.
+        decision: of one chunk, or the gates alone (experts,): all ranks, strength 1.
+        region: trust region of the composed update.
+    Returns:
+        Only ranks whose control is not zero, the control folded into u; sites without any are left out.
+    """
+    updates = {}
+    for site, stack in stacks.items():
+        made = _all_ranks(decision, stack) if isinstance(decision, Tensor) else decision
+        with torch.no_grad():
+            control = stack.compose(made, region).flatten()
+            if len(control) != stack.control_width:
+                raise AttachError(
+                    f"an export needs one decision, this one speaks of {made.ranks.numel()} chunks."
+                )
+            on = control.nonzero()[:, 0]
+            u = stack.u.detach()[:, on].float() * control[on]
+        if len(on):
+            updates[site] = Update(u, stack.v.detach()[on].float())
+    return updates
+
+
+def _all_ranks(gates: Tensor, stack: ExpertStack) -> Decision:
+    return Decision(gates, torch.tensor(stack.control_width), torch.tensor(1.0))
+
+
+def _off_unit(basis: Tensor) -> float:
+    """How far a basis is from orthonormal."""
+    if not basis.numel():
+        return 0.0
+    basis = basis.detach().double()
+    return float((basis.t() @ basis - torch.eye(basis.shape[1], dtype=basis.dtype)).abs().max())
