@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from bem.adapters.attach import Attached, attach, load
     from bem.adapters.checks import check_adapter
     from bem.adapters.peft_method import BemConfig
+    from bem.adapters.experts import read_expert
     from bem.bases import load_base
+    from bem.routing.mount import Mounted, load_router, mount
     from bem.stats import bca_bootstrap, benjamini_hochberg_correction, judge
 
 __version__ = "0.1.0"
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Attached": "bem.adapters.attach",
     "BemConfig": "bem.adapters.peft_method",
+    "Mounted": "bem.routing.mount",
     "attach": "bem.adapters.attach",
     "bca_bootstrap": "bem.stats",
     "benjamini_hochberg_correction": "bem.stats",
@@ -25,11 +28,15 @@ _WHERE = {
     "judge": "bem.stats",
     "load": "bem.adapters.attach",
     "load_base": "bem.bases",
+    "load_router": "bem.routing.mount",
+    "mount": "bem.routing.mount",
+    "read_expert": "bem.adapters.experts",
 }
 
 __all__ = [
     "Attached",
     "BemConfig",
+    "Mounted",
     "attach",
     "bca_bootstrap",
     "benjamini_hochberg_correction",
@@ -37,6 +44,9 @@ __all__ = [
     "judge",
     "load",
     "load_base",
+    "load_router",
+    "mount",
+    "read_expert",
 ]
 
 

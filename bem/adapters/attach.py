@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.adapters.budget import Price, price_of
-from bem.adapters.controller import Controller
+from bem.adapters.controller import ChunkReader
 from bem.adapters.head_gate import HeadGate
 from bem.config import VARIANTS, AdapterConfig, parse
 from bem.errors import AttachError
@@ -64,7 +64,7 @@ class Attached:
     @property
     def n_evidence(self) -> int:
         """Evidence features that the adapter reads; 0: it reads none."""
-        return next((m.n_evidence for m in self.modules() if isinstance(m, Controller)), 0)
+        return next((m.n_evidence for m in self.modules() if isinstance(m, ChunkReader)), 0)
 
     def gate_magnitude(self) -> Tensor | None:
         """Mean gate over all head-gated sites, (batch, tokens), in the last forward pass.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bem.adapters.base import Adapter
-from bem.adapters.controller import Controller
+from bem.adapters.controller import ChunkReader, Controller
 from bem.adapters.film import ResidualFiLMModule
 from bem.adapters.gate_shaping import GateShapingV2
 from bem.adapters.head_gate import HeadGate
@@ -41,7 +41,7 @@ class Parts:
 
     update: Adapter | None = None
     film: ResidualFiLMModule | None = None
-    controller: Controller | None = None
+    controller: ChunkReader | None = None
     shaping: GateShapingV2 | None = None
 
 
@@ -57,6 +57,8 @@ def build(
     Raises:
         AttachError: the variant has no site in this model.
     """
+    if config.variant == "routed":
+        raise AttachError("experts are mounted, not built: bem.mount(model, [expert, ...]).")
     layer = sites.router_layer(config.router_layer)
     parts: dict[str, Parts] = {}
     for index, site in enumerate(sites.above(layer)):

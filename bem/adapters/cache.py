@@ -7,7 +7,7 @@ reuse of a prefix. Past control is never revised; this layer only remembers it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bem.adapters.controller import Routed, Running, token_features
 from bem.errors import CacheError
+
+if TYPE_CHECKING:
+    from bem.adapters.runtime import Wiring
 
 KEPT_FEATURES = 128  # newest tokens whose features are kept, so that a crop can end inside a chunk
 
@@ -43,10 +46,11 @@ class ControlLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, owner: str, n_heads: int):
-        """owner: name of the adapter whose control this is; n_heads: see `token_features`."""
+    def __init__(self, owner: str, n_heads: int, applied_width: int | None = None):
+        """owner: name of the adapter whose control this is; n_heads: see `token_features`;
+        applied_width: control floats that act on the model, the rest is the controller's memory."""
         super().__init__()
-        self.owner, self.n_heads = owner, n_heads
+        self.owner, self.n_heads, self.applied_width = owner, n_heads, applied_width
         self.is_initialized = True  # nothing is allocated up front
         self._clear()
 
@@ -105,10 +109,17 @@ class ControlLayer(CacheLayerMixin):
         return self.running
 
     def applied(self) -> tuple[Tensor, Tensor]:
-        """Chunk number of every column (batch, columns) and the control of every chunk (batch, chunks, width)."""
+        """Chunk number of every column (batch, columns), and what acted on the model in every chunk
+        (batch, chunks, applied width)."""
         self.settle()
         number, _, controls, _ = self._history()
-        return number, controls
+        return number, controls[..., : self.applied_width]
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Chunk number of every column, and the controller's own tail in every chunk."""
+        self.settle()
+        number, _, controls, _ = self._history()
+        return number, controls[..., controls.shape[-1] if self.applied_width is None else self.applied_width :]
 
     def valid(self) -> Tensor:
         """Bool (batch, columns): False at padding."""
@@ -238,14 +249,15 @@ class ControlLayer(CacheLayerMixin):
         return newest[:, max(0, newest.shape[1] - (self.columns - start)) :]
 
 
-def control_layer(cache: Cache, owner: str, depth: int, n_heads: int) -> ControlLayer:
-    """The cache's control layer, appended behind its `depth` key/value layers on first use.
+def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
+    """The cache's control layer, appended behind its key/value layers on first use.
 
     Raises:
         CacheError: the cache was filled under another adapter.
     """
     if cache.layers and isinstance(cache.layers[-1], ControlLayer):
         layer = cache.layers[-1]
+        owner = wiring.name
         if layer.owner != owner:
             raise CacheError(
                 f"this cache was filled under adapter {layer.owner!r}, now {owner!r} is active: its keys and "
@@ -253,7 +265,8 @@ def control_layer(cache: Cache, owner: str, depth: int, n_heads: int) -> Control
             )
         return layer
     grow = getattr(cache, "layer_class_to_replicate", None)
-    while grow is not None and len(cache.layers) < depth:
+    while grow is not None and len(cache.layers) < wiring.depth:
         cache.layers.append(grow())
-    cache.layers.append(layer := ControlLayer(owner, n_heads))
+    layer = ControlLayer(wiring.name, wiring.controller.n_heads, wiring.applied_width)
+    cache.layers.append(layer)
     return layer

@@ -8,7 +8,10 @@ all chunks of a prompt are coded in one parallel pass, and a token decoded later
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,35 +71,19 @@ class Routed:
         )
 
 
-class Controller(nn.Module):
-    """Codes every chunk from the tokens before it; see the module's docstring.
+class ChunkReader(nn.Module, ABC):
+    """Pools a sequence chunk by chunk and decides each chunk's control. Abstract.
 
-    Features of a token: its hidden state entering the router layer and, if `n_heads` > 0, each
-    head's energy (mean square of its slice of the attention output one layer below) and the square
-    of that, from which mean and spread over a chunk follow. A sequence's first chunk has no past:
-    its code is a learned prior, moved by the evidence if `n_evidence` > 0.
+    What the next chunk needs to know of the last decision is the tail of its control: `tail_width`
+    floats that no adapter reads, and that travel with the cache as all control does.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_control: int,
-        chunk_size: int,
-        n_heads: int = 0,
-        n_evidence: int = 0,
-        blind: bool = False,
-    ):
-        """n_evidence: number of evidence features, 0: reads none; blind: they all read as zero."""
-        super().__init__()
-        self.d_model, self.n_heads, self.chunk_size = d_model, n_heads, chunk_size
-        self.n_evidence, self.blind = n_evidence, blind
-        self.read = nn.Linear(2 * d_model + n_evidence, d_control)
-        self.write = nn.Linear(d_control, d_control)
-        self.prior = nn.Parameter(torch.zeros(d_control))
-        if n_evidence:
-            self.hint = nn.Linear(n_evidence, d_control, bias=False)
-            nn.init.zeros_(self.hint.weight)
-        self.width = d_model + 2 * n_heads  # features per token
+    chunk_size: int
+    width: int  # features per token
+    n_heads: int = 0  # heads whose statistics are pooled
+    n_evidence: int = 0  # evidence features; the very last floats of the tail
+    tail_width: int = 0
+    blind: bool = False  # every evidence feature reads as zero
 
     def start(self, batch: int, control_width: int, device: torch.device) -> Running:
         """The state of a sequence of which nothing has been read."""
@@ -125,6 +112,72 @@ class Controller(nn.Module):
         sums = torch.cat([sums[:, :1] + before.sums[:, None], sums[:, 1:]], 1)
         count = torch.cat([count[:, :1] + before.count[:, None], count[:, 1:]], 1)
         return Routed(before.control[:, None], slot, sums, count, before)
+
+    @abstractmethod
+    def decide(
+        self,
+        members: Sequence[Any],
+        pooled: Routed,
+        turns: Tensor | None,
+        evidence: Tensor | None,
+        route: Tensor | None,
+    ) -> Tensor:
+        """Controls of the chunks that begin in the piece: slots 1, 2, ..., (batch, slots, width).
+
+        Args:
+            members: modules with a control, in the order in which theirs are concatenated.
+            turns: bool (batch, tokens), True where a turn starts; None: nowhere.
+            evidence: of each of these chunks (batch, slots, n_evidence); None: it reads none.
+            route: what the caller wants instead, see `AgenticRouter`; None: nothing.
+        """
+
+    @abstractmethod
+    def flops_per_chunk(self) -> int:
+        """Matrix FLOPs for one chunk slot, without pooling."""
+
+
+class Controller(ChunkReader):
+    """Codes every chunk from the tokens before it; see the module's docstring.
+
+    Features of a token: its hidden state entering the router layer and, if `n_heads` > 0, each
+    head's energy (mean square of its slice of the attention output one layer below) and the square
+    of that, from which mean and spread over a chunk follow. A sequence's first chunk has no past:
+    its code is a learned prior, moved by the evidence if `n_evidence` > 0.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_control: int,
+        chunk_size: int,
+        n_heads: int = 0,
+        n_evidence: int = 0,
+        blind: bool = False,
+    ):
+        """n_evidence: number of evidence features, 0: reads none; blind: they all read as zero."""
+        super().__init__()
+        self.d_model, self.n_heads, self.chunk_size = d_model, n_heads, chunk_size
+        self.n_evidence, self.blind = n_evidence, blind
+        self.read = nn.Linear(2 * d_model + n_evidence, d_control)
+        self.write = nn.Linear(d_control, d_control)
+        self.prior = nn.Parameter(torch.zeros(d_control))
+        if n_evidence:
+            self.hint = nn.Linear(n_evidence, d_control, bias=False)
+            nn.init.zeros_(self.hint.weight)
+        self.width = d_model + 2 * n_heads  # features per token
+        self.tail_width = n_evidence
+
+    def decide(
+        self,
+        members: Sequence[Any],
+        pooled: Routed,
+        turns: Tensor | None,
+        evidence: Tensor | None,
+        route: Tensor | None,
+    ) -> Tensor:
+        code = self.code(pooled, evidence)
+        controls = [member.control(code) for member in members]
+        return torch.cat(controls if evidence is None else [*controls, evidence], -1)
 
     def code(self, pooled: Routed, evidence: Tensor | None = None) -> Code:
         """The code of every chunk that begins in the piece: slots 1, 2, ...
@@ -194,9 +247,16 @@ def evidence_of_chunks(given: Tensor | None, routed: Routed, width: int) -> Tens
         given = routed.before.control[:, routed.before.control.shape[1] - width :]
     if given.dim() == 2:
         return given.float()[:, None].expand(-1, slots, -1)
-    new = torch.arange(1, slots + 1, device=routed.slot.device)
-    first = (routed.slot[:, None] == new[:, None]).to(torch.int8).argmax(-1)
+    first = first_tokens(routed)
     return given.float().gather(1, first[..., None].expand(-1, -1, width))
+
+
+def first_tokens(routed: Routed) -> Tensor:
+    """Column of the first token of each chunk that begins in a piece, int (batch, slots); 0 for a
+    slot that holds no token."""
+    slots = routed.sums.shape[1] - 1
+    new = torch.arange(1, slots + 1, device=routed.slot.device)
+    return (routed.slot[:, None] == new[:, None]).to(torch.int8).argmax(-1)
 
 
 def with_control(pooled: Routed, control: Tensor) -> Routed:

@@ -8,6 +8,7 @@ just the same keeps the chunk's name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 
 from torch import Tensor
@@ -17,14 +18,19 @@ from bem.errors import CacheError
 
 
 def chunk_keys(
-    layer: ControlLayer, token_ids: Tensor, weights: str, evidence: str = ""
+    layer: ControlLayer,
+    token_ids: Tensor,
+    weights: str | Callable[[Tensor], str],
+    evidence: str = "",
 ) -> list[list[str]]:
     """Keys of every chunk of every sequence in a cache, in order; the last chunk may still grow.
 
     Args:
         layer: the cache's control layer.
         token_ids: int (batch, columns), all tokens that the cache holds, padding included.
-        weights: digest of the weights that acted (a checkpoint's manifest has one per file).
+        weights: digest of the weights that acted (a checkpoint's manifest has one per file), or a
+            function from a chunk's applied control to it (`Mounted.acting`): then a chunk keeps its
+            name while the experts that acted in it stay, whatever becomes of the others.
         evidence: `EvidenceRecord.digest` of the passages that the control was made from.
     Raises:
         CacheError: `token_ids` are not the cache's.
@@ -42,13 +48,19 @@ def chunk_keys(
 
 
 def _of_sequence(
-    number: Tensor, control: Tensor, ids: Tensor, valid: Tensor, weights: str, evidence: str
+    number: Tensor,
+    control: Tensor,
+    ids: Tensor,
+    valid: Tensor,
+    weights: str | Callable[[Tensor], str],
+    evidence: str,
 ) -> list[str]:
     keys: list[str] = []
     for chunk in range(1, int(number.max()) + 1):  # slot 0 stands before the first token
         tokens = ids[(number == chunk) & valid].tolist()
         parent = keys[-1] if keys else ""
-        state = sha256(f"{parent} {evidence} {weights} {tokens} ".encode())
+        acted = weights if isinstance(weights, str) else weights(control[chunk])
+        state = sha256(f"{parent} {evidence} {acted} {tokens} ".encode())
         state.update(control[chunk].detach().float().cpu().numpy().tobytes())
         keys.append(state.hexdigest())
     return keys

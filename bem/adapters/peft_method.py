@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from bem.adapters.build import Parts, build
-from bem.adapters.controller import Controller
+from bem.adapters.controller import ChunkReader
 from bem.adapters.queries import find_queries
 from bem.adapters.runtime import MarkedGenerate, Runtime, Wiring
 from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
@@ -183,7 +183,8 @@ class BemModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        self._plan = _Plan(self.model, peft_config.adapter_config())
+        parts = vars(peft_config).pop("prebuilt", None)  # for `mount`: not part of the config
+        self._plan = _Plan(self.model, peft_config.adapter_config(), parts)
         peft_config.target_modules = set(self._plan.parts)
         return peft_config
 
@@ -248,9 +249,15 @@ class BemModel(BaseTuner):
 class _Plan:
     """Which modules go where in one model, for one adapter."""
 
-    def __init__(self, model: nn.Module, config: AdapterConfig):
+    def __init__(
+        self, model: nn.Module, config: AdapterConfig, prebuilt: dict[str, Parts] | None = None
+    ):
+        """prebuilt: the modules by site, made elsewhere; None: made here, as `config` says."""
         self.sites = find_sites(model, config.sites)
         self.layer = self.sites.router_layer(config.router_layer)
+        if prebuilt is not None:
+            self.parts = prebuilt
+            return
         norms = None
         if config.trust_relative:
             named = {
@@ -302,7 +309,7 @@ def _wire(
     name: str, plan: Sites, layer: int, sites: dict[str, BemSite], model: nn.Module
 ) -> Wiring | None:
     """The wiring of one adapter; None if it is static."""
-    controller: Controller | None = None
+    controller: ChunkReader | None = None
     controlled: list[Any] = []
     films: dict[int, int] = {}
     shapings: dict[int, int] = {}

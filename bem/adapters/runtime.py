@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from bem.adapters.cache import ControlLayer, control_layer
 from bem.adapters.chunks import slots_needed, turns_from_labels
 from bem.adapters.controller import (
-    Controller,
+    ChunkReader,
     Routed,
     evidence_of_chunks,
     token_features,
@@ -35,7 +35,7 @@ class Wiring:
     name: str
     layer: int  # router layer
     depth: int  # decoder blocks of the model
-    controller: Controller
+    controller: ChunkReader
     members: list[Any]  # modules with a control, in order
     films: dict[int, int]  # decoder block -> index into `members`
     shapings: dict[int, int]  # decoder block whose queries are scaled -> index into `members`
@@ -43,9 +43,14 @@ class Wiring:
 
     @property
     def widths(self) -> list[int]:
-        """Control floats of each member; the evidence that they were made from comes last."""
+        """Control floats of each member; the controller's own tail comes last."""
         widths = [member.control_width for member in self.members]
-        return [*widths, n] if (n := self.controller.n_evidence) else widths
+        return [*widths, n] if (n := self.controller.tail_width) else widths
+
+    @property
+    def applied_width(self) -> int:
+        """Control floats that act on the model: all but the controller's own tail."""
+        return sum(member.control_width for member in self.members)
 
 
 class _PerToken:
@@ -85,9 +90,11 @@ class Runtime:
         self._mask: Tensor | None = None
         self._turns: Tensor | None = None
         self._evidence: Tensor | None = None
+        self._route: Tensor | None = None
         self._spread: dict[int, tuple[Tensor, Tensor]] = {}
         self.prompt_turns: Tensor | None = None  # what `generate` was given
         self.prompt_evidence: Tensor | None = None
+        self.prompt_route: Tensor | None = None
         self._head_input: Tensor | None = None
 
     # --- hooks ------------------------------------------------------------------------------------
@@ -103,7 +110,7 @@ class Runtime:
         self.remove()
         self.handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for layer in sorted({w.layer for w in wirings}):
-            hook = partial(self._route, layer)
+            hook = partial(self._enter, layer)
             self.handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
             reads_heads = any(w.layer == layer and w.controller.n_heads for w in wirings)
             if reads_heads and layer - 1 in attn_out:
@@ -124,8 +131,9 @@ class Runtime:
         self.handles = []
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Note padding, turn starts and evidence; the last two are ours and go no further."""
+        """Note padding, turn starts, evidence and route; all but the first are ours and go no further."""
         turns, evidence = kwargs.pop("turn_starts", None), kwargs.pop("evidence", None)
+        route = kwargs.pop("route", None)
         if self.wiring is None:
             return args, kwargs
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -135,7 +143,7 @@ class Runtime:
             )
         if turns is None and kwargs.get("labels") is not None:
             turns = turns_from_labels(kwargs["labels"])
-        self._mask, self._turns, self._evidence = mask, turns, evidence
+        self._mask, self._turns, self._evidence, self._route = mask, turns, evidence, route
         self._head_input = None
         self.parts = _NoControl()
         self.serial += 1
@@ -166,7 +174,7 @@ class Runtime:
                 self._spread[block] = (control, spread)
         return output * spread
 
-    def _route(self, layer: int, block: Any, args: tuple, kwargs: dict) -> None:
+    def _enter(self, layer: int, block: Any, args: tuple, kwargs: dict) -> None:
         """Before the router layer runs: turn what was read so far into control for every site above."""
         wiring = self.wiring
         if wiring is None or wiring.layer != layer:
@@ -185,7 +193,7 @@ class Runtime:
 
     @torch.compiler.disable
     def _route_cached(self, wiring: Wiring, hidden: Tensor, cache: Cache) -> None:
-        state = control_layer(cache, wiring.name, wiring.depth, wiring.controller.n_heads)
+        state = control_layer(cache, wiring)
         held = cache.get_seq_length(wiring.layer)
         if isinstance(held, int) and held != state.columns:
             raise CacheError(
@@ -219,21 +227,23 @@ class Runtime:
         if before is None:
             before = controller.start(batch, sum(wiring.widths), hidden.device)
         valid = self._valid(batch, tokens, hidden.device)
-        turns = self._turn_starts(
-            batch, tokens, state.columns if state is not None else 0, hidden.device
-        )
+        offset = state.columns if state is not None else 0
+        turns = self._turn_starts(batch, tokens, offset, hidden.device)
+        route = self._given_route(batch, tokens, offset, hidden.device)
         slots = slots_needed(tokens, turns, controller.chunk_size)
         with torch.autocast(hidden.device.type, enabled=False):
             features = token_features(hidden, self._head_input, controller.n_heads)
             pooled = controller.pool(features, valid, turns, before, slots)
-            routed = self._decide(wiring, pooled)
+            routed = self._decide(wiring, pooled, turns, route)
         self.parts = _PerToken(
             routed.control.to(hidden.dtype).split(wiring.widths, -1), routed.slot
         )
         if state is not None:
             state.append(routed, features, valid)
 
-    def _decide(self, wiring: Wiring, pooled: Routed) -> Routed:
+    def _decide(
+        self, wiring: Wiring, pooled: Routed, turns: Tensor | None, route: Tensor | None
+    ) -> Routed:
         width, evidence = wiring.controller.n_evidence, None
         if width:
             batch, tokens = pooled.slot.shape
@@ -241,9 +251,26 @@ class Runtime:
             evidence = evidence_of_chunks(given, pooled, width)
             if wiring.controller.blind:
                 evidence = torch.zeros_like(evidence)
-        code = wiring.controller.code(pooled, evidence)
-        parts = [m.control(code) for m in wiring.members]
-        return with_control(pooled, torch.cat(parts + [evidence] * (evidence is not None), -1))
+        control = wiring.controller.decide(wiring.members, pooled, turns, evidence, route)
+        return with_control(pooled, control)
+
+    def _given_route(
+        self, batch: int, tokens: int, offset: int, device: torch.device
+    ) -> Tensor | None:
+        """The caller's route for this piece, int (batch, tokens, ...); -1 behind the prompt: hold."""
+        if self._route is not None:
+            if self._route.shape[:2] != (batch, tokens):
+                raise AttachError(
+                    f"route {tuple(self._route.shape)} must begin with the shape of the tokens: "
+                    f"{(batch, tokens)}."
+                )
+            return self._route.to(device)
+        if self.prompt_route is None:
+            return None
+        known = self.prompt_route[:, offset : offset + tokens].to(device)
+        known = known.repeat_interleave(max(1, batch // len(known)), 0)
+        behind = known.new_full((batch, tokens - known.shape[1], *known.shape[2:]), -1)
+        return torch.cat([known, behind], 1)
 
     def _given_evidence(
         self, batch: int, tokens: int, width: int, device: torch.device
@@ -312,7 +339,8 @@ class Runtime:
 class MarkedGenerate:
     """`model.generate` that marks the prompt's end as a turn start.
 
-    `turn_starts` marks earlier turns; `evidence` (batch, features) is what is known of the evidence.
+    `turn_starts` marks earlier turns; `evidence` (batch, features) is what is known of the evidence;
+    `route` (batch, tokens) says which expert a routed model shall use (see `AgenticRouter`).
     """
 
     def __init__(self, model: Any, runtime: Runtime):
@@ -323,6 +351,7 @@ class MarkedGenerate:
         *args: Any,
         turn_starts: Tensor | None = None,
         evidence: Tensor | None = None,
+        route: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         prompt = next(
@@ -345,11 +374,12 @@ class MarkedGenerate:
                 )
         runtime.prompt_end = prompt.shape[1] if isinstance(prompt, Tensor) else None
         runtime.prompt_turns, runtime.prompt_evidence = turn_starts, evidence
+        runtime.prompt_route = route
         runtime.generating = True
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
-            runtime.prompt_turns, runtime.prompt_evidence = None, None
+            runtime.prompt_turns = runtime.prompt_evidence = runtime.prompt_route = None
             runtime.prompt_end, runtime.generating = None, False
 
 

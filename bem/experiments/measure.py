@@ -27,7 +27,8 @@ from bem.experiments.scoring import QUALITY, score
 from bem.experiments.tasks import METRIC_NAMES, Task
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.stats.scores import Metric
-from bem.training.data import IGNORED, Encoded, Example, collate, encode, end_of_turn
+from bem.training.answers import greedy_answers
+from bem.training.data import IGNORED, Encoded, Example, collate, encode
 from bem.training.fit import write_atomically
 from bem.training.losses import answer_logits, answer_nll
 
@@ -214,14 +215,13 @@ def _measure_task(
     longest = min(context, max_length + task.max_new_tokens)
     wholes = [encode(row, tokenizer, longest) for row in task.dev]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ends = sorted({end_of_turn(tokenizer), *_ids(model.generation_config.eos_token_id)})
     order = _batch_order(prompts, wholes)
     answers: dict[int, Answer] = {}
     uses: dict[int, CacheUse] = {}
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
         started = time.perf_counter()
-        said, used = _generate(model, [prompts[i] for i in rows], pad_id, ends, task.max_new_tokens)
+        said, used = _generate(model, tokenizer, [prompts[i] for i in rows], task.max_new_tokens)
         losses, gates = _answer_losses(attached, [wholes[i] for i in rows], pad_id)
         seconds = (time.perf_counter() - started) / len(rows)
         for i, ids, use, loss, gate in zip(rows, said, used, losses, gates, strict=True):
@@ -254,31 +254,11 @@ def _batch_order(prompts: list[Encoded], wholes: list[Encoded]) -> list[int]:
 
 @torch.inference_mode()
 def _generate(
-    model: Any, prompts: list[Encoded], pad_id: int, ends: list[int], max_new_tokens: int
+    model: Any, tokenizer: Any, prompts: list[Encoded], max_new_tokens: int
 ) -> tuple[list[list[int]], list[CacheUse]]:
     """Greedy answers without what follows their end, and the cache use of each row."""
-    from transformers import GenerationConfig
-
-    batch = {key: value.to(model.device) for key, value in collate(prompts, pad_id).items()}
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=ends,
-    )
     with _counted(model) as calls:
-        output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            turn_starts=batch["turn_starts"],
-            generation_config=settings,
-            **({"evidence": batch["evidence"]} if "evidence" in batch else {}),
-        )
-    answers = []
-    for row in output[:, batch["input_ids"].shape[1] :].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:stop])
+        answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
     lengths = [len(prompt) for prompt in prompts]
     return answers, [
         _cache_use(calls, length, len(answer))
@@ -394,9 +374,3 @@ def _row(answer: Answer) -> dict[str, Any]:
         **({"relevance": list(example.relevance)} if example.relevance else {}),
         **({"gate": round(answer.gate, 6)} if answer.gate is not None else {}),
     }
-
-
-def _ids(value: int | Sequence[int] | Tensor | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else [int(i) for i in value]

@@ -284,6 +284,8 @@ class Encoded:
     """True at the position that predicts the first token of an answer, where a chunk begins."""
     relevance: tuple[float, ...] = ()
     """As in Example."""
+    route: list[int] = field(default_factory=list)
+    """Expert option of each token for a routed model, -1: hold; empty: the router decides."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -326,6 +328,7 @@ def encode(
             answers.append(len(ids))
             add([*_ids(tokenizer, answered), form.end], labelled=train_history)
     prompt_length = len(ids)
+    options = _options(example, len(answers) + 1)
     if with_answer:
         answer = [*_ids(tokenizer, form.opening + example.references[0]), form.end]
         answers.append(len(ids))
@@ -340,26 +343,49 @@ def encode(
     starts = [False] * len(ids)
     for first in answers:
         starts[max(0, first - 1)] = True
+    route = _spread(options, [max(0, a - 1) for a in [*answers, prompt_length][: len(options)]], len(ids))
     surplus = len(ids) - max_length
     if surplus > 0:
         lead = [] if form.bos is None else [form.bos]
         first = surplus + len(lead)
         cut_open = labels[first] != IGNORED  # its beginning is gone: the rest is only context
         ids, labels, starts = ids[first:], labels[first:], starts[first:]
+        route = [*route[:1] * len(lead), *route[first:]]
         if cut_open:
             stop = next((i for i, label in enumerate(labels) if label == IGNORED), len(labels))
             labels[:stop] = [IGNORED] * stop
         ids = [*lead, *ids]
         labels, starts = [IGNORED] * len(lead) + labels, [False] * len(lead) + starts
         prompt_length = max(0, prompt_length - surplus)
-    return Encoded(ids, labels, prompt_length, starts, example.relevance)
+    return Encoded(ids, labels, prompt_length, starts, example.relevance, route)
+
+
+def _options(example: Example, turns: int) -> list[int]:
+    """Expert option of each turn, from meta["route"]; [] if the row names none."""
+    options = example.meta.get("route") or []
+    if options and (len(options) != turns or not all(isinstance(o, int) for o in options)):
+        raise DataError(
+            f"Row {example.id!r}: meta.route must name one expert option for each of {turns} turns, got {options}."
+        )
+    return options
+
+
+def _spread(options: list[int], starts: list[int], length: int) -> list[int]:
+    """A turn's option from its start to the next one's; nothing is asked for before the first."""
+    if not options:
+        return []
+    route = [-1] * length
+    for option, start, stop in zip(options, starts, [*starts[1:], length], strict=True):
+        route[start:stop] = [option] * (stop - start)
+    return route
 
 
 def collate(
     batch: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "left"
 ) -> dict[str, Tensor]:
-    """Tensors [batch, longest]: input_ids, attention_mask, position_ids, labels, turn_starts; and
-    evidence [batch, features] if anything is known of any row's (zeros: nothing)."""
+    """Tensors [batch, longest]: input_ids, attention_mask, position_ids, labels, turn_starts; route
+    if any row has one (-1 elsewhere); and evidence [batch, features] if anything is known of any
+    row's (zeros: nothing)."""
     import torch
 
     longest = max(len(encoded) for encoded in batch)
@@ -376,6 +402,9 @@ def collate(
         "labels": torch.tensor([pad(e.labels, IGNORED) for e in batch]),
         "turn_starts": torch.tensor([pad(e.turn_starts, 0) for e in batch], dtype=torch.bool),
     }
+    if any(e.route for e in batch):
+        hold = [pad(e.route or [-1] * len(e), -1) for e in batch]
+        tensors["route"] = torch.tensor(hold)
     if any(e.relevance for e in batch):
         nothing = [0.0] * len(EVIDENCE_FEATURES)
         tensors["evidence"] = torch.tensor([e.relevance or nothing for e in batch])

@@ -43,7 +43,7 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     labels = batch["labels"]
     first = int((labels != IGNORED).any(0).to(torch.int8).argmax())
-    ours = ("input_ids", "attention_mask", "turn_starts", "evidence")
+    ours = ("input_ids", "attention_mask", "turn_starts", "evidence", "route")
     inputs = {key: batch[key] for key in ours if key in batch}
     takes = arguments_of(model)
     if "position_ids" in takes:

@@ -1,0 +1,361 @@
+"""Experts on a frozen model, and the router that chooses between them.
+
+mounted = bem.mount(model, ["adapters/sql", "adapters/json", "someone/a-peft-lora"])
+mounted.model.generate(**ids)                   # the router decides, chunk by chunk
+mounted.save("routed/mine")                     # every expert in it is a plain PEFT LoRA
+mounted = bem.load_router(model, "routed/mine")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bem.adapters.attach import NAME, Attached
+from bem.adapters.build import Parts
+from bem.adapters.checkpoint import file_hash
+from bem.adapters.compose import TrustRegion
+from bem.adapters.experts import Expert, Update, from_updates, read_expert, write_lora
+from bem.adapters.sites import Site, Sites, base_hash, find_sites
+from bem.adapters.stack import ExpertStack
+from bem.adapters.subspace import reserve
+from bem.config import EVIDENCE_FEATURES, AdapterConfig, RouterConfig, parse
+from bem.errors import AttachError, BaseMismatch, CheckpointError
+from bem.routing.action import ActionSpace
+from bem.routing.hysteresis import Limits
+from bem.routing.router import AgenticRouter
+
+MANIFEST = "manifest.json"
+WEIGHTS = "router.safetensors"
+FORMAT = 1
+MOST = 64  # experts of one model
+
+
+class Mounted(Attached):
+    """A frozen model with experts side by side and a router. `model` is a `peft.PeftModel`.
+
+    What `parameters()` names, and so what trains, is the router's policy or the experts' weights:
+    see `training`.
+    """
+
+    def __init__(
+        self,
+        peft_model: Any,
+        config: AdapterConfig,
+        trainable_before: dict[str, bool],
+        router_config: RouterConfig,
+        experts: Sequence[Expert],
+    ):
+        super().__init__(peft_model, config, trainable_before)
+        self.router_config = router_config
+        self.experts = list(experts)
+        self.trains: Literal["router", "experts", "nothing"] = "nothing"
+        for parameter in super().parameters():
+            parameter.requires_grad = False
+        peft_model.eval()
+
+    @property
+    def router(self) -> AgenticRouter:
+        """The router itself."""
+        return next(m for m in self.modules() if isinstance(m, AgenticRouter))
+
+    @property
+    def stacks(self) -> dict[str, ExpertStack]:
+        """The experts at each site."""
+        from bem.adapters.peft_method import adapters_of
+
+        parts = {site: p.update for site, p in adapters_of(self.base, NAME)}
+        return {site: u for site, u in parts.items() if isinstance(u, ExpertStack)}
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what trains; of everything while nothing does."""
+        everything = super().named_parameters()
+        if self.trains == "nothing":
+            return everything
+        return [(n, p) for n, p in everything if p.requires_grad]
+
+    @contextmanager
+    def training(self, what: Literal["router", "experts"]) -> Iterator[None]:
+        """Only these parameters train inside; experts are brought into their canonical form after."""
+        self.trains = what
+        chosen = [self.router.policy] if what == "router" else list(self.stacks.values())
+        parameters = [p for module in chosen for p in module.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad = True
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad, parameter.grad = False, None
+            self.trains = "nothing"
+            self.model.eval()
+            if what == "experts":
+                self._canonicalise()
+
+    def _canonicalise(self) -> None:
+        for stack in self.stacks.values():
+            stack.canonicalise()
+        names = [e.name for e in self.experts]
+        self.experts = [
+            from_updates(n, self.updates_of(n), e.source, e.about)
+            for n, e in zip(names, self.experts, strict=True)
+        ]
+
+    def updates_of(self, name: str) -> dict[str, Update]:
+        """One expert's updates as they are now."""
+        at = self.router.space.option(name) - 1
+        found = {site: stack.update_of(at) for site, stack in self.stacks.items()}
+        return {site: update for site, update in found.items() if update.v.shape[0]}
+
+    def unload(self, name: str) -> None:
+        """Take one expert away. Sequences that follow it choose anew at their next chunk; the rest of
+        their running chunk gets the bare base."""
+        at = self.router.space.option(name)
+        self.router.available[at] = False
+        for stack in self.stacks.values():
+            stack.clear(at - 1)
+
+    def acting(self, applied: Tensor) -> str:
+        """Digest of the experts that act under an applied control (width,), for `chunk_keys`."""
+        used: set[int] = set()
+        for member in self.base.bem_runtime.wiring.members:
+            c, applied = applied[: member.control_width], applied[member.control_width :]
+            used |= set(member.owner[c.to(member.owner.device) != 0].tolist())
+        digests = [self.experts[e].digest for e in sorted(used)]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def save(  # type: ignore[override]
+        self, folder: str | Path, data_hash: str = "", extra: dict[str, Any] | None = None
+    ) -> Path:
+        """Write router and experts, whole or not at all; every expert is a plain PEFT LoRA.
+
+        Args:
+            data_hash: sha256 of the training data.
+            extra: anything JSON that belongs to the record.
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            for expert in self.experts:
+                write_lora(self.updates_of(expert.name), work / "experts" / expert.name)
+            policy = {k: v.detach().cpu() for k, v in self.router.policy.state_dict().items()}
+            save_file(policy, work / WEIGHTS)
+            (work / MANIFEST).write_text(json.dumps(self._manifest(work, data_hash, extra), indent=2))
+            work.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(work, folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write the router {folder}: {error}. Nothing was left behind."
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return folder
+
+    def _manifest(self, work: Path, data_hash: str, extra: dict[str, Any] | None) -> dict[str, Any]:
+        files = sorted(f for f in work.rglob("*") if f.is_file())
+        return {
+            "format": FORMAT,
+            "kind": "router",
+            "router": self.router_config.model_dump(mode="json"),
+            "experts": [{"name": e.name, "about": e.about} for e in self.experts],
+            "base": base_hash(self.base),
+            "data": data_hash,
+            "extra": extra or {},
+            "files": {f.relative_to(work).as_posix(): file_hash(f) for f in files},
+        }
+
+
+def mount(
+    model: Any,
+    experts: Sequence[Expert | str | Path],
+    config: RouterConfig | None = None,
+    **overrides: Any,
+) -> Mounted:
+    """Put experts side by side on a frozen model, with a router that is yet to be trained.
+
+    Args:
+        model: any Hugging Face causal LM that carries no adapter.
+        experts: static LoRAs: checkpoints of ours (s0), PEFT LoRA folders or hub ids, or `Expert`s.
+        config: what the router may do; **overrides change fields of it.
+    Raises:
+        AttachError: no experts, more than 64, two of one name, or something is attached already.
+        CheckpointError: an expert that cannot be mounted; says why.
+        ConfigError: an unknown or impossible setting.
+    """
+    values = (config or RouterConfig()).model_dump()
+    config = parse(RouterConfig, {**values, **overrides}, "mount")
+    if getattr(model, "peft_config", None):
+        raise AttachError("the model already carries a PEFT adapter: detach it first.")
+    found = [e if isinstance(e, Expert) else read_expert(e, model) for e in experts]
+    names = [e.name for e in found]
+    if not 0 < len(found) <= MOST or len(set(names)) < len(names):
+        raise AttachError(
+            f"1 to {MOST} experts with different names are needed, got {len(found)}: {', '.join(names)}."
+        )
+    sites = find_sites(model)
+    layer = _router_layer(sites, found, config)
+    config = config.model_copy(update={"router_layer": layer})
+    parts = _parts(model, sites, found, config)
+    return _inject(model, parts, config, found)
+
+
+def load_router(model: Any, folder: str | Path) -> Mounted:
+    """Mount what `Mounted.save` wrote.
+
+    Raises:
+        CheckpointError: missing, foreign or changed files.
+        BaseMismatch: made for another base.
+    """
+    folder = Path(folder)
+    manifest = _checked(folder)
+    if manifest["base"] != (found := base_hash(model)):
+        raise BaseMismatch(
+            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}. "
+            "Load the base that it was trained on."
+        )
+    experts = [
+        replace(read_expert(folder / "experts" / e["name"], model, e["name"]), about=e["about"])
+        for e in manifest["experts"]
+    ]
+    mounted = mount(model, experts, parse(RouterConfig, manifest["router"], str(folder)))
+    mounted.router.policy.load_state_dict(load_file(folder / WEIGHTS))
+    return mounted
+
+
+def blank_expert(model: Any, name: str, rank: int, layer: int | None = None, about: str = "") -> Expert:
+    """An expert that is yet to be trained: LoRA's start, at both sites of every layer from `layer` on
+    (None: a quarter of the way up). The update is zero."""
+    sites = find_sites(model)
+    generator = torch.Generator().manual_seed(int(hashlib.md5(name.encode()).hexdigest()[:8], 16))
+    updates = {
+        site.name: Update(torch.zeros(site.d_out, rank), _born(site, rank, generator))
+        for site in sites.above(sites.router_layer(layer))
+    }
+    return from_updates(name, updates, source="blank", about=about)
+
+
+def _born(site: Site, rank: int, generator: torch.Generator) -> Tensor:
+    bound = site.d_in**-0.5  # kaiming_uniform(a=sqrt(5)), as PEFT's lora_A
+    return (torch.rand(rank, site.d_in, generator=generator) * 2 - 1) * bound
+
+
+def _router_layer(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> int:
+    """The configured layer, else a quarter of the way up or the lowest adapted one."""
+    layers = {site.name: site.layer for site in sites.found}
+    lowest = min(layers[name] for expert in experts for name in expert.updates)
+    if config.router_layer is None:
+        return min(sites.router_layer(None), lowest)
+    layer = sites.router_layer(config.router_layer)
+    if lowest < layer:
+        who = next(e.name for e in experts if any(layers[n] == lowest for n in e.updates))
+        raise AttachError(
+            f"expert {who!r} adapts layer {lowest}, below router_layer {layer}: what is adapted must lie above "
+            f"what the router reads. Set router_layer to {lowest} or leave it out."
+        )
+    return layer
+
+
+def _parts(
+    model: Any, sites: Sites, experts: Sequence[Expert], config: RouterConfig
+) -> dict[str, Parts]:
+    region = _region(config)
+    parts: dict[str, Parts] = {}
+    for index, site in enumerate(sites.found):
+        ranks = [e.updates[site.name].v.shape[0] if site.name in e.updates else 0 for e in experts]
+        if not any(ranks):
+            continue
+        stack = ExpertStack(site.d_in, site.d_out, ranks)
+        stack.region = region
+        if region is not None and region.relative:
+            stack.weight_norm = region.norm_of(model.get_submodule(site.name).weight)
+        for e, expert in enumerate(experts):
+            if ranks[e]:
+                stack.fill(e, expert.updates[site.name])
+        if config.orthogonal:
+            stack.reserve(reserve(site.d_out, ranks, config.seed + index))
+        parts[site.name] = Parts(stack)
+    first = next(iter(parts))
+    parts[first] = replace(parts[first], controller=_router(sites, experts, config))
+    return parts
+
+
+def _router(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> AgenticRouter:
+    largest = max(u.v.shape[0] for e in experts for u in e.updates.values())
+    ranks = config.ranks or tuple(sorted({max(1, largest // 4), max(1, largest // 2), largest}))
+    space = ActionSpace(
+        tuple(e.name for e in experts), config.spans, tuple(ranks), config.strengths
+    )
+    limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return AgenticRouter(
+            sites.d_model,
+            space,
+            limits,
+            config.chunk_size,
+            config.d_read,
+            config.hidden,
+            config.confidence,
+            space.option(config.fallback),
+            len(EVIDENCE_FEATURES) if config.evidence else 0,
+            _region(config),
+        )
+
+
+def _region(config: RouterConfig) -> TrustRegion | None:
+    if config.trust_radius is None:
+        return None
+    return TrustRegion(config.trust_radius, config.trust_norm, config.trust_relative)
+
+
+def _inject(
+    model: Any, parts: dict[str, Parts], config: RouterConfig, experts: Sequence[Expert]
+) -> Mounted:
+    from peft import get_peft_model
+
+    from bem.adapters.peft_method import BemConfig
+
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    adapter = AdapterConfig(
+        variant="routed", router_layer=config.router_layer, chunk_size=config.chunk_size
+    )
+    method = BemConfig(**adapter.model_dump(), task_type="CAUSAL_LM")
+    method.prebuilt = parts
+    peft_model = get_peft_model(model, method, adapter_name=NAME)
+    return Mounted(peft_model, adapter, trainable, config, experts)
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file's hash was compared."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST}: not a router that `Mounted.save` wrote.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if manifest.get("kind") != "router":
+        raise CheckpointError(f"{folder} holds a single adapter: load it with bem.load.")
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: {name} is missing.")
+        if file_hash(folder / name) != digest:
+            raise CheckpointError(f"{folder}: {name} was changed after saving.")
+    return manifest

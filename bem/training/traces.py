@@ -1,0 +1,257 @@
+"""Oracle traces: what every expert would have lost on every chunk, and the best path through it.
+
+Each conversation is read once under every option of the expert head (0: the bare base), then once
+more under every rank budget and every strength along the best path. What a chunk loses is the summed
+NLL of the answer tokens that it predicts, divided by the answer tokens of its turn: a turn then
+counts the same whatever its length, and costs are in nats per answer token.
+
+The losses of option e are those of a conversation that was under e throughout: the exact loss of a
+path that switches differs by what other experts wrote into earlier keys and values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bem.adapters.chunks import chunk_starts
+from bem.routing.oracle import best_path
+from bem.training.data import IGNORED, Encoded, collate
+from bem.training.fit import write_atomically
+from bem.training.losses import answer_logits
+
+if TYPE_CHECKING:
+    from bem.config import CloningConfig
+    from bem.routing.action import ActionSpace
+    from bem.routing.mount import Mounted
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Losses of conversations, padded to the longest: (rows, chunks, options of a head)."""
+
+    experts: Floats
+    ranks: Floats
+    """Under each rank budget along `path`."""
+    strengths: Floats
+    path: NDArray[np.int64]
+    """Best expert option of each chunk (rows, chunks)."""
+    cost_to_go: Floats
+    """Least cost from a chunk on under each expert option; -Q*."""
+    answers: NDArray[np.bool_]
+    """The chunk predicts answer tokens (rows, chunks)."""
+    turns: NDArray[np.bool_]
+    """The chunk begins a turn."""
+    chunks: NDArray[np.int64]
+    """Chunks of each conversation (rows,)."""
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def select(self, rows: NDArray[np.int64] | list[int]) -> Traces:
+        """Some of the conversations."""
+        return Traces(**{name: value[rows] for name, value in vars(self).items()})
+
+
+def trace(
+    mounted: Mounted,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    config: CloningConfig,
+    batch_size: int = 16,
+    cache: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Traces:
+    """Trace conversations; a finished trace of the same rows, experts and costs is read from `cache`.
+
+    Args:
+        cache: an .npz file, written whole or not at all.
+        on_progress: called with (passes done, passes in all).
+    """
+    key = _key(mounted, rows, config)
+    if cache is not None and cache.is_file():
+        with np.load(cache) as known:
+            if str(known["key"]) == key:
+                return Traces(**{name: known[name] for name in Traces.__dataclass_fields__})
+    space = mounted.router.space
+    counter = _Counter(sum(space.sizes) - space.sizes[1], on_progress)
+    reader = _Reader(mounted, rows, pad_id, batch_size, counter)
+    experts = np.stack([reader.losses(o, None, None) for o in range(space.sizes[0])], -1)
+    oracle = best_path(experts, config.switch_cost, real=reader.real)
+    path = np.where(reader.real, oracle.path, -1)
+    plain = space.plain
+    ranks = [reader.losses(path, rank, plain[2]) for rank in range(space.sizes[2])]
+    strengths = [reader.losses(path, plain[1], s) for s in range(space.sizes[3])]
+    traces = Traces(
+        experts=experts.astype(np.float32),
+        ranks=np.stack(ranks, -1).astype(np.float32),
+        strengths=np.stack(strengths, -1).astype(np.float32),
+        path=oracle.path,
+        cost_to_go=oracle.cost_to_go.astype(np.float32),
+        answers=reader.answers,
+        turns=reader.turns,
+        chunks=reader.real.sum(1),
+    )
+    if cache is not None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, key=key, **vars(traces))
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, buffer.getvalue())
+    return traces
+
+
+def target_actions(traces: Traces, space: ActionSpace, rank_cost: float) -> NDArray[np.int64]:
+    """The oracle's action at every chunk (rows, chunks, 4), as if it were decided anew there.
+
+    The span is the longest that neither a change of the path nor a new turn cuts; rank budget and
+    strength are those of the next chunk with answer tokens before the path changes, else plain.
+    """
+    rows, length = traces.path.shape
+    targets = np.empty((rows, length, 4), np.int64)
+    share = np.array(space.ranks) / space.ranks[-1]
+    best_rank = (traces.ranks + rank_cost * share).argmin(-1)
+    best_strength = traces.strengths.argmin(-1)
+    plain, spans = space.plain, np.array(space.spans)
+    for row in range(rows):
+        run, rank, strength = 0, plain[1], plain[2]
+        for t in range(traces.chunks[row] - 1, -1, -1):
+            last = t + 1 == traces.chunks[row]
+            goes_on = not last and traces.path[row, t] == traces.path[row, t + 1]
+            run = run + 1 if goes_on and not traces.turns[row, t + 1] else 1
+            if not goes_on:
+                rank, strength = plain[1], plain[2]
+            if traces.answers[row, t]:
+                rank, strength = best_rank[row, t], best_strength[row, t]
+            span = max(0, int(np.searchsorted(spans, run, side="right")) - 1)
+            targets[row, t] = traces.path[row, t], span, rank, strength
+    return targets
+
+
+def best_expert(traces: Traces, switch_cost: float, row: int, chunk: int, current: int) -> int:
+    """The oracle's expert option at a chunk when `current` is in force: it may have erred before."""
+    cost = traces.cost_to_go[row, chunk] + switch_cost
+    cost = cost.copy()
+    cost[current] -= switch_cost
+    return int(cost.argmin())
+
+
+class _Counter:
+    def __init__(self, total: int, show: Callable[[int, int], None] | None):
+        self.done, self.total, self.show = 0, total, show
+
+    def tick(self) -> None:
+        self.done += 1
+        if self.show:
+            self.show(self.done, self.total)
+
+
+class _Reader:
+    """Reads the same conversations again and again, under one route after the other."""
+
+    def __init__(
+        self, mounted: Mounted, rows: Sequence[Encoded], pad_id: int, size: int, counter: _Counter
+    ):
+        self.mounted, self.counter = mounted, counter
+        self.device = mounted.base.device
+        self.batches: list[tuple[list[int], dict[str, Tensor], Tensor]] = []
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        plain = [replace(row, route=[]) for row in rows]
+        for at in range(0, len(rows), size):
+            chosen = order[at : at + size]
+            batch = collate([plain[i] for i in chosen], pad_id)
+            self.batches.append((chosen, batch, chunk_numbers(batch, mounted.router.chunk_size)))
+        longest = max(int(number.max()) for _, _, number in self.batches)
+        self.shape = (len(rows), longest)
+        self.real = np.zeros(self.shape, bool)
+        self.answers = np.zeros(self.shape, bool)
+        self.turns = np.zeros(self.shape, bool)
+        for chosen, batch, number in self.batches:
+            self._describe(chosen, batch, number)
+
+    def _describe(self, chosen: list[int], batch: dict[str, Tensor], number: Tensor) -> None:
+        predicts = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        predicts[:, :-1] = batch["labels"][:, 1:] != IGNORED
+        for r, i in enumerate(chosen):
+            self.real[i, : int(number[r].max())] = True
+            self.answers[i, np.unique(number[r][predicts[r]].numpy()) - 1] = True
+            self.turns[i, number[r][batch["turn_starts"][r]].numpy() - 1] = True
+
+    @torch.inference_mode()
+    def losses(
+        self, expert: int | NDArray[np.int64], rank: int | None, strength: int | None
+    ) -> Floats:
+        """Loss of every chunk (rows, chunks) under one expert option, or one for each chunk."""
+        found = np.zeros(self.shape, np.float64)
+        plain = self.mounted.router.space.plain
+        rest = (0, plain[1] if rank is None else rank, plain[2] if strength is None else strength)
+        for chosen, batch, number in self.batches:
+            options = torch.full_like(batch["input_ids"], expert if isinstance(expert, int) else 0)
+            if not isinstance(expert, int):
+                of_chunk = torch.from_numpy(expert[chosen])
+                options = of_chunk.gather(1, (number - 1).clamp(min=0))
+            route = torch.cat(
+                [options[..., None], options.new_tensor(rest).expand(*options.shape, 3)], -1
+            )
+            found[chosen] = self._read(batch, number, torch.where(options[..., None] < 0, -1, route))
+        self.counter.tick()
+        return found.astype(np.float32)
+
+    def _read(self, batch: dict[str, Tensor], number: Tensor, route: Tensor) -> NDArray[np.float64]:
+        inputs = {k: v.to(self.device) for k, v in {**batch, "route": route}.items()}
+        logits = answer_logits(self.mounted.model, inputs)
+        kept = logits.shape[1]
+        labels = inputs["labels"][:, -kept:]
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2),
+            labels[:, 1:],
+            ignore_index=IGNORED,
+            reduction="none",
+        ).cpu()
+        counted = (labels[:, 1:] != IGNORED).cpu()
+        turn = batch["turn_starts"].long().cumsum(1)[:, -kept:-1]
+        at = number[:, -kept:-1]
+        weight = _per_turn(counted, turn)
+        losses = torch.zeros(len(number), self.shape[1], dtype=torch.float64)
+        losses.scatter_add_(1, (at - 1).clamp(min=0), (nll * weight).double())
+        return losses.numpy()
+
+
+def chunk_numbers(batch: dict[str, Tensor], chunk_size: int) -> Tensor:
+    """Number of each token's chunk from 1, int (batch, tokens); 0 at padding before the first."""
+    valid = batch["attention_mask"].bool()
+    carried = torch.zeros(len(valid), dtype=torch.long)
+    return chunk_starts(valid, batch["turn_starts"], carried, chunk_size).long().cumsum(1)
+
+
+def _per_turn(counted: Tensor, turn: Tensor) -> Tensor:
+    """1 / (answer tokens of the turn) at every counted position, 0 elsewhere."""
+    n = torch.zeros(len(turn), int(turn.max()) + 1)
+    n.scatter_add_(1, turn, counted.float())
+    return counted / n.gather(1, turn).clamp(min=1)
+
+
+def _key(mounted: Mounted, rows: Sequence[Encoded], config: CloningConfig) -> str:
+    digest = hashlib.sha256(f"2 {config.switch_cost} {mounted.router.chunk_size} ".encode())
+    digest.update(repr((mounted.router.space, mounted.router.region)).encode())
+    for expert in mounted.experts:
+        digest.update(expert.digest.encode())
+    for row in rows:
+        digest.update(np.array([*row.input_ids, -1, *row.labels], np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def batches_of(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive parts of `size` items."""
+    for at in range(0, len(items), size):
+        yield items[at : at + size]
