@@ -3,7 +3,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bem.adapters.projection import GramCache, SpectralMonitor, controlled_norm, gram, into_ball
+from bem.adapters.projection import (
+    SETS_KEPT,
+    SLACK,
+    GramCache,
+    NormCache,
+    SpectralMonitor,
+    controlled_norm,
+    gram,
+    into_ball,
+    scale_into_ball,
+)
 
 
 def factors(seed, d_out, d_in, rank):
@@ -65,3 +75,67 @@ def test_a_kept_gram_matrix_follows_the_weights():
         assert kept(u, v) is first
         u.mul_(2.0)
         assert torch.allclose(kept(u, v), gram(u, v)) and not torch.allclose(kept(u, v), first)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 15),
+    st.integers(1, 15),
+    st.integers(1, 20),
+    st.sampled_from(["frobenius", "spectral"]),
+)
+def test_the_bound_is_the_dense_norm_of_the_chosen_ranks_and_never_below(
+    seed, d_out, d_in, rank, kind
+):
+    u, v, controls = factors(seed, d_out, d_in, rank)
+    columns = torch.randperm(rank, generator=torch.Generator().manual_seed(seed))[: rank // 2 + 1]
+    c = controls[:, columns].double()
+    bounds = NormCache().bound(u, v, columns, "half", c, kind)
+    order = "fro" if kind == "frobenius" else 2
+    for row, bound in zip(c, bounds, strict=True):
+        dense = u[:, columns].double() * row @ v[columns].double()
+        norm = torch.linalg.matrix_norm(dense, ord=order)
+        own = u[:, columns].norm(dim=0) * v[columns].norm(dim=1)
+        assert norm <= bound <= norm * (1 + 1e-9) + 1.1 * SLACK * float(row.abs() @ own.double())
+
+
+def test_the_norms_of_a_set_are_kept_until_a_weight_changes():
+    u, v, controls = factors(0, 6, 5, 3)
+    kept, columns = NormCache(), torch.arange(3)
+    c = controls.double()
+    first = kept._factors_of(u, v, columns, "all", "frobenius")
+    assert kept._factors_of(u, v, columns, "all", "frobenius") is first
+    assert kept._factors_of(u, v, columns, "all", "spectral") is not first
+    before = kept.bound(u, v, columns, "all", c, "frobenius")
+    u.mul_(2.0)
+    assert torch.allclose(kept.bound(u, v, columns, "all", c, "frobenius"), 2 * before)
+    for name in range(3 * SETS_KEPT):  # it does not grow without end
+        kept.bound(u, v, columns, name, c, "frobenius")
+    assert len(kept._factors) == SETS_KEPT
+
+
+@pytest.mark.parametrize(
+    ("bound", "scale"),
+    [
+        (0.0, 1.0),  # nothing there: nothing to scale
+        (0.5, 1.0),  # inside: untouched
+        (1.0, 1023 / 1024),  # on the surface: the next step down, whatever the last bit of the norm
+        (1.6, 639 / 1024),  # 0.625 is a step itself
+        (1.5, 682 / 1024),  # 0.6667 = 682.67 steps
+    ],
+)
+def test_scales_are_rounded_down_to_ten_bits(bound, scale):
+    assert float(scale_into_ball(torch.tensor(bound, dtype=torch.float64), 1.0)) == scale
+
+
+def test_far_outside_the_ball_rounding_costs_less_than_a_500th():
+    bounds = torch.logspace(0, 30, 999, dtype=torch.float64)
+    norms = bounds * scale_into_ball(bounds, 1.0)
+    assert norms.max() <= 1.0 and norms.min() > 1 - 1 / 500
+
+
+def test_the_last_bit_of_a_norm_does_not_change_the_scale():
+    for norm in (1.0, 1.25, 2.0, 4.0, 1.6):
+        near = torch.tensor([norm * (1 - 1e-14), norm, norm * (1 + 1e-14)], dtype=torch.float64)
+        assert len(set(scale_into_ball(near, 1.0).tolist())) == 1
