@@ -301,7 +301,7 @@ def test_an_expert_outside_its_reserved_directions_is_refused():
     stack.fill(1, inside)
     kept = stack.update_of(1)
     assert torch.allclose(kept.u @ kept.v, inside.u @ inside.v, atol=1e-5)
-    with pytest.raises(AttachError, match="100.0% of expert 0 lies outside"):
+    with pytest.raises(AttachError, match=r"100\.0% of expert 0 lies outside"):
         stack.fill(0, inside)
 
 
@@ -309,9 +309,9 @@ def test_bases_that_do_not_fit_or_overlap_are_refused():
     stack = ExpertStack(D_IN, D_OUT, [2, 2])
     with pytest.raises(AttachError, match="2 experts of width 12 got bases"):
         stack.reserve([torch.eye(D_OUT)])
-    with pytest.raises(AttachError, match="orthonormal only within 1.0e"):
+    with pytest.raises(AttachError, match=r"orthonormal only within 1\.0e"):
         stack.reserve([torch.eye(D_OUT)[:, :3], torch.eye(D_OUT)[:, 2:5]])
-    with pytest.raises(AttachError, match="orthonormal only within 3.0e"):
+    with pytest.raises(AttachError, match=r"orthonormal only within 3\.0e"):
         stack.reserve([2 * torch.eye(D_OUT)[:, :3], torch.eye(D_OUT)[:, 3:5]])
 
 
