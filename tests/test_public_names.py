@@ -11,6 +11,7 @@ import bem
 PROMISED = {
     "Attached",
     "BemConfig",
+    "Mounted",
     "attach",
     "bca_bootstrap",
     "benjamini_hochberg_correction",
@@ -18,6 +19,9 @@ PROMISED = {
     "judge",
     "load",
     "load_base",
+    "load_router",
+    "mount",
+    "read_expert",
 }
 HEAVY = ("torch", "transformers", "peft", "scipy", "matplotlib", "sacrebleu", "jinja2")
 

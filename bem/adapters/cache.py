@@ -119,7 +119,9 @@ class ControlLayer(CacheLayerMixin):
         """Chunk number of every column, and the controller's own tail in every chunk."""
         self.settle()
         number, _, controls, _ = self._history()
-        return number, controls[..., controls.shape[-1] if self.applied_width is None else self.applied_width :]
+        return number, controls[
+            ..., controls.shape[-1] if self.applied_width is None else self.applied_width :
+        ]
 
     def valid(self) -> Tensor:
         """Bool (batch, columns): False at padding."""

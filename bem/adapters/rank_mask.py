@@ -101,4 +101,4 @@ def _straight_through(scores: Tensor, k: int, temperature: float) -> Tensor:
     hard = torch.zeros_like(scores).scatter_(-1, top.indices[..., :k], 1.0)
     threshold = top.values[..., k - 1 :].mean(-1, keepdim=True).detach()
     soft = torch.sigmoid((scores - threshold) / temperature)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order exactly `hard`, whatever the rounding

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import MeasurementError

@@ -155,7 +155,9 @@ class Mounted(Attached):
                 write_lora(self.updates_of(expert.name), work / "experts" / expert.name)
             policy = {k: v.detach().cpu() for k, v in self.router.policy.state_dict().items()}
             save_file(policy, work / WEIGHTS)
-            (work / MANIFEST).write_text(json.dumps(self._manifest(work, data_hash, extra), indent=2))
+            (work / MANIFEST).write_text(
+                json.dumps(self._manifest(work, data_hash, extra), indent=2)
+            )
             work.chmod(0o755)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -239,7 +241,9 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
     return mounted
 
 
-def blank_expert(model: Any, name: str, rank: int, layer: int | None = None, about: str = "") -> Expert:
+def blank_expert(
+    model: Any, name: str, rank: int, layer: int | None = None, about: str = ""
+) -> Expert:
     """An expert that is yet to be trained: LoRA's start, at both sites of every layer from `layer` on
     (None: a quarter of the way up). The update is zero."""
     sites = find_sites(model)
@@ -346,7 +350,9 @@ def _checked(folder: Path) -> dict[str, Any]:
     """The manifest, after every file's hash was compared."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}: not a router that `Mounted.save` wrote.")
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: not a router that `Mounted.save` wrote."
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -343,7 +343,9 @@ def encode(
     starts = [False] * len(ids)
     for first in answers:
         starts[max(0, first - 1)] = True
-    route = _spread(options, [max(0, a - 1) for a in [*answers, prompt_length][: len(options)]], len(ids))
+    route = _spread(
+        options, [max(0, a - 1) for a in [*answers, prompt_length][: len(options)]], len(ids)
+    )
     surplus = len(ids) - max_length
     if surplus > 0:
         lead = [] if form.bos is None else [form.bos]

@@ -219,9 +219,7 @@ class _Run:
         self.done = [Iteration(**i) for i in json.loads(state["done"])][: self.config.iterations]
 
 
-def _alarm(
-    use: Any, step: StepResult, experts: Sequence[str], config: PolicyGradientConfig
-) -> str:
+def _alarm(use: Any, step: StepResult, experts: Sequence[str], config: PolicyGradientConfig) -> str:
     """Why the policy seems to have collapsed, or ""."""
     most = int(np.argmax(use))
     if use[most] > config.collapse_share:

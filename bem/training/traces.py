@@ -203,7 +203,9 @@ class _Reader:
             route = torch.cat(
                 [options[..., None], options.new_tensor(rest).expand(*options.shape, 3)], -1
             )
-            found[chosen] = self._read(batch, number, torch.where(options[..., None] < 0, -1, route))
+            found[chosen] = self._read(
+                batch, number, torch.where(options[..., None] < 0, -1, route)
+            )
         self.counter.tick()
         return found.astype(np.float32)
 

@@ -68,7 +68,12 @@ def test_merging_is_refused_with_a_way_out():
 
 def test_transformers_saves_and_loads_it(tmp_path):
     model = tiny_model("llama")
-    model.add_adapter(config())
+    try:
+        model.add_adapter(config())
+    except ValueError as error:
+        if "version of PEFT" in str(error):
+            pytest.skip(f"this transformers and this PEFT do not work together: {error}")
+        raise
     perturb(model, "default")
     wanted = _logits(model, _ids())
     model.save_pretrained(tmp_path)
