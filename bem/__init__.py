@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bem.adapters.attach import Attached, attach, load
     from bem.adapters.checks import check_adapter
-    from bem.adapters.peft_method import BemConfig
     from bem.adapters.experts import read_expert
+    from bem.adapters.peft_method import BemConfig
     from bem.bases import load_base
     from bem.routing.mount import Mounted, load_router, mount
     from bem.stats import bca_bootstrap, benjamini_hochberg_correction, judge
