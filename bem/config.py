@@ -325,8 +325,10 @@ class ConversationConfig(Section):
     """Turns of a conversation, the row's own counted; fewer where they do not fit."""
     switch_rate: float = Field(default=0.7, ge=0, le=1)
     """Probability that the next turn asks for another skill."""
+    return_rate: float = Field(default=0.5, ge=0, le=1)
+    """Probability that a switch, one turn after another, goes back to the skill before."""
     sticky: bool = True
-    """A turn that goes on with the skill of the turn before shows no cue again (tasks with a cue)."""
+    """A cue holds until its task is asked for something else; until then it is not shown again."""
     max_characters: int = Field(default=1200, ge=1)
     """Longest conversation, answers included; the oldest turns go first."""
     turn_characters: int = Field(default=720, ge=1)

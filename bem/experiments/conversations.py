@@ -2,15 +2,17 @@
 
 Every row becomes the last turn of a conversation. The turns before it are other rows of the same side
 (train or dev) and of other groups (stories, tables, files), so that no turn answers a later one. The
-skills of the turns follow a Markov chain: the next turn asks for another skill with `switch_rate`.
+next turn asks for another skill with `switch_rate`; the turn after that comes back with `return_rate`.
 
-A skill is a task, or what a task with a cue is asked for (`snips_forms/json`). A turn that goes on with
-the skill of the turn before shows, where there is a cue, only the bare question (`meta["bare"]`): what
-to do with it stands one or more turns earlier. That is what a router has to carry along.
+A skill is a task, or what a task with a cue is asked for (`snips_forms/json`). A cue holds until its
+task is asked for something else: turns for which it stands show only the bare question
+(`meta["bare"]`), however many turns of other tasks lie between. That is what a router has to carry.
 
     user       Answer in JSON. [other requests] play some jazz
     assistant  {"intent": "PlayMusic", "slots": {"genre": "jazz"}}
-    user       add this song to my gym list                  the same skill: no cue
+    user       Write the command. List all files
+    assistant  ls -a
+    user       add this song to my gym list                  JSON again: no cue
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from bem.config import ConversationConfig
@@ -112,15 +113,18 @@ def _conversation(row: Example, part: str, pools: Pools, config: ConversationCon
 def _earlier(
     row: Example, pools: Pools, config: ConversationConfig, rng: random.Random
 ) -> list[Example]:
-    """Rows of the turns before `row`, drawn backwards (the chain of skills is the same either way).
+    """Rows of the turns before `row`, drawn backwards; `after` is the skill of the turn after next.
 
     Short rows are preferred; there are fewer turns where no other group is left.
     """
-    skill, seen, turns = skill_of(row), {row.group}, []
+    skill, after, seen, turns = skill_of(row), "", {row.group}, []
     for _ in range(config.turns - 1):
         others = [other for other in pools if other != skill]
+        here = skill
         if others and rng.random() < config.switch_rate:
-            skill = rng.choice(others)
+            back = after in others and rng.random() < config.return_rate
+            skill = after if back else rng.choice(others)
+        after = here
         drawn = rng.sample(pools[skill], min(DRAWN, len(pools[skill])))
         free = [r for r in drawn if r.group not in seen] or [
             r for r in pools[skill] if r.group not in seen
@@ -146,11 +150,13 @@ def _fitting(rows: list[Example], config: ConversationConfig) -> list[Example]:
 
 
 def _shown(rows: list[Example], sticky: bool) -> list[Example]:
-    """Turns as the user says them: without a cue where the skill goes on."""
-    turns = rows[:1]
-    for before, row in pairwise(rows):
-        goes_on = sticky and "bare" in row.meta and skill_of(before) == skill_of(row)
-        turns.append(_bare(row) if goes_on else row)
+    """Turns as the user says them: without the cue that stands for their task."""
+    turns: list[Example] = []
+    standing: dict[str, str] = {}  # task -> the skill last asked of it
+    for row in rows:
+        stands = standing.get(row.task) == skill_of(row)
+        turns.append(_bare(row) if sticky and stands and "bare" in row.meta else row)
+        standing[row.task] = skill_of(row)
     return turns
 
 
