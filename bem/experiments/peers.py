@@ -23,6 +23,7 @@ What it took on transformers 5.24 and PEFT 0.21:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,20 +31,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bem.adapters.budget import Price
 from bem.adapters.checkpoint import file_hash
-from bem.adapters.lora import WEIGHTS, Lora, read_lora
-from bem.config import Section
-from bem.errors import AttachError
+from bem.adapters.lora import WEIGHTS, Lora, read_json, read_lora
+from bem.adapters.sites import base_hash
+from bem.config import Section, parse
+from bem.errors import AttachError, BaseMismatch, CheckpointError
 from bem.experiments.latency import last_logits_only
 from bem.experiments.measure import context_length
+from bem.training.fit import write_atomically
 
 OURS = ("turn_starts", "evidence", "route")
 """Arguments of forward and generate that only our own adapters read."""
 ROUTER = "arrow_router"
+MANIFEST, TRAINED, FORMAT = "manifest.json", "classifier.safetensors", 1
 PRICED = 512
 """Tokens of the prefill that a price is counted on."""
 CLASSIFIER = ".internal_xlora_classifier."
@@ -57,8 +62,8 @@ class PeerConfig(Section):
     kind: Literal["arrow", "xlora"]
     experts: dict[str, str]
     """Expert name -> sha256 of its weights file."""
-    settings: dict[str, float]
-    """Settings of the method."""
+    settings: dict[str, Any]
+    """Arguments of `arrow` or `xlora`."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,26 @@ class Peer:
         trained = sum(p.numel() for p in self.parameters())
         return Price(self._n_expert_parameters + trained, extra / _priced(self.model), ())
 
+    def save(self, folder: str | Path, data_hash: str = "") -> Path:
+        """Write what was trained and a manifest with hashes of experts, base and data.
+
+        The experts stay where they are: `load_peer` is told where. The manifest is written last.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.cpu().contiguous() for name, t in self.state_dict().items()}
+        write_atomically(folder / TRAINED, save(tensors))
+        manifest = {
+            "format": FORMAT,
+            "kind": "peer",
+            "peer": self.config.model_dump(mode="json"),
+            "base": base_hash(self.model.get_base_model()),
+            "data": data_hash,
+            "files": {TRAINED: file_hash(folder / TRAINED)},
+        }
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+        return folder
+
     def detach(self) -> Any:
         """Take everything off and return the base as it was, bit for bit."""
         model = self.model.unload()
@@ -168,7 +193,7 @@ def arrow(model: Any, folders: Folders, top_k: int = 1, temperature: float = 1.0
     base = _base_of(model)
     names = [f"task_{i}" for i in range(len(experts))]
     first, *others = [str(folder) for folder in folders.values()]
-    settings: dict[str, float] = {"top_k": top_k, "temperature": temperature}
+    settings = {"top_k": top_k, "temperature": temperature}
     # the seed is of the power iteration that finds each expert's direction
     method = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
     method.task_adapter_names, method.gks_adapter_names = names, []
@@ -223,8 +248,37 @@ def xlora(
     model.config.use_cache = False
     with _seeded(model, seed):
         wrapped = get_peft_model(model, config)
-    settings = {"depth": depth, "layerwise": layerwise, "top_k": top_k or 0, "seed": seed}
+    settings = {"depth": depth, "layerwise": layerwise, "top_k": top_k, "seed": seed}
     return Peer(wrapped, _config("xlora", folders, settings), _count(experts), base)
+
+
+MAKERS = {"arrow": arrow, "xlora": xlora}
+
+
+def load_peer(model: Any, folder: str | Path, experts: str | Path) -> Peer:
+    """What `Peer.save` wrote, with its experts from `experts`/NAME.
+
+    Raises:
+        CheckpointError: no peer, a file missing or changed since, an expert that is another one now.
+        BaseMismatch: made for another base.
+    """
+    folder, experts = Path(folder), Path(experts)
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") != "peer":
+        raise CheckpointError(f"{folder} holds no X-LoRA and no Arrow that `Peer.save` wrote.")
+    if (found := base_hash(model)) != manifest["base"]:
+        raise BaseMismatch(
+            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}."
+        )
+    config = parse(PeerConfig, manifest["peer"], str(folder))
+    folders = {name: experts / name for name in config.experts}
+    files = {folders[name] / WEIGHTS: digest for name, digest in config.experts.items()}
+    for file, digest in {**files, folder / TRAINED: manifest["files"][TRAINED]}.items():
+        if not file.is_file() or file_hash(file) != digest:
+            raise CheckpointError(f"{file} is missing, or was changed since {folder} was saved.")
+    peer = MAKERS[config.kind](model, folders, **config.settings)
+    peer.load_state_dict(load_file(folder / TRAINED))
+    return peer
 
 
 @contextmanager

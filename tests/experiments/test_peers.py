@@ -1,15 +1,18 @@
 """X-LoRA and Arrow are what their papers say, are measured like any arm, and leave nothing behind."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bem.adapters.lora import WEIGHTS, Update, write_lora
+from bem.adapters.sites import base_hash
 from bem.config import TrainingConfig
-from bem.errors import AttachError, CheckpointError, TrainingError
+from bem.errors import AttachError, BaseMismatch, CheckpointError, TrainingError
 from bem.experiments.latency import measure_latency, with_shared_weights
 from bem.experiments.measure import measure
-from bem.experiments.peers import arrow, xlora
+from bem.experiments.peers import arrow, load_peer, xlora
 from bem.experiments.tasks import Task
 from bem.training.data import Example
 from bem.training.fit import fit
@@ -213,6 +216,40 @@ def test_a_trained_classifier_is_restored_from_its_tensors_and_by_resuming(
         assert torch.equal(fresh.model(input_ids=ids).logits, logits)
     with pytest.raises(AttachError, match="do not fit"):
         fresh.load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_saved_peer_comes_back_with_its_settings(micro_llama, folders, tmp_path, ids, kind):
+    options = {"arrow": dict(top_k=2, temperature=0.5), "xlora": dict(layerwise=False, top_k=1)}
+    peer = MAKERS[kind](with_shared_weights(micro_llama), folders, **options[kind])
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter += 1
+        peer.save(tmp_path / "saved", data_hash="d")
+        again = load_peer(with_shared_weights(micro_llama), tmp_path / "saved", tmp_path)
+        assert torch.equal(again.model(ids).logits, peer.model(ids).logits)
+    assert again.config == peer.config
+    manifest = json.loads((tmp_path / "saved/manifest.json").read_text())
+    assert manifest["base"] == base_hash(micro_llama) and manifest["data"] == "d"
+
+
+def test_a_saved_peer_is_refused_on_another_base_with_other_experts_or_changed_weights(
+    make, micro_llama, folders, tmp_path
+):
+    make(with_shared_weights(micro_llama), folders).save(tmp_path / "saved")
+    other = with_shared_weights(micro_llama)
+    other.model.norm.weight = torch.nn.Parameter(other.model.norm.weight * 2)
+    with pytest.raises(BaseMismatch, match="made for a base"):
+        load_peer(other, tmp_path / "saved", tmp_path)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        load_peer(micro_llama, tmp_path / "nowhere", tmp_path)
+    write_lora(updates(9), folders["b"])
+    with pytest.raises(CheckpointError, match=r"b/adapter_model\.safetensors is missing"):
+        load_peer(micro_llama, tmp_path / "saved", tmp_path)
+    write_lora(updates(1), folders["b"])
+    (tmp_path / "saved/classifier.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"classifier\.safetensors is missing"):
+        load_peer(micro_llama, tmp_path / "saved", tmp_path)
 
 
 def test_making_a_peer_uses_up_nobody_elses_random_numbers(make, micro_llama, folders):
