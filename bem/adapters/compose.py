@@ -17,8 +17,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bem.adapters.projection import Norm, NormCache, scale_into_ball
+from bem.adapters.projection import Norm, NormCache, Watch, scale_into_ball
 from bem.errors import AttachError
+
+REMEMBERED = 256  # decisions per site
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,14 @@ class Decision:
                 f"a decision needs gates (..., experts), ranks (...) and strength (...), got {tuple(self.gates.shape)}, "
                 f"{tuple(self.ranks.shape)} and {tuple(self.strength.shape)}."
             )
+
+    @cached_property
+    def names(self) -> list[bytes]:
+        """What each chunk's decision is, exactly: equal names, equal decisions."""
+        gates = self.gates.reshape(-1, self.gates.shape[-1])
+        parts = (gates, self.ranks.reshape(-1, 1), self.strength.reshape(-1, 1))
+        rows = torch.cat([part.detach().double() for part in parts], dim=1)
+        return [row.tobytes() for row in rows.cpu().numpy()]
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, tuple[int, ...]]]:
@@ -95,7 +105,10 @@ class TrustRegion:
 
 
 class CompositionEngine:
-    """Composes the experts of one site: gate, rank budget, strength, trust region."""
+    """Composes the experts of one site: gate, rank budget, strength, trust region.
+
+    Routers choose among few actions: what was composed once is remembered until the weights change.
+    """
 
     def __init__(self, ranks: Sequence[int]):
         """ranks: of each expert at this site; their ranks lie side by side in this order."""
@@ -103,6 +116,8 @@ class CompositionEngine:
         owner = [expert for expert, n in enumerate(self.ranks) for _ in range(n)]
         self.owner = torch.tensor(owner, dtype=torch.long)
         self.norms = NormCache()
+        self._watch, self._setting = Watch(), None
+        self._known: dict[bytes, Tensor] = {}
         self._columns: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def __call__(
@@ -118,10 +133,35 @@ class CompositionEngine:
 
         Differentiable in gates and strength; the choice of ranks and the scale count as constants.
         """
-        gates, lead = decision.gates, decision.gates.shape[:-1]
-        if gates.shape[-1] != len(self.ranks):
-            raise AttachError(f"{gates.shape[-1]} gates for {len(self.ranks)} experts.")
-        gates = gates.reshape(-1, gates.shape[-1]).double()
+        if decision.gates.shape[-1] != len(self.ranks):
+            raise AttachError(f"{decision.gates.shape[-1]} gates for {len(self.ranks)} experts.")
+        shape = (*decision.gates.shape[:-1], len(self.owner))
+        radius = None if region is None else region.limit(weight_norm)
+        if decision.gates.requires_grad or decision.strength.requires_grad:
+            return self._compose(decision, region, radius, u, v, importance).reshape(shape)
+        with torch.no_grad():
+            changed = self._watch.changed(u, v, importance)
+            if changed or self._setting != (region, radius) or len(self._known) > REMEMBERED:
+                self._known, self._setting = {}, (region, radius)
+            if not all(name in self._known for name in decision.names):
+                made = self._compose(decision, region, radius, u, v, importance)
+                for name, row in zip(decision.names, made, strict=True):
+                    if name not in self._known:
+                        self._known[name] = row.clone()
+            rows = [self._known[name] for name in decision.names]
+            return torch.stack(rows).reshape(shape) if rows else importance.new_zeros(shape)
+
+    def _compose(
+        self,
+        decision: Decision,
+        region: TrustRegion | None,
+        radius: float | None,
+        u: Tensor,
+        v: Tensor,
+        importance: Tensor,
+    ) -> Tensor:
+        """(chunks, R), float32."""
+        gates = decision.gates.reshape(-1, len(self.ranks)).double()
         strength, ranks = decision.strength.reshape(-1, 1).double(), decision.ranks.reshape(-1, 1)
         control = gates.new_zeros(len(gates), len(self.owner))
         for rows, experts in decision.groups:
@@ -131,12 +171,11 @@ class CompositionEngine:
             c = gates[rows][:, self.owner.to(gates.device)[columns]]
             c = c * most_important(c.detach().abs() * importance[columns], ranks[rows])
             c = c * strength[rows]
-            if region is not None:
+            if region is not None and radius is not None:
                 bound = self.norms.bound(u, v, columns, experts, c, region.norm)
-                c = c * scale_into_ball(bound, region.limit(weight_norm))[:, None]
+                c = c * scale_into_ball(bound, radius)[:, None]
             control = control.index_put((rows[:, None], columns), c)
-        # plus zero: no negative zeros, so that equal controls are equal bits
-        return control.float().reshape(*lead, len(self.owner)) + 0.0
+        return control.float() + 0.0  # no negative zeros: equal controls are equal bits
 
     def _columns_of(self, experts: tuple[int, ...], device: torch.device) -> Tensor:
         """The ranks of these experts, in order."""

@@ -91,16 +91,37 @@ def spectral_norm(r_u: Tensor, r_v: Tensor, c: Tensor) -> Tensor:
     return torch.linalg.matrix_norm((r_u * c[..., None, :]) @ r_v.t(), ord=2)
 
 
-class NormCache:
-    """Norms of U diag(c) V for controls that use only some ranks, never underestimated.
+class Watch:
+    """Says whether tensors are still those of the last look. For what is computed once per set of weights.
 
-    What depends on the weights alone is kept for each set of ranks until a weight changes. Writing
-    through `.data` is a change that torch does not count, and neither do we.
+    It goes by address and by torch's count of writes, and keeps the tensors alive, so that no address
+    is used for another. Writing through `.data` or in inference mode is not counted.
     """
 
     def __init__(self) -> None:
-        self._held: tuple[Tensor, Tensor] | None = None  # alive, so that no address is used twice
-        self._key: tuple[int, ...] = ()
+        self._key: tuple[object, ...] = ()
+        self._held: list[Tensor] = []
+
+    def changed(self, *tensors: Tensor) -> bool:
+        """Other tensors, or written to, since the last call."""
+        key = tuple(
+            (t.data_ptr(), t.shape, t.dtype, -1 if t.is_inference() else t._version)
+            for t in tensors
+        )
+        if key == self._key:
+            return False
+        self._key, self._held = key, [t.detach() for t in tensors]
+        return True
+
+
+class NormCache:
+    """Norms of U diag(c) V for controls that use only some ranks, never underestimated.
+
+    What depends on the weights alone is kept for each set of ranks until a weight changes.
+    """
+
+    def __init__(self) -> None:
+        self._weights = Watch()
         self._factors: dict[Hashable, tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
@@ -125,9 +146,8 @@ class NormCache:
     def _factors_of(
         self, u: Tensor, v: Tensor, columns: Tensor, name: Hashable, norm: Norm
     ) -> tuple[Tensor, ...]:
-        key = (u.data_ptr(), u._version, v.data_ptr(), v._version)
-        if key != self._key:
-            self._key, self._held, self._factors = key, (u.detach(), v.detach()), {}
+        if self._weights.changed(u, v):
+            self._factors = {}
         if (name, norm) not in self._factors:
             if len(self._factors) >= SETS_KEPT:
                 del self._factors[next(iter(self._factors))]

@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from bem.adapters.base import Adapter, Code, Flops
 from bem.adapters.compose import CompositionEngine, Decision, TrustRegion
 from bem.adapters.lora import Update
+from bem.adapters.projection import Watch
 from bem.adapters.subspace import orthogonality_error
 from bem.errors import AttachError
 
-GATHER_ABOVE = 0.10  # share of the frozen linear's FLOPs
-Used = list[tuple[int, Tensor | None]]  # (expert, its tokens; None: all of them)
+# Weights in U and V of all experts, from which on reading them all for each token takes longer than
+# looking up the blocks in use. What counts is their number and not their share of the frozen layer:
+# benchmarks/results/experts.md.
+GATHER_ABOVE = 100_000
+FEW_TOKENS = 64  # up to here one product over all blocks in use is faster than one for each
 
 
 class ExpertStack(Adapter):
@@ -58,13 +62,14 @@ class ExpertStack(Adapter):
         self.engine = CompositionEngine(self.ranks)
         self.register_buffer("owner", self.engine.owner.clone())
         self.register_buffer("importance", torch.zeros(total))
-        share = total * (d_in + d_out) / (d_in * d_out)
-        self.gathered = form == "gathered" or (form == "auto" and share > GATHER_ABOVE)
+        large = total * (d_in + d_out) > GATHER_ABOVE
+        self.gathered = form == "gathered" or (form == "auto" and large)
         self.form = form
         self.region: TrustRegion | None = None  # for the price alone
         self.weight_norm: float | None = None  # of the frozen weight, for a relative region
         self.bases: list[Tensor] = []
-        self._used: tuple[Tensor, int, Used] | None = None
+        self._watch = Watch()
+        self._kept: tuple[Tensor, Tensor, Tensor] = ()  # type: ignore[assignment]
 
     # --- experts ----------------------------------------------------------------------------------
 
@@ -171,50 +176,68 @@ class ExpertStack(Adapter):
             return y
         # a gate of zero has a gradient too, in the dense form alone
         if self.form == "gathered" or (self.gathered and not control.requires_grad):
-            return self._update_gathered(y, x, control)
-        return y + F.linear(F.linear(x, self.v.to(x.dtype)) * control, self.u.to(x.dtype))
+            control = control.expand(*x.shape[:-1], -1)
+            few = x.numel() <= FEW_TOKENS * x.shape[-1]
+            return (self._update_in_one if few else self._update_by_block)(y, x, control)
+        return _add(y, x, self.v, control, self.u)
 
-    def _update_gathered(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
-        """Block by block, each for the tokens that use it."""
-        used = self._blocks_used(control.expand(*x.shape[:-1], -1), control)
-        control = control.expand(*x.shape[:-1], -1).reshape(-1, self.control_width)
-        x, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        if any(rows is not None for _, rows in used):
-            out = out.clone()
-        for expert, rows in used:
+    def _update_in_one(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
+        """Few tokens: one product over all blocks that any of them uses, since reading those takes
+        longer than multiplying them."""
+        if torch.is_grad_enabled():
+            return _add(y, x, *self._in_use(control))
+        # while a chunk is decoded, the same control comes for every token
+        if self._watch.changed(self.u, self.v, control):
+            self._kept = self._in_use(control)
+        return _add(y, x, *self._kept)
+
+    def _in_use(self, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(V, c, U) of the blocks that some token uses; a run of neighbours is not copied."""
+        used = self._experts_used(control)
+        spans = [self.spans[expert] for expert in used]
+        if all(left[1] == right[0] for left, right in pairwise(spans)):
+            start, stop = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+            return self.v[start:stop], control[..., start:stop], self.u[:, start:stop]
+        ranks = torch.cat([torch.arange(*span, device=control.device) for span in spans])
+        return self.v[ranks], control[..., ranks], self.u[:, ranks]
+
+    def _update_by_block(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
+        """Many tokens: block by block, each for the tokens that use it."""
+        control = control.reshape(-1, self.control_width)
+        x, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).clone()
+        for expert in self._experts_used(control):
             start, stop = self.spans[expert]
-            u, v = self.u[:, start:stop].to(x.dtype), self.v[start:stop].to(x.dtype)
-            if rows is None:
-                out = out + F.linear(F.linear(x, v) * control[:, start:stop], u)
+            u, v, c = self.u[:, start:stop], self.v[start:stop], control[:, start:stop]
+            rows = c.detach().abs().sum(-1).nonzero()[:, 0]
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            if last - first == len(rows):  # a run of tokens, such as a chunk: nothing is copied
+                out[first:last] += _product(x[first:last], v, c[first:last], u)
             else:
-                part = F.linear(F.linear(x[rows], v) * control[rows, start:stop], u)
-                out = out.index_add_(0, rows, part)
+                part = _product(x.index_select(0, rows), v, c.index_select(0, rows), u)
+                out.index_add_(0, rows, part.to(out.dtype))
         return out.view(y.shape)
 
-    def _blocks_used(self, control: Tensor, key: Tensor) -> Used:
-        """Which experts act, and for which tokens. Kept while the same control comes again, as it does
-        for every token of a chunk that is being decoded."""
-        version = -1 if key.is_inference() else key._version
-        if self._used is not None and self._used[0] is key and self._used[1] == version:
-            return self._used[2]
-        hot = control.detach().reshape(-1, self.control_width) != 0
-        used: Used = []
-        for expert in self.owner[hot.any(0)].unique().tolist():
-            start, stop = self.spans[expert]
-            rows = hot[:, start:stop].any(-1).nonzero()[:, 0]
-            used.append((expert, None if len(rows) == len(hot) else rows))
-        if key.dim() == 3 and key.shape[1] == 1:
-            self._used = (key, version, used)
-        return used
+    def _experts_used(self, control: Tensor) -> list[int]:
+        used = control.detach().reshape(-1, self.control_width).abs().sum(0) != 0
+        return self.owner[used].unique().tolist()
 
     def flops(self) -> Flops:
-        """Dense: all ranks; gathered: the largest expert. Projecting: all ranks, the most it can be."""
+        """Dense: all ranks; gathered: the largest expert, as for tokens that follow one at a time.
+        Projecting: all ranks, the most it can be."""
         ranks = max(self.ranks, default=0) if self.gathered else self.control_width
         chunk = 0
         if self.region is not None:
             power = 2 if self.region.norm == "frobenius" else 3
             chunk = 2 * self.control_width**power
         return Flops(2 * ranks * (self.v.shape[1] + len(self.u)), chunk)
+
+
+def _product(x: Tensor, v: Tensor, control: Tensor, u: Tensor) -> Tensor:
+    return F.linear(F.linear(x, v.to(x.dtype)) * control, u.to(x.dtype))
+
+
+def _add(y: Tensor, x: Tensor, v: Tensor, control: Tensor, u: Tensor) -> Tensor:
+    return y + _product(x, v, control, u)
 
 
 def singular_form(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:

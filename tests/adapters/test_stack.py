@@ -58,7 +58,14 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("form", ["dense", "gathered"])
+@pytest.fixture(params=["dense", "gathered, few tokens", "gathered, many tokens"])
+def form(request, monkeypatch):
+    """Each way of multiplying: gathering differs for few tokens and for many."""
+    if request.param.endswith("many tokens"):
+        monkeypatch.setattr("bem.adapters.stack.FEW_TOKENS", 0)
+    return request.param.split(",")[0]
+
+
 @pytest.mark.parametrize("mix", list(MIXES))
 def test_it_adds_the_gated_sum_of_its_experts(form, mix):
     stack, (y, x), gates = filled(form), data(2, 3), torch.tensor(MIXES[mix])
@@ -75,36 +82,51 @@ def test_it_adds_the_gated_sum_of_its_experts(form, mix):
 
 
 @pytest.mark.parametrize("mix", [m for m in MIXES if m != "none"])
-def test_both_forms_have_the_same_gradients(mix):
-    y, x = data(2, 3)
-    gates, grads = torch.tensor(MIXES[mix]), {}
-    for form in ("dense", "gathered"):
-        stack = filled(form)
+def test_both_forms_have_the_same_gradients(form, mix):
+    gates, grads = torch.tensor(MIXES[mix]), []
+    for kind in ("dense", form):
+        stack, (y, x) = filled(kind), data(2, 3)
         control = gates_to_control(stack, gates).requires_grad_()
+        for tensor in (y, x):
+            tensor.requires_grad_()
         stack.update(y, x, control).square().sum().backward()
         # a block that nobody uses has a gradient at its zero gate in the dense form alone
-        grads[form] = (stack.u.grad, stack.v.grad, control.grad * (control != 0))
-    for dense, gathered in zip(grads["dense"], grads["gathered"], strict=True):
-        assert torch.allclose(dense, gathered, rtol=1e-4, atol=1e-2)
+        at_work = control.grad * (control != 0)
+        grads.append((stack.u.grad, stack.v.grad, y.grad, x.grad, at_work))
+    for dense, other in zip(*grads, strict=True):
+        assert torch.allclose(dense, other, rtol=1e-4, atol=1e-2)
 
 
 def test_auto_stays_dense_where_the_gates_want_a_gradient():
     stack, (y, x) = filled("auto"), data(2, 3)
-    assert stack.gathered  # 12 ranks on 10 x 12
+    stack.gathered = True  # as it is for a large one
     control = torch.zeros(2, 3, 12, requires_grad=True)
     stack.update(y, x, control).sum().backward()
     assert control.grad.abs().min() > 0
 
 
-def test_a_masked_rank_inside_a_used_block_stays_out():
+def test_a_masked_rank_inside_a_used_block_stays_out(form):
     y, x = data(1, 4)
     control = torch.zeros(1, 4, 12)
     control[..., 4] = 2.0  # the second rank of expert 2 alone
     dense = filled("dense").update(y, x, control)
-    assert torch.allclose(filled("gathered").update(y, x, control), dense, atol=1e-5)
+    assert torch.allclose(filled(form).update(y, x, control), dense, atol=1e-5)
 
 
-def test_the_used_blocks_are_looked_up_again_when_the_control_changes():
+@pytest.mark.parametrize("lead", [(2,), (2, 1)])  # tokens flattened, and not
+def test_the_blocks_in_use_are_kept_while_a_chunk_is_decoded(lead, monkeypatch):
+    stack, (y, x) = filled("gathered"), data(*lead)
+    control = gates_to_control(stack, torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]]))
+    lookups, real = [], stack._experts_used
+    monkeypatch.setattr(stack, "_experts_used", lambda c: lookups.append(c) or real(c))
+    with torch.no_grad():
+        for _ in range(5):  # each call gets another view of one control
+            stack.update(y, x, control.view(*lead, 12))
+    assert len(lookups) == 1
+
+
+@torch.no_grad()
+def test_they_are_looked_up_again_when_the_control_or_the_weights_change():
     stack, (y, x) = filled("gathered"), data(2, 1)
     control = gates_to_control(stack, torch.tensor([[[1.0, 0, 0, 0]], [[0, 0, 1.0, 0]]]))
     dense = filled("dense")
@@ -112,12 +134,20 @@ def test_the_used_blocks_are_looked_up_again_when_the_control_changes():
         assert torch.allclose(stack.update(y, x, control), dense.update(y, x, control), atol=1e-5)
     control[1] = gates_to_control(stack, torch.tensor([0, 0, 0, 1.0]))
     assert torch.allclose(stack.update(y, x, control), dense.update(y, x, control), atol=1e-5)
+    for either in (stack, dense):
+        either.fill(3, updates_of(seed=9)[3])  # an expert is replaced while a chunk runs
+    assert torch.allclose(stack.update(y, x, control), dense.update(y, x, control), atol=1e-5)
+    for either in (stack, dense):
+        either.clear(0)
+    assert torch.allclose(stack.update(y, x, control), dense.update(y, x, control), atol=1e-5)
+    for either in (stack, dense):
+        either.half().float()  # other values, perhaps at the old address
+    assert torch.allclose(stack.update(y, x, control), dense.update(y, x, control), atol=1e-5)
     with torch.inference_mode():
         again = control * 2
         assert torch.allclose(stack.update(y, x, again), dense.update(y, x, again), atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["dense", "gathered"])
 def test_bfloat16_tokens_meet_float32_experts(form):
     stack, (y, x) = filled(form), data(2, 3)
     control = gates_to_control(stack, torch.tensor(MIXES["several at once"]))
@@ -126,7 +156,6 @@ def test_bfloat16_tokens_meet_float32_experts(form):
     assert torch.allclose(found.float(), stack.update(y, x, control), rtol=0.05, atol=0.3)
 
 
-@pytest.mark.parametrize("form", ["dense", "gathered"])
 def test_empty_batches_and_stacks_without_ranks_work(form):
     stack = filled(form)
     y, x = data(0, 3)
@@ -138,17 +167,28 @@ def test_empty_batches_and_stacks_without_ranks_work(form):
     assert none.control_width == 0 and none.flops().per_token == 0
 
 
-def test_64_experts_of_64_ranks_work_in_both_forms():
+def test_64_experts_of_64_ranks_work_in_every_form(form):
     y, x = data(2, 3)
     control = torch.zeros(2, 3, 4096)
     control[0, :, 64:128], control[1, :, 4032:] = 1.0, 0.5
     dense = ExpertStack(D_IN, D_OUT, [64] * 64, "dense")
     torch.nn.init.normal_(dense.u)
-    gathered = copy.deepcopy(dense)
-    gathered.form, gathered.gathered = "gathered", True
+    other = copy.deepcopy(dense)
+    other.form, other.gathered = form, form == "gathered"
     assert torch.allclose(
-        gathered.update(y, x, control), dense.update(y, x, control), rtol=1e-4, atol=1e-3
+        other.update(y, x, control), dense.update(y, x, control), rtol=1e-4, atol=1e-3
     )
+
+
+def test_a_long_prefill_gathers_whole_chunks_and_scattered_tokens():
+    y, x = data(2, 200)
+    which = torch.tensor([0, 2, 0, 3]).repeat_interleave(50)  # expert 0 comes back: two runs
+    gates = torch.eye(4)[torch.stack([which, which])]
+    control = gates_to_control(filled(), gates)
+    dense = filled("dense").update(y, x, control)
+    assert torch.allclose(filled("gathered").update(y, x, control), dense, atol=1e-4)
+    one = filled("gathered").update(y[:1], x[:1], control[:1])
+    assert torch.allclose(one, dense[:1], atol=1e-4)
 
 
 def test_a_new_stack_changes_nothing():
@@ -226,22 +266,24 @@ def test_a_stack_waits_for_a_decision():
         filled().control(None)
 
 
-def test_a_copy_and_a_saved_state_give_the_same_numbers():
-    stack, (y, x) = filled(), data(2, 3)
+@torch.no_grad()
+def test_a_copy_and_a_saved_state_give_the_same_numbers(form):
+    stack, (y, x) = filled(form), data(2, 3)
     control = torch.ones(2, 3, 12)
-    fresh = ExpertStack(D_IN, D_OUT, RANKS, "dense")
+    stack.update(y, x, control)  # it may keep something now
+    fresh = ExpertStack(D_IN, D_OUT, RANKS, form)
     fresh.load_state_dict(stack.state_dict())
     for other in (copy.deepcopy(stack), fresh):
         assert torch.equal(other.update(y, x, control), stack.update(y, x, control))
         assert torch.equal(other.importance, stack.importance)
 
 
-def test_the_form_follows_from_the_share_of_the_frozen_layer():
-    d = 400
-    edge = int(GATHER_ABOVE * d / 2)  # R (d + d) = share * d * d
-    assert not ExpertStack(d, d, [edge]).gathered
-    assert ExpertStack(d, d, [edge, 1]).gathered
-    assert not ExpertStack(d, d, [edge, 1], "dense").gathered
+def test_the_form_follows_from_the_weights_of_all_experts_together():
+    edge = GATHER_ABOVE // (D_IN + D_OUT)
+    assert not ExpertStack(D_IN, D_OUT, [edge]).gathered
+    assert ExpertStack(D_IN, D_OUT, [edge, 1]).gathered
+    assert not ExpertStack(D_IN, D_OUT, [edge, 1], "dense").gathered
+    assert ExpertStack(D_IN, D_OUT, [1], "gathered").gathered
 
 
 def test_the_price_is_all_ranks_if_dense_and_the_largest_expert_if_gathered():
