@@ -85,7 +85,8 @@ def measure(
     Returns:
         metrics [1, examples] for every metric that any of the tasks reports, and `quality`;
         examples in the order of the tasks; clusters; a slice TASK for each of several tasks,
-        slices TASK/VALUE for what a task is sliced by, and slice A: strong evidence; with tasks
+        slices TASK/VALUE for what a task is sliced by, slice `sticky`: conversations whose last turn
+        shows no cue, and slice A: strong evidence; with tasks
         that have `variants`, the quality of the same rows on worse indices (RouterFacts.index_swap).
     Raises:
         MeasurementError: no held-out rows, two tasks of the same name, or a full disk.
@@ -345,6 +346,9 @@ def _slices(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, list[
                 parts[f"{task.name}/{value}"] = [
                     a.task == task.name and str(a.example.meta.get(key)) == value for a in answers
                 ]
+    sticky = [bool(a.example.meta.get("sticky")) for a in answers]
+    if any(sticky):
+        parts["sticky"] = sticky
     strong = [_is_strong(task, a.example) for task in tasks for a in answers if a.task == task.name]
     if any(strong):
         parts["A"] = strong
@@ -370,6 +374,11 @@ def _row(answer: Answer) -> dict[str, Any]:
         "prediction": answer.prediction,
         "references": list(example.references),
         "scores": {key: round(value, 6) for key, value in answer.scores.items()},
+        **(
+            {"history": example.history, "skills": example.meta["skills"]}
+            if "skills" in example.meta
+            else {}
+        ),
         **({"relevance": list(example.relevance)} if example.relevance else {}),
         **({"gate": round(answer.gate, 6)} if answer.gate is not None else {}),
     }

@@ -25,6 +25,8 @@ from bem.experiments import environment, judging, report
 from bem.experiments.latency import measure_latency, peak_memory, with_shared_weights
 from bem.experiments.measure import QUALITY, context_length, measure
 from bem.experiments.retrieval import with_evidence
+from bem.experiments.routed import Stages
+from bem.experiments.routes import keep_facts, opened, reopened
 from bem.experiments.store import Cell, RunFolder, digest_of, read_json, write_json
 from bem.experiments.tasks import Task, load_tasks, training_mixture
 from bem.experiments.workers import run_apart
@@ -74,6 +76,9 @@ class Plan:
 
 
 Show = Callable[[Event], None]
+_STAGES_FIRST = {"ar1": 0, "ar0": 2, "oracle": 2, "linear": 2, "single": 2, "random": 2, "wrong": 2} | {
+    "gold": 2, "xlora": 2, "arrow": 2
+}  # fmt: skip
 
 
 def run(
@@ -171,7 +176,7 @@ def plan_arms(model: Any, config: ExperimentConfig) -> list[Plan]:
     plans = []
     for arm in config.arms:
         adapter = config.adapter_of(arm)
-        if arm.role != "baseline" and arm.match != "none":
+        if arm.role != "baseline" and arm.match != "none" and not arm.route:
             tolerance = config.gates.budget_tolerance
             adapter = match_rank(model, adapter, target, on=arm.match, tolerance=tolerance)
         plans.append(Plan(arm, adapter))
@@ -203,6 +208,8 @@ class Work:
         self.started = time.monotonic()
         self.worked = 0
         """Cells that were not found finished."""
+        self._event = Event("")
+        self._stages: dict[int, Stages] = {}
 
     def claim(self, command: str | None) -> None:
         """Take the run's folder, and record what the run depends on."""
@@ -226,6 +233,8 @@ class Work:
     def all_cells(self) -> None:
         """Seed by seed, so that every arm has its first numbers early."""
         cells = [(plan, seed) for seed in self.config.seeds for plan in self.plans]
+        # What makes the most stages comes first: the others then find them made.
+        cells.sort(key=lambda cell: _STAGES_FIRST.get(cell[0].arm.route or "", 1))
         workers = min(self.config.workers, len(cells))
         if workers > 1 and not all(self._is_finished(plan, seed) for plan, seed in cells):
             named = [(p.arm.name, s, n, len(cells)) for n, (p, s) in enumerate(cells, 1)]
@@ -238,10 +247,14 @@ class Work:
         """Train, save and measure one arm with one seed, unless that was done before."""
         cell = self.folder.cell(plan.arm.name, seed)
         adapter = plan.adapter.model_copy(update={"seed": plan.adapter.seed + seed})
-        key = self._key(adapter, seed)
+        key = self._key(adapter, seed, plan.arm.route)
         event = Event("", plan.arm.name, seed, number, of)
         if self._is_finished(plan, seed):
             self.show(_now(event, "finished before: skipped", final=True))
+            return
+        if plan.arm.route:
+            quality = self._routed_cell(plan.arm, seed, cell, event)
+            self._finished(cell, key, event, f"quality {quality:.1%}")
             return
         attached = attach(self.model, adapter)
         try:
@@ -256,19 +269,50 @@ class Work:
                 label=f"{plan.arm.name} seed {seed}",
             )
             attached.save(cell.checkpoint, data_hash=result.data_hash, extra={"seed": seed})
-            measurement = self._measure(attached, cell, event)
+            measurement = self._measure(attached, self.tasks, cell, event)
         finally:
             self.model = attached.detach()
+        quality = float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
+        done = f"loss {result.final_loss:.3f}, quality {quality:.1%}"
+        self._finished(cell, key, event, done)
+
+    def _finished(self, cell: Cell, key: str, event: Event, detail: str) -> None:
         cell.finish(key)
         (cell.path / STATE).unlink(missing_ok=True)  # only needed to resume the training
         self.worked += 1
-        quality = float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
-        done = f"loss {result.final_loss:.3f}, quality {quality:.1%}{self._left(of - number)}"
-        self.show(_now(event, "done", detail=done, final=True))
+        detail += self._left(event.cells - event.cell)
+        self.show(_now(event, "done", detail=detail, final=True))
+
+    def _routed_cell(self, arm: ArmConfig, seed: int, cell: Cell, event: Event) -> float:
+        """Make and measure an arm with a route; returns its mean quality."""
+        self._event = event
+        with opened(arm, self.stages(seed), cell) as ready:
+            ready.attached.save(cell.checkpoint, self.data["train"])
+            measurement = self._measure(ready.attached, ready.tasks, cell, event)
+            keep_facts(cell, ready.facts)
+        return float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
+
+    def stages(self, seed: int) -> Stages:
+        """Experts and routers of one seed."""
+        if seed not in self._stages:
+            self._stages[seed] = Stages(
+                self.config,
+                self.folder.path,
+                self.model,
+                self.tokenizer,
+                self.tasks,
+                self.examples,
+                seed,
+                lambda stage, done, of, detail: self.show(
+                    _now(self._event, stage, done=done, total=of, detail=detail)
+                ),
+            )
+        return self._stages[seed]
 
     def _is_finished(self, plan: Plan, seed: int) -> bool:
         adapter = plan.adapter.model_copy(update={"seed": plan.adapter.seed + seed})
-        return self.folder.cell(plan.arm.name, seed).is_finished(self._key(adapter, seed))
+        key = self._key(adapter, seed, plan.arm.route)
+        return self.folder.cell(plan.arm.name, seed).is_finished(key)
 
     def timings(self) -> None:
         """Latency and memory of all arms with the first seed's adapters, unless that was done."""
@@ -280,8 +324,8 @@ class Work:
             return
         self.show(Event("timing"))
         arms = {
-            name: load(with_shared_weights(self.model), cell.checkpoint)
-            for name, cell in cells.items()
+            plan.arm.name: self._reopened(plan.arm, cells[plan.arm.name], seed)
+            for plan in self.plans
         }
         rounds = self.config.latency_rounds
         timings = measure_latency(
@@ -296,11 +340,18 @@ class Work:
         detail = f"{rounds} rounds of all arms, interleaved"
         self.show(Event("timing", detail=detail, final=True))
 
-    def _measure(self, attached: Any, cell: Cell, event: Event) -> Measurement:
+    def _reopened(self, arm: ArmConfig, cell: Cell, seed: int) -> Any:
+        """A cell's adapter on a copy of the base that shares its weights."""
+        model = with_shared_weights(self.model)
+        if arm.route:
+            return reopened(model, arm, cell, self.stages(seed))
+        return load(model, cell.checkpoint)
+
+    def _measure(self, attached: Any, tasks: list[Task], cell: Cell, event: Event) -> Measurement:
         measurement = measure(
             attached,
             self.tokenizer,
-            self.tasks,
+            tasks,
             name=event.arm,
             batch_size=self.config.eval_batch_size,
             max_length=self.config.training.max_length,
@@ -312,8 +363,12 @@ class Work:
         save(measurement, cell.measurement)
         return measurement
 
-    def _key(self, adapter: AdapterConfig, seed: int) -> str:
+    def _key(self, adapter: AdapterConfig, seed: int, route: str | None) -> str:
         """Everything that a cell's result depends on."""
+        routing = self.config.routing
+        by_route = (
+            {} if not route or not routing else {"route": [route, routing.model_dump(mode="json")]}
+        )
         return digest_of(
             {
                 "bem": bem.__version__,
@@ -323,6 +378,7 @@ class Work:
                 "data": self.data,
                 "answers": {t.name: [t.max_new_tokens, t.metrics, t.form] for t in self.tasks},
                 "base": self.base,
+                **by_route,
             }
         )
 

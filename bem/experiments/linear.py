@@ -1,0 +1,94 @@
+"""The control that any router must beat: a linear classifier on the base's mean hidden states.
+
+It reads what the user said in a turn (the tokens since the turn before began, mean over them of the
+hidden states that enter the router layer) and names the expert of the turn's skill. Trained on the
+makers' labels of the training conversations by multinomial logistic regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bem.adapters.sites import find_sites
+from bem.training.data import Encoded, collate
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weights over standardised features."""
+
+    mean: Tensor  # (d_model,)
+    scale: Tensor
+    weight: Tensor  # (classes, d_model)
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Most likely class of each row, from 0."""
+        return F.linear((features - self.mean) / self.scale, self.weight, self.bias).argmax(-1)
+
+
+def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-3) -> Linear:
+    """Multinomial logistic regression with an L2 penalty, to convergence (L-BFGS)."""
+    mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
+    x = (features - mean) / scale
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(x, weight, bias), labels) + decay * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+    return Linear(mean, scale, weight.detach(), bias.detach())
+
+
+@torch.no_grad()
+def turn_features(
+    model: Any, rows: Sequence[Encoded], layer: int, pad_id: int, batch_size: int = 16
+) -> list[Tensor]:
+    """Of each conversation (turns, d_model): the mean hidden state of what was said before each turn.
+
+    Args:
+        model: the bare base.
+        layer: block whose input is read.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    block = model.get_submodule(find_sites(model).blocks[layer])
+    hidden: list[Tensor] = []
+    handle = block.register_forward_pre_hook(
+        lambda _, args, given: hidden.append(args[0] if args else given["hidden_states"]),
+        with_kwargs=True,
+    )
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    try:
+        for at in range(0, len(rows), batch_size):
+            chosen = order[at : at + batch_size]
+            batch = collate([replace(rows[i], route=[]) for i in chosen], pad_id)
+            hidden.clear()
+            model(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                use_cache=False,
+            )
+            for r, i in enumerate(chosen):
+                states = hidden[0][r, -len(rows[i]) :].float().cpu()
+                found[i] = _means(states, rows[i].turn_starts)
+    finally:
+        handle.remove()
+    return found
+
+
+def _means(states: Tensor, starts: list[bool]) -> Tensor:
+    """Mean over the tokens from one turn start to the next, that one included."""
+    ends = [i for i, s in enumerate(starts) if s]
+    begins = [0, *(e + 1 for e in ends[:-1])]
+    return torch.stack([states[a : b + 1].mean(0) for a, b in zip(begins, ends, strict=True)])

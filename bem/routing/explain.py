@@ -1,0 +1,117 @@
+"""What the router does with a text, and why: one entry per chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bem.adapters.chunks import chunk_starts
+from bem.routing.action import EXPERT, FADE, FADE_STEPS, RANK, SPAN_LEFT, STRENGTH
+
+if TYPE_CHECKING:
+    from bem.routing.mount import Mounted
+    from bem.routing.router import Step
+
+
+@dataclass(frozen=True)
+class Explained:
+    """The action that governs one chunk."""
+
+    chunk: int
+    """From 1."""
+    start: int
+    """Its first token."""
+    stop: int
+    """The token behind its last."""
+    turn: bool
+    """It begins a turn."""
+    expert: str
+    rank: int
+    """Rank budget at each site."""
+    strength: float
+    chunks_left: int
+    """Chunks for which the action holds after this one."""
+    fade: float
+    """Share of the gate given up for lack of confidence."""
+    why: str
+    probabilities: dict[str, float]
+    """What the policy thinks of every loaded expert, before any rule."""
+    gain: float
+    """Q of the best expert minus Q of the one that was in force before."""
+
+
+@torch.no_grad()
+def explain(mounted: Mounted, ids: Sequence[int], turn_starts: Sequence[bool]) -> list[Explained]:
+    """Read one text and say what the router does in each chunk.
+
+    Args:
+        ids: token ids.
+        turn_starts: True at the token that predicts the first token of an answer.
+    """
+    device, router = mounted.base.device, mounted.router
+    tokens = torch.tensor([list(ids)], device=device)
+    turns = torch.tensor([list(turn_starts)], device=device)
+    training = mounted.model.training
+    mounted.model.eval()
+    with router.watched() as tape:
+        mounted.model(input_ids=tokens, turn_starts=turns, use_cache=False)
+    mounted.model.train(training)
+    valid, nothing = torch.ones_like(turns), torch.zeros(1, dtype=torch.long, device=device)
+    starts = chunk_starts(valid, turns, nothing, router.chunk_size)[0].nonzero()[:, 0].tolist()
+    ends = [*starts[1:], len(ids)]
+    steps = [step for step in tape if bool(step.real[0])]
+    return [
+        _explained(mounted, step, start, stop)
+        for step, start, stop in zip(steps, starts, ends, strict=True)
+    ]
+
+
+def _explained(mounted: Mounted, step: Step, start: int, stop: int) -> Explained:
+    router, record = mounted.router, step.record[0]
+    space = router.space
+    logits = router.policy.actor.logits(step.observation[0])[0]
+    probabilities = logits.masked_fill(~router.available, -torch.inf).softmax(-1).tolist()
+    before = int(step.boundary.record[0, EXPERT])
+    q = step.boundary.q[0]
+    return Explained(
+        chunk=int(step.boundary.number[0]),
+        start=start,
+        stop=stop,
+        turn=bool(step.boundary.turn[0]),
+        expert=space.name(int(record[EXPERT])),
+        rank=space.ranks[int(record[RANK])],
+        strength=space.strengths[int(record[STRENGTH])],
+        chunks_left=int(record[SPAN_LEFT]),
+        fade=float(record[FADE]) / FADE_STEPS,
+        why=_why(mounted, step, before),
+        probabilities={
+            space.name(o): p for o, p in enumerate(probabilities) if bool(router.available[o])
+        },
+        gain=float(q.max() - q[before]),
+    )
+
+
+def _why(mounted: Mounted, step: Step, before: int) -> str:
+    space, limits, rules = mounted.router.space, mounted.router.limits, step.allowed
+    now = int(step.record[0, EXPERT])
+    q = step.boundary.q[0]
+    threshold = limits.switch_cost + limits.hysteresis
+    if bool(rules.running[0]):
+        return "the span of the action before goes on"
+    if bool(rules.full[0]):
+        return f"the plan holds its {limits.plan_length} actions: the last one goes on"
+    if not bool(mounted.router.available[before]):
+        return f"{space.name(before)} was unloaded"
+    if bool(rules.spent[0]):
+        return "the budget of expert changes is spent"
+    if int(step.boundary.number[0]) == 1:
+        return "the conversation begins: nothing was read yet"
+    if now != before:
+        return f"Q of {space.name(now)} is {q[now] - q[before]:.2f} above {space.name(before)}, needs {threshold:.2f}"
+    best = int(q.argmax())
+    if bool(rules.sticky[0]) and best != now and not bool(rules.masks[0][0, best]):
+        return f"hysteresis: {space.name(best)} is {q[best] - q[now]:.2f} better, needs {threshold:.2f}"
+    return "the policy prefers what is in force"
