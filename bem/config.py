@@ -119,6 +119,8 @@ class RouterConfig(Section):
     """... changes that are free in every conversation."""
     confidence: float = Field(default=0.0, ge=0, le=1)
     """Below this probability of the chosen expert its gate fades towards `fallback`. 0: never."""
+    shared: str | None = None
+    """Expert that always acts, beside the chosen one; it cannot be chosen. None: there is none."""
     fallback: str | None = None
     """Expert that takes the rest of a faded gate; None: the bare base."""
     trust_radius: float | None = Field(default=None, gt=0)
@@ -404,6 +406,24 @@ class GatesConfig(Section):
     """Cost gates that do not apply (score files alone have no costs); every verdict lists them."""
 
 
+class RoutingConfig(Section):
+    """Experts of an experiment and the routers over them, shared by all arms with a `route`."""
+
+    experts: dict[str, list[str]] = {}
+    """Expert -> skills that it is trained on; {}: one expert per skill (a task, or "task/ask")."""
+    expert_rank: int = Field(default=8, ge=1)
+    """Rank of each expert at each site."""
+    shared_rank: int = Field(default=0, ge=0)
+    """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps for all experts together; None: `training.steps`."""
+    router: RouterConfig = RouterConfig()
+    cloning: CloningConfig = CloningConfig()
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
+    peer_steps: int = Field(default=50, ge=1)
+    """Optimiser steps of X-LoRA's classifier."""
+
+
 class ArmConfig(Section):
     """One arm of an experiment: a name and what it changes in `adapters` (or no adapter at all)."""
 
@@ -411,6 +431,16 @@ class ArmConfig(Section):
     """Name in the report and on disk."""
     adapters: dict[str, Any] = {}
     """Changes to the experiment's `adapters` section."""
+    route: (
+        Literal[
+            "ar0", "ar1", "oracle", "gold", "linear", "single", "random", "wrong", "xlora", "arrow"
+        ]
+        | None
+    ) = None
+    """Who chooses between the experts of `routing`: ar0 cloned router | ar1 improved by policy
+    gradient | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
+    hidden states | single best one expert | random, wrong controls | xlora, arrow PEFT's methods.
+    None: no experts, the adapter of this arm."""
     match: Literal["parameters", "flops", "none"] = "parameters"
     """What is held within the budget tolerance of the baseline by choosing the rank."""
     role: Literal["baseline", "candidate", "control"] = "candidate"
@@ -437,6 +467,8 @@ class ExperimentConfig(Section):
     """Seeds of initial weights and data order; scores are averaged over them within an example."""
     training: TrainingConfig = TrainingConfig()
     gates: GatesConfig = GatesConfig()
+    routing: RoutingConfig | None = None
+    """Experts and their routers, for arms with a `route`."""
     latency_rounds: int = Field(default=15, ge=1)
     """Interleaved timing rounds per arm."""
     eval_batch_size: int = Field(default=16, ge=1)
@@ -462,6 +494,9 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"compare_to names no arm: {', '.join(unknown)}. Arms: {', '.join(names)}"
             )
+        routed = [arm.name for arm in self.arms if arm.route]
+        if routed and self.routing is None:
+            raise ValueError(f"arms with a route need a `routing` section: {', '.join(routed)}")
         for arm in self.arms:
             parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, f"arms.{arm.name}")
         return self
@@ -473,7 +508,10 @@ class ExperimentConfig(Section):
 
     def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
         """The adapter section of one arm: the shared defaults with the arm's changes."""
-        return parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, arm.name)
+        values = {**self.adapters.model_dump(), **arm.adapters}
+        if arm.route:
+            values["variant"] = "routed"
+        return parse(AdapterConfig, values, arm.name)
 
 
 def parse(section: type[S], values: dict[str, Any], where: str) -> S:

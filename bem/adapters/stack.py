@@ -176,10 +176,13 @@ class ExpertStack(Adapter):
             return y
         # a gate of zero has a gradient too, in the dense form alone
         if self.form == "gathered" or (self.gathered and not control.requires_grad):
-            control = control.expand(*x.shape[:-1], -1)
-            few = x.numel() <= FEW_TOKENS * x.shape[-1]
-            return (self._update_in_one if few else self._update_by_block)(y, x, control)
+            return self._update_gathered(y, x, control.expand(*x.shape[:-1], -1))
         return _add(y, x, self.v, control, self.u)
+
+    def _update_gathered(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
+        """Only the blocks that some token uses."""
+        few = x.numel() <= FEW_TOKENS * x.shape[-1]
+        return (self._update_in_one if few else self._update_by_block)(y, x, control)
 
     def _update_in_one(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
         """Few tokens: one product over all blocks that any of them uses, since reading those takes

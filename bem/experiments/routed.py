@@ -38,6 +38,7 @@ from bem.training.fit import STATE, fit
 from bem.training.policy_gradient import Iteration, improve
 from bem.training.traces import Traces, trace
 
+SHARED = "shared"
 Say = Callable[[str, int, int, str], None]
 """(stage, done, of, detail)"""
 
@@ -135,7 +136,9 @@ class Stages:
             "data": data_hash(self.examples),
             "seed": self.seed,
             "training": self.config.training.model_dump(mode="json"),
-            "experts": [routing["experts"], routing["expert_rank"], routing["steps"]],
+            "experts": [
+                routing[key] for key in ("experts", "expert_rank", "shared_rank", "steps")
+            ],
             "router": routing["router"],
         }
         if stage in ("ar0", "ar1"):
@@ -177,9 +180,12 @@ class Stages:
             blank_expert(self.model, name, self.routing.expert_rank, layer, self._about(option))
             for option, name in enumerate(self.skills.experts, 1)
         ]
-        router = self.routing.router.model_copy(
-            update={"seed": self.routing.router.seed + self.seed}
-        )
+        changes: dict[str, Any] = {"seed": self.routing.router.seed + self.seed}
+        if self.routing.shared_rank:
+            about = "acts in every chunk"
+            blanks.append(blank_expert(self.model, SHARED, self.routing.shared_rank, layer, about))
+            changes["shared"] = SHARED
+        router = self.routing.router.model_copy(update=changes)
         mounted = mount(self.model, blanks, router)
         steps = self.routing.steps or self.config.training.steps
         training = self.config.training.model_copy(update={"steps": steps})

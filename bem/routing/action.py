@@ -35,6 +35,8 @@ class ActionSpace:
     ranks: tuple[int, ...]
     """Ranks kept at each site."""
     strengths: tuple[float, ...]
+    shared: bool = False
+    """Behind the experts that can be chosen stands one more that always acts."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -80,8 +82,9 @@ class ActionSpace:
         rest = torch.zeros_like(gates)
         rest[..., fallback] = 1.0
         gates = (1 - fade) * gates + fade * rest
+        always = gates.new_ones(*gates.shape[:-1], int(self.shared))
         return Decision(
-            gates[..., 1:],
+            torch.cat([gates[..., 1:], always], -1),
             _lookup(self.ranks, record[..., RANK]),
             _lookup(self.strengths, record[..., STRENGTH]),
         )

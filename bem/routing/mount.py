@@ -115,7 +115,7 @@ class Mounted(Attached):
 
     def updates_of(self, name: str) -> dict[str, Update]:
         """One expert's updates as they are now."""
-        at = self.router.space.option(name) - 1
+        at = [e.name for e in self.experts].index(name)
         found = {site: stack.update_of(at) for site, stack in self.stacks.items()}
         return {site: update for site, update in found.items() if update.v.shape[0]}
 
@@ -206,7 +206,10 @@ def mount(
     if getattr(model, "peft_config", None):
         raise AttachError("the model already carries a PEFT adapter: detach it first.")
     found = [e if isinstance(e, Expert) else read_expert(e, model) for e in experts]
+    found.sort(key=lambda e: e.name == config.shared)  # the shared one stands last
     names = [e.name for e in found]
+    if config.shared is not None and names[-1] != config.shared:
+        raise AttachError(f"no shared expert {config.shared!r}. Experts: {', '.join(names)}.")
     if not 0 < len(found) <= MOST or len(set(names)) < len(names):
         raise AttachError(
             f"1 to {MOST} experts with different names are needed, got {len(found)}: {', '.join(names)}."
@@ -301,10 +304,14 @@ def _parts(
 
 
 def _router(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> AgenticRouter:
-    largest = max(u.v.shape[0] for e in experts for u in e.updates.values())
+    chosen = [e for e in experts if e.name != config.shared]
+    if not chosen:
+        raise AttachError("a shared expert alone leaves nothing to choose: attach it as s0.")
+    largest = _largest(chosen) + _largest([e for e in experts if e not in chosen])
     ranks = config.ranks or tuple(sorted({max(1, largest // 4), max(1, largest // 2), largest}))
+    names = tuple(e.name for e in chosen)
     space = ActionSpace(
-        tuple(e.name for e in experts), config.spans, tuple(ranks), config.strengths
+        names, config.spans, tuple(ranks), config.strengths, len(chosen) < len(experts)
     )
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
     with torch.random.fork_rng(devices=[]):
@@ -321,6 +328,10 @@ def _router(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> Ag
             len(EVIDENCE_FEATURES) if config.evidence else 0,
             _region(config),
         )
+
+
+def _largest(experts: Sequence[Expert]) -> int:
+    return max((u.v.shape[0] for e in experts for u in e.updates.values()), default=0)
 
 
 def _region(config: RouterConfig) -> TrustRegion | None:
