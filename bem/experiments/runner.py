@@ -126,6 +126,36 @@ def train(
         return folder.cell(arm, seed).checkpoint
 
 
+def train_router(
+    config: ExperimentConfig,
+    seed: int,
+    stage: str = "ar1",
+    on_event: Show | None = None,
+    command: str | None = None,
+) -> Path:
+    """Make the experts and the routers of one seed in the run's folder; `run` takes them over.
+
+    Args:
+        stage: `ar0`: up to the cloned router; `ar1`: up to the one improved by policy gradient.
+    Returns:
+        Folder of that router, for `bem.load_router`.
+    Raises:
+        ConfigError: no `routing` section, no such stage, or none of the config's seeds.
+    """
+    if config.routing is None:
+        raise ConfigError("The config has no `routing` section, so there is no router to train.")
+    if stage not in ("ar0", "ar1"):
+        raise ConfigError(f"No stage {stage!r}. Stages: ar0, ar1.")
+    if seed not in config.seeds:
+        raise ConfigError(f"Seed {seed} is none of the config's seeds {config.seeds}.")
+    folder = RunFolder(Path(config.output) / config.name)
+    with folder.lock():
+        work = Work(config, folder, on_event or (lambda event: None))
+        work.claim(command)
+        stages = work.stages(seed)
+        return stages.ar0() if stage == "ar0" else stages.ar1()
+
+
 def evaluate(
     config: ExperimentConfig, checkpoint: Path, on_event: Show | None = None
 ) -> Measurement:
