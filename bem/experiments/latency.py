@@ -8,7 +8,6 @@ CUDA events. A prefill computes the logits of its last token only, as `generate`
 
 from __future__ import annotations
 
-import copy
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from bem.adapters.copies import with_shared_weights as with_shared_weights
 from bem.errors import MeasurementError
 from bem.training.losses import arguments_of
 
@@ -197,13 +197,6 @@ def _threads(count: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def with_shared_weights(model: nn.Module) -> nn.Module:
-    """A copy of the model with the same parameter and buffer tensors: one copy per adapter."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    memo |= {id(b): b for b in model.buffers()}
-    return copy.deepcopy(model, memo)
 
 
 # ------------------------------------------------------------------------------------------- memory

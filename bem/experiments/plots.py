@@ -2,7 +2,7 @@
 
 Each function takes plain records and returns one `<svg>` element. Colours are drawn as marker
 values that `_svg` replaces by CSS variables: `--ink --muted --line --paper --promote --reject
---inconclusive` and `--arm-0 ... --arm-7`.
+--inconclusive` and `--arm-0 ... --arm-11`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 INK, MUTED, LINE, PAPER = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04"
 PROMOTE, REJECT, INCONCLUSIVE = "#0a0a05", "#0a0a06", "#0a0a07"
-N_ARM_COLOURS = 8
+N_ARM_COLOURS = 12
 
 _VARIABLES = {
     INK: "--ink",

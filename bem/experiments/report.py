@@ -219,7 +219,7 @@ def _arms(
     for colour, arm in enumerate(ordered):
         manifest = read_json(folder.cell(arm.name, config.seeds[0]).checkpoint / "manifest.json")
         judged = verdicts["candidates"].get(arm.name) or verdicts["controls"].get(arm.name)
-        price = _price(measured[arm.name], base, manifest["adapter"], judged)
+        price = _price(measured[arm.name], base, _rank(manifest, config), judged)
         shown = Arm(arm.name, arm.role, colour, _describe(config, arm), price)
         if arm.role == "candidate" and judged:
             shown = replace(
@@ -234,6 +234,16 @@ def _arms(
 
 
 ABOUT = {
+    "ar1": "experts and a router improved by policy gradient",
+    "ar0": "experts and a router cloned from the oracle",
+    "oracle": "experts by the least loss, in hindsight",
+    "gold": "experts by the maker's label",
+    "linear": "experts by a linear classifier",
+    "single": "the one best expert",
+    "random": "any expert",
+    "wrong": "any expert but the right one",
+    "xlora": "PEFT's X-LoRA over the experts",
+    "arrow": "PEFT's Arrow over the experts",
     "s0": "static LoRA",
     "pt1": "head-group gates",
     "v1": "head-group gates and rank mask",
@@ -244,6 +254,8 @@ ABOUT = {
 
 
 def _describe(config: ExperimentConfig, arm: ArmConfig) -> str:
+    if arm.route:
+        return ABOUT[arm.route]
     changes = {k: v for k, v in arm.adapters.items() if k not in ("variant", "rank")}
     details = [f"{key} {value}" for key, value in changes.items()]
     if arm.role != "baseline":
@@ -252,13 +264,24 @@ def _describe(config: ExperimentConfig, arm: ArmConfig) -> str:
     return f"{about} ({', '.join(details)})" if details else about
 
 
-def _price(
-    m: Measurement, base: Measurement, adapter: dict[str, Any], judged: dict[str, Any] | None
-) -> list[str]:
+def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
+    """`8`, `8 / 4` where the two sites differ; `7 × 8 + 16`: seven experts and a shared one."""
+    adapter = manifest.get("adapter")
+    if adapter is None:
+        assert config.routing is not None
+        shared = config.routing.shared_rank if "experts" in manifest else 0
+        experts = manifest["experts"] if "experts" in manifest else manifest["peer"]["experts"]
+        count = len(experts) - (shared > 0)
+        return f"{count} × {config.routing.expert_rank}" + (f" + {shared}" if shared else "")
     ranks = [adapter.get("rank_attn"), adapter.get("rank_mlp")]
-    rank = str(adapter["rank"])
-    if any(r is not None for r in ranks):
-        rank = " / ".join(str(adapter["rank"] if r is None else r) for r in ranks)
+    if all(r is None for r in ranks):
+        return str(adapter["rank"])
+    return " / ".join(str(adapter["rank"] if r is None else r) for r in ranks)
+
+
+def _price(
+    m: Measurement, base: Measurement, rank: str, judged: dict[str, Any] | None
+) -> list[str]:
     ratios = {c["name"]: c["value"] for c in judged["checks"]} if judged else {}
     return [
         rank,

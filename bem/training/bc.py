@@ -158,7 +158,9 @@ class _Gatherer:
         with router.watched() as tape:
             answer_logits(model, {k: v.to(model.device) for k, v in batch.items()})
         model.train(training)
-        chunks = enumerate(tape[: self.targets.shape[1]])  # there may be slots for more than there are
+        chunks = enumerate(
+            tape[: self.targets.shape[1]]
+        )  # there may be slots for more than there are
         return Decisions.join([self._decisions(step, chosen, t) for t, step in chunks])
 
     def _decisions(self, step: Step, chosen: list[int], chunk: int) -> Decisions:

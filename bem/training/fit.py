@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bem.adapters.sites import base_hash
 from bem.config import TrainingConfig
@@ -43,13 +44,31 @@ FINAL_LR = 0.1
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What the training brings down, beside the regularisers."""
+
+    name: str
+    """What it depends on beside the examples; a resumed run must agree."""
+    loss: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    """(logits, batch as `collate` makes it) -> sum over the answer tokens, in nats. The logits may
+    belong to the last positions only, see `answer_nll`."""
+
+
+def _nll(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    return answer_nll(logits, batch["labels"])[0].sum()
+
+
+LIKELIHOOD = Objective("nll", _nll)
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """What one optimiser step did."""
 
     step: int
     """Steps done, counting this one."""
     loss: float
-    """Mean negative log-likelihood of the answer tokens, in nats."""
+    """Mean of the objective over the answer tokens, in nats."""
     penalty: float
     """Regularisers of the variant."""
     grad_norm: float
@@ -86,10 +105,11 @@ def fit(
     seed: int,
     on_progress: Callable[[StepMetrics], None] | None = None,
     label: str | None = None,
+    objective: Objective = LIKELIHOOD,
 ) -> FitResult:
     """Train the adapter; the base model stays as it is.
 
-    loss = mean NLL over all answer tokens of the step + attached.penalty()
+    loss = mean NLL (or another objective) over all answer tokens of the step + attached.penalty()
 
     Each step's examples are sorted by length before they are cut into `config.accumulation`
     micro-batches: the gradient is the same, the padding less.
@@ -100,6 +120,7 @@ def fit(
         seed: of the order of the examples and of all noise.
         on_progress: called after every step.
         label: name of the arm in messages; None: the folder's name.
+        objective: negative log-likelihood, or what `distill` hands over.
     Raises:
         Diverged: the loss or a gradient was not finite. The adapter holds the last saved state.
         TrainingError: the folder holds the state of another run, or the disk is full.
@@ -125,7 +146,9 @@ def fit(
             "base": base_hash(attached.model),
             "adapter": attached.config.model_dump() if hasattr(attached, "config") else None,
             "parameters": {n: list(p.shape) for n, p in attached.named_parameters()},
+            **({} if objective is LIKELIHOOD else {"objective": objective.name}),
         },
+        objective,
     )
     run.begin()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -189,9 +212,10 @@ class _Run:
         folder: Path,
         label: str,
         fingerprint: dict[str, Any],
+        objective: Objective = LIKELIHOOD,
     ):
         self.attached, self.config, self.folder, self.label = attached, config, folder, label
-        self.fingerprint = fingerprint
+        self.fingerprint, self.objective = fingerprint, objective
         self.parameters = [p for _, p in attached.named_parameters()]
         if not self.parameters:
             raise TrainingError(f"{label}: the adapter has no trainable parameters.")
@@ -311,9 +335,9 @@ class _Run:
                 self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
             ):
                 logits = answer_logits(self.attached.model, inputs)
-            # Divided by the answer tokens of the whole step: the sum over micro-batches is then the
-            # mean over the step, however it was cut.
-            loss = answer_nll(logits, inputs["labels"])[0].sum() / count
+                # Divided by the answer tokens of the whole step: the sum over micro-batches is then
+                # the mean over the step, however it was cut.
+                loss = self.objective.loss(logits, inputs) / count
             penalty = self.attached.penalty() * (len(inputs["labels"]) / len(batch))
             total = loss + penalty
             if not math.isfinite(value := float(total.detach())):

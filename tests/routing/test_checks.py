@@ -17,9 +17,7 @@ def test_the_router_keeps_its_contract(arch):
 
 def test_the_contract_holds_with_fading_and_a_trust_region():
     def make(model):
-        return mounted(
-            model, confidence=0.9, fallback="c", trust_radius=0.3, trust_norm="spectral"
-        )
+        return mounted(model, confidence=0.9, fallback="c", trust_radius=0.3, trust_norm="spectral")
 
     check_router(make, ["llama"]).raise_if_failed()
 

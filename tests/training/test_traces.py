@@ -1,0 +1,107 @@
+"""Oracle traces equal losses computed one by one, and targets follow from them."""
+
+import numpy as np
+import pytest
+import torch
+
+from bem.config import CloningConfig
+from bem.routing.action import ActionSpace
+from bem.training.data import Example, collate, encode
+from bem.training.losses import answer_logits
+from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions, trace
+from tests.conftest import make_llama, make_tokenizer
+from tests.routing.mounted import mounted
+
+SPACE = ActionSpace(("a", "b"), (1, 2, 4), (2, 4), (0.5, 1.0))
+
+
+def conversation(number: int = 0) -> Example:
+    return Example(
+        f"row-{number}",
+        "name the function " + "that returns the value " * number,
+        ("return the value",),
+        history=(("this docstring", "describes the function"),),
+    )
+
+
+@pytest.fixture(scope="module")
+def traced():
+    tokenizer, model = make_tokenizer(), mounted(make_llama())
+    rows = [encode(conversation(n), tokenizer, 256) for n in range(3)]
+    return model, rows, trace(model, rows, 0, CloningConfig(switch_cost=0.1))
+
+
+def test_a_chunk_loses_the_mean_nll_of_its_turns_answer_tokens(traced):
+    model, rows, traces = traced
+    batch = collate([rows[1]], 0)
+    for option in range(4):
+        given = {**batch, "route": torch.full_like(batch["input_ids"], option)}
+        with torch.inference_mode():
+            logits = answer_logits(model.model, given)
+        labels = batch["labels"][0, -logits.shape[1] :]
+        nll = torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], reduction="none")
+        turn = batch["turn_starts"][0].long().cumsum(0)[-logits.shape[1] : -1]
+        for number in (1, 2):  # the two turns' answers
+            mine = (turn == number) & (labels[1:] != -100)
+            expected = float(nll[mine].mean())
+            chunks = chunk_numbers(batch, 8)[0, -logits.shape[1] : -1][mine].unique() - 1
+            assert traces.experts[1, chunks, option].sum() == pytest.approx(expected, abs=1e-4)
+
+
+def test_padding_chunks_lose_nothing(traced):
+    _, _, traces = traced
+    for row, n in enumerate(traces.chunks):
+        assert not traces.experts[row, n:].any()
+        assert traces.turns[row, :n].sum() == 2
+
+
+def test_a_finished_trace_is_read_again_and_only_for_the_same_rows(traced, tmp_path):
+    model, rows, traces = traced
+    cache = tmp_path / "traces.npz"
+    trace(model, rows, 0, CloningConfig(), cache=cache)
+    passes = []
+    again = trace(
+        model, rows, 0, CloningConfig(), cache=cache, on_progress=lambda d, of: passes.append(d)
+    )
+    assert not passes and np.array_equal(again.experts, traces.experts)
+    trace(
+        model, rows[:2], 0, CloningConfig(), cache=cache, on_progress=lambda d, of: passes.append(d)
+    )
+    assert passes
+
+
+def made(path, turns, answers, chunks) -> Traces:
+    rows, length = np.shape(path)
+    losses = np.zeros((rows, length, 2), np.float32)
+    return Traces(
+        np.zeros((rows, length, 3), np.float32),
+        losses,
+        losses,
+        np.array(path),
+        np.zeros((rows, length, 3), np.float32),
+        np.array(answers, bool),
+        np.array(turns, bool),
+        np.array(chunks),
+    )
+
+
+def test_spans_end_where_the_path_changes_or_a_turn_begins():
+    traces = made([[1, 1, 1, 2, 2, 2, 2]], [[0, 0, 0, 0, 1, 0, 0]], [[0] * 7], [7])
+    spans = target_actions(traces, SPACE, 0.0)[0, :, 1]
+    # chunks to go on: 3 2 1 | 1 | 3 2 1; spans of 1, 2, 4 chunks
+    assert spans.tolist() == [1, 1, 0, 0, 1, 1, 0]
+
+
+def test_the_smallest_budget_that_is_worth_its_cost_is_the_target():
+    traces = made([[1, 1]], [[0, 1]], [[0, 1]], [2])
+    traces.ranks[0, 1] = [1.00, 0.98]
+    assert target_actions(traces, SPACE, rank_cost=0.0)[0, 1, 2] == 1
+    assert target_actions(traces, SPACE, rank_cost=0.1)[0, 1, 2] == 0  # saves .05, loses .02
+
+
+def test_who_went_astray_comes_back_only_if_that_is_worth_the_switch():
+    traces = made([[1, 1]], [[0, 1]], [[0, 1]], [2])
+    traces.cost_to_go[0, 1] = [5.0, 1.0, 1.05]
+    assert best_expert(traces, 0.1, 0, 1, current=2) == 2
+    assert best_expert(traces, 0.01, 0, 1, current=2) == 1
+    assert best_expert(traces, 0.1, 0, 1, current=0) == 1
