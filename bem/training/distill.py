@@ -12,7 +12,8 @@ gradients, and chooses its route as it would in use.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,9 +74,7 @@ def distill(
         seed=seed,
     )
     student = attach(without_adapter(teacher), settings)
-    training = teacher.model.training
-    teacher.model.eval()
-    try:
+    with _as_in_use(teacher.model):
         result = fit(
             student,
             tokenizer,
@@ -87,8 +86,6 @@ def distill(
             f"distilling into rank {rank}",
             Objective(f"KL to {_digest(teacher)}", lambda q, batch: _against(teacher, q, batch)),
         )
-    finally:
-        teacher.model.train(training)
     return Distilled(student, result)
 
 
@@ -127,7 +124,8 @@ def divergence(
         raise TrainingError("The divergence of no examples is not defined: name some.")
     rows = sorted((encode(row, tokenizer, max_length) for row in examples), key=len)
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    found = [_divergence(teacher, student, part, tokenizer.pad_token_id or 0) for part in parts]
+    with _as_in_use(teacher.model), _as_in_use(student):
+        found = [_divergence(teacher, student, part, tokenizer.pad_token_id or 0) for part in parts]
     return sum(total for total, _ in found) / sum(count for _, count in found)
 
 
@@ -144,6 +142,18 @@ def _against(teacher: Attached, logits: Tensor, batch: Mapping[str, Tensor]) -> 
     with torch.no_grad():
         wanted = answer_logits(teacher.model, batch)
     return answer_kl(wanted, logits, batch["labels"])
+
+
+@contextmanager
+def _as_in_use(model: Any) -> Iterator[None]:
+    """No dropout, hard rank masks; afterwards as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def _digest(teacher: Attached) -> str:

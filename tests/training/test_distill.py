@@ -64,13 +64,13 @@ def test_the_student_comes_close_and_nothing_else_moves(kind, tokenizer, tmp_pat
     teacher = routed(model) if kind == "routed" else bem.attach(model, "v1", rank=4)
     if kind == "v1":
         for p in teacher.parameters():
-            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+            p.data += 0.1 * torch.randn(p.shape)
     before = {n: t.clone() for n, t in teacher.state_dict().items()}
     batch = collate([encode(e, tokenizer, 128) for e in rows(3)], 0)
     said = answer_logits(teacher.model, batch)
     at_birth = divergence(teacher, without_adapter(teacher), tokenizer, rows())
-    made = distill(teacher, tokenizer, rows(), 8, settings(), tmp_path, seed=0)
-    assert made.training.losses[0] == pytest.approx(at_birth, rel=0.5) and at_birth > 0.01
+    made = distill(teacher, tokenizer, rows(), 8, settings(steps=20), tmp_path, seed=0)
+    assert made.training.losses[0] == pytest.approx(at_birth, rel=0.5) and at_birth > 0.1
     after = divergence(teacher, made.student.model, tokenizer, rows())
     assert after < 0.5 * at_birth
     assert all(torch.equal(t, before[n]) for n, t in teacher.state_dict().items())
