@@ -354,7 +354,7 @@ class MarkedGenerate:
         route: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        prompt = next(
+        prompt: Any = next(
             (
                 p
                 for p in (
@@ -367,10 +367,10 @@ class MarkedGenerate:
         )
         runtime = self.runtime
         if evidence is not None:
-            evidence = _features(evidence)
-            if isinstance(prompt, Tensor) and len(evidence) != len(prompt):
+            evidence = known = _features(evidence)
+            if isinstance(prompt, Tensor) and len(known) != len(prompt):
                 raise AttachError(
-                    f"evidence has {len(evidence)} rows for {len(prompt)} prompts: one row each."
+                    f"evidence has {len(known)} rows for {len(prompt)} prompts: one row each."
                 )
         runtime.prompt_end = prompt.shape[1] if isinstance(prompt, Tensor) else None
         runtime.prompt_turns, runtime.prompt_evidence = turn_starts, evidence

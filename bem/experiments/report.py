@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bem.config import ArmConfig, ExperimentConfig
-from bem.experiments import plots, report_evidence, wording
+from bem.experiments import plots, report_evidence, report_routing, wording
 from bem.experiments.judging import measurements, read_verdicts
 from bem.experiments.scoring import QUALITY
 from bem.experiments.store import RunFolder, read_json, read_jsonl, write_text
@@ -93,6 +93,7 @@ class Page:
     scores: list[Score]
     price_columns: list[str]
     controls: list[Contrast]
+    routing: report_routing.RoutingPart | None
     evidence: report_evidence.EvidencePart | None
     examples: list[SideBySide]
     environment: list[tuple[str, str]]
@@ -117,6 +118,7 @@ class Page:
             ("latency", "Latency", self.scatter),
             ("scores", "Scores and prices", True),
             ("controls", "Controls", self.controls),
+            ("routing", "Routing", self.routing),
             ("evidence", "Evidence", self.evidence),
             ("gates", "Gates", self.candidates),
             ("refused", "Not promoted", self.refused),
@@ -174,6 +176,7 @@ def page_of(folder: RunFolder) -> Page:
         scores=list(_scores(config, measured, verdicts["family"])),
         price_columns=["rank", "parameters", "FLOPs / token", *_phases(base), "peak memory"],
         controls=list(_contrasts(verdicts)),
+        routing=report_routing.part_of(folder, config, measured, colours),
         evidence=report_evidence.part_of(folder, config, measured, colours),
         examples=_examples(folder, config, colours),
         environment=list(_environment(environment)),
@@ -234,16 +237,6 @@ def _arms(
 
 
 ABOUT = {
-    "ar1": "experts and a router improved by policy gradient",
-    "ar0": "experts and a router cloned from the oracle",
-    "oracle": "experts by the least loss, in hindsight",
-    "gold": "experts by the maker's label",
-    "linear": "experts by a linear classifier",
-    "single": "the one best expert",
-    "random": "any expert",
-    "wrong": "any expert but the right one",
-    "xlora": "PEFT's X-LoRA over the experts",
-    "arrow": "PEFT's Arrow over the experts",
     "s0": "static LoRA",
     "pt1": "head-group gates",
     "v1": "head-group gates and rank mask",
@@ -255,7 +248,7 @@ ABOUT = {
 
 def _describe(config: ExperimentConfig, arm: ArmConfig) -> str:
     if arm.route:
-        return ABOUT[arm.route]
+        return f"experts, {report_routing.ROUTES[arm.route]}"
     changes = {k: v for k, v in arm.adapters.items() if k not in ("variant", "rank")}
     details = [f"{key} {value}" for key, value in changes.items()]
     if arm.role != "baseline":

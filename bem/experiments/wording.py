@@ -148,3 +148,35 @@ def _list(parts: list[str], most: int = 4) -> str:
     if len(parts) > most:
         parts = [*parts[:most], f"and {len(parts) - most} more (see Gates)"]
     return ", ".join(parts) or "no check is open"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one arm is above another, in points, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return minus(f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]")
+
+
+def compared(name: str, other: str, gain: Difference, where: str = "") -> str:
+    """`ar1 is better than s0: +1.8 points [+0.4, +3.1]`; never more than the interval shows."""
+    verb = "is not told apart from"
+    if gain.low > 0:
+        verb = "is better than"
+    elif gain.high < 0:
+        verb = "is worse than"
+    value, interval = str(gain).split(" ", 1)
+    return f"{name} {verb} {other}{where}: {value} points {interval}"
+
+
+def times(ratio: float, lower: float, upper: float) -> str:
+    """`×2.10 (at least ×2.02)`: a ratio of times and the one-sided limit that tells it from 1."""
+    if lower > 1:
+        return f"×{ratio:.2f} (at least ×{lower:.2f})"
+    if upper < 1:
+        return f"×{ratio:.2f} (at most ×{upper:.2f})"
+    return f"×{ratio:.2f} (not told apart from ×1)"

@@ -296,11 +296,24 @@ def _parts(
             if ranks[e]:
                 stack.fill(e, expert.updates[site.name])
         if config.orthogonal:
-            stack.reserve(reserve(site.d_out, ranks, config.seed + index))
+            _reserve(stack, experts, site, ranks, index)
         parts[site.name] = Parts(stack)
     first = next(iter(parts))
     parts[first] = replace(parts[first], controller=_router(sites, experts, config))
     return parts
+
+
+def _reserve(
+    stack: ExpertStack, experts: Sequence[Expert], site: Site, ranks: list[int], index: int
+) -> None:
+    """Output directions of its own for each expert; one that was trained outside them is refused."""
+    lost = stack.reserve(reserve(site.d_out, ranks, index))
+    worst = max(range(len(lost)), key=lost.__getitem__)
+    if lost[worst] > 1e-3:
+        raise AttachError(
+            f"expert {experts[worst].name!r} would lose {lost[worst]:.1%} of its update at {site.name} to the "
+            "directions of the others: it was not trained under orthogonal=True. Mount it without."
+        )
 
 
 def _router(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> AgenticRouter:

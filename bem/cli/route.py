@@ -1,0 +1,377 @@
+"""`bem route explain | export | distill`: what a router does, and static LoRAs made of its experts."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bem.cli.display import Display, quiet
+from bem.cli.options import Base, ConfigFile, DataFolder, Settings, load
+from bem.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from bem.adapters.attach import Attached
+    from bem.config import ExperimentConfig
+    from bem.routing.explain import Explained
+    from bem.routing.mount import Mounted
+    from bem.training.data import Example
+
+SHOWN_CHARACTERS = 60
+BAR = 8  # characters of a probability of 1
+TOP = 3  # experts whose probability is shown
+ROLES = ("user", "assistant")
+TURN = re.compile(r"(user|assistant):", re.IGNORECASE)
+
+route_app = typer.Typer(
+    help="Ask a router what it does and why; make static LoRAs of its experts.",
+    no_args_is_help=True,
+)
+
+Router = Annotated[Path, typer.Argument(help="Folder of a router: see `bem train router`.")]
+Model = Annotated[str, typer.Option("--base", help="bem-tiny, a folder or a Hugging Face id.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A text as the router read it, and what the model said."""
+
+    chunks: list[Explained]
+    texts: list[str]
+    """Of each chunk."""
+    answer: str | None
+
+
+@route_app.command()
+def explain(
+    text: Annotated[
+        str,
+        typer.Argument(
+            help="What the user says, or a conversation: lines that begin with `user:` and "
+            "`assistant:` begin turns. `-` reads it from standard input."
+        ),
+    ],
+    router: Annotated[Path, typer.Option("--router", help="Folder of the router.")],
+    base: Model = "bem-tiny",
+    answer: Annotated[
+        bool,
+        typer.Option("--answer", help="Let the model answer, and show the answer's route too."),
+    ] = False,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, help="Longest answer, in tokens.")
+    ] = 64,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> int:
+    """Show what a router does with a text and why, chunk by chunk."""
+    row, answered = conversation(sys.stdin.read() if text == "-" else text)
+    if answer and answered:
+        raise DataError("The text ends with an answer: leave it out, or drop --answer.")
+    mounted, tokenizer = _mounted(router, base, device)
+    read = _read(mounted, tokenizer, row, answered, new_tokens if answer else 0)
+    if as_json:
+        named = zip(read.chunks, read.texts, strict=True)
+        chunks = [{**asdict(chunk), "text": text} for chunk, text in named]
+        found = {"router": str(router), "base": base, "chunks": chunks, "answer": read.answer}
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+    console = Console()
+    console.print(_table(read, mounted.router.chunk_size))
+    if read.answer is not None:
+        console.print(f"\n[bold]answer:[/] {escape(read.answer)}", highlight=False)
+    return 0
+
+
+@route_app.command()
+def export(
+    router: Router,
+    out: Annotated[Path, typer.Option("--out", help="New folder for the LoRA.")],
+    expert: Annotated[str | None, typer.Option("--expert", help="This expert alone.")] = None,
+    gates: Annotated[
+        str | None,
+        typer.Option(
+            "--gates", help='Several at once, by how much: \'{"json": 1.0, "sql": 0.5}\'.'
+        ),
+    ] = None,
+    base: Model = "bem-tiny",
+    device: Device = "auto",
+) -> int:
+    """Write one expert, or all under a fixed gate, as a plain PEFT LoRA for any server that takes those.
+
+    All ranks act, with strength 1, inside the router's trust region.
+    """
+    if (expert is None) == (gates is None):
+        raise ConfigError("Name either --expert NAME or --gates JSON.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already: name a new folder.")
+    wanted = {expert: 1.0} if expert is not None else _gates(gates or "")
+    mounted, _ = _mounted(router, base, device)
+    import torch
+
+    from bem.adapters.experts import write_lora
+    from bem.adapters.stack import fixed_updates
+
+    names = [e.name for e in mounted.experts]
+    _check_names(wanted, names)
+    gate = torch.tensor([wanted.get(name, 0.0) for name in names], device=mounted.base.device)
+    updates = fixed_updates(mounted.stacks, gate, mounted.router.region)
+    write_lora(updates, out, None if base == "bem-tiny" else base)
+    rank = max((len(update.v) for update in updates.values()), default=0)
+    console = Console()
+    said = f"{len(updates)} sites, rank {rank}"
+    console.print(f"LoRA: [bold]{escape(str(out))}[/] ({said})", soft_wrap=True, highlight=False)
+    shared = mounted.router_config.shared
+    if shared and shared not in wanted:
+        always = json.dumps({**wanted, shared: 1.0})
+        note = f"{shared!r}, which the router lets act in every chunk, is not in it: --gates '{always}'"
+        console.print(f"[dim]{escape(note)}[/]", soft_wrap=True, highlight=False)
+    return 0
+
+
+@route_app.command()
+def distill(
+    router: Annotated[
+        Path, typer.Argument(help="Folder of a router, or of any adapter of ours: the teacher.")
+    ],
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the student.")],
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the student at each site.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Of its start and of the data order.")] = 0,
+    data: DataFolder = None,
+    settings: Settings = None,
+    base: Base = None,
+) -> int:
+    """Fit one static LoRA to what a router does, on the training rows of a config.
+
+    The config gives base, data and training. The same command resumes what was interrupted.
+    """
+    experiment = load(config, data, settings, base)
+    console = Console()
+    quiet()
+    with Display(console) as display:
+        before, after = _distil(experiment, router, out, rank, seed, display)
+    change = f"{before:.4g} nats per answer token for the bare base, {after:.4g} for the student"
+    console.print(f"KL to the teacher on held-out rows: {change}", soft_wrap=True, highlight=False)
+    for what, name in (("Checkpoint", "adapter"), ("PEFT LoRA", "lora")):
+        console.print(f"{what}: [bold]{escape(str(out / name))}[/]", soft_wrap=True)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def conversation(text: str) -> tuple[Example, bool]:
+    """The text as an example, and whether it ends with an answer.
+
+    Raises:
+        DataError: nothing is said, or the turns do not alternate, the user first.
+    """
+    from bem.training.data import Example
+
+    turns = _turns(text)
+    for number, (role, words) in enumerate(turns):
+        expected = ROLES[number % 2]
+        if role != expected or not words:
+            what = "says nothing" if role == expected else f"is the {role}'s, not the {expected}'s"
+            raise DataError(f"Turn {number + 1} of the text {what}. Turns alternate, user first.")
+    said = [words for _, words in turns]
+    *earlier, last = [said[i : i + 2] for i in range(0, len(said), 2)]
+    history = tuple((user, assistant) for user, assistant in earlier)
+    return Example("the text", last[0], tuple(last[1:]) or ("",), history=history), len(last) == 2
+
+
+def _turns(text: str) -> list[tuple[str, str]]:
+    """(role, words) of each turn; a text that begins with no role is one turn of the user."""
+    lines = text.strip().splitlines()
+    if not lines or not TURN.match(lines[0]):
+        return [("user", text.strip())]
+    turns: list[tuple[str, list[str]]] = []
+    for line in lines:
+        if begins := TURN.match(line):
+            turns.append((begins[1].lower(), [line[begins.end() :]]))
+        else:
+            turns[-1][1].append(line)
+    found = [(role, "\n".join(said).strip()) for role, said in turns]
+    return found[:-1] if found[-1] == ("assistant", "") else found  # the answer is yet to come
+
+
+def _read(mounted: Mounted, tokenizer: Any, row: Example, answered: bool, new_tokens: int) -> Read:
+    """Route a conversation, and let the model answer it if `new_tokens` says so."""
+    from bem.experiments.measure import context_length
+    from bem.routing import explain as explaining
+    from bem.training.answers import greedy_answers
+    from bem.training.data import encode
+
+    room = context_length(mounted.base) - new_tokens
+    encoded = encode(row, tokenizer, room, with_answer=answered)
+    ids, turns = list(encoded.input_ids), list(encoded.turn_starts)
+    if not answered:
+        turns[-1] = True  # here `generate` begins the answer's first chunk
+    answer = None
+    if new_tokens:
+        said = greedy_answers(mounted.model, tokenizer, [encoded], new_tokens)[0]
+        answer = tokenizer.decode(said, skip_special_tokens=True).strip()
+        ids, turns = ids + said, turns + [False] * len(said)
+    chunks = explaining.explain(mounted, ids, turns)
+    texts = [tokenizer.decode(ids[chunk.start : chunk.stop]) for chunk in chunks]
+    return Read(chunks, texts, answer)
+
+
+def _mounted(folder: Path, base: str, device: str) -> tuple[Mounted, Any]:
+    if not folder.is_dir():
+        raise ConfigError(f"No router at {folder}. `bem train router CONFIG` trains one.")
+    quiet()
+    from bem.bases import load_base
+    from bem.routing.mount import load_router
+
+    model, tokenizer = load_base(base, _device(device))
+    return load_router(model, folder), tokenizer
+
+
+def _device(name: str) -> str:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if gpu else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not gpu):
+        raise ConfigError(f"No device {name!r} here. There is: {'cpu, cuda' if gpu else 'cpu'}.")
+    return name
+
+
+# ------------------------------------------------------------------------------------------ showing
+
+
+def _table(read: Read, chunk_size: int) -> Table:
+    caption = f"Chunks of up to {chunk_size} tokens; > begins an answer."
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    for name in ("", "expert", "rank", "strength", "what the policy thinks"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why", ratio=1)
+    table.add_column("text", ratio=1)
+    for chunk, text in zip(read.chunks, read.texts, strict=True):
+        turn = ">" if chunk.turn else " "
+        strength = f"{chunk.strength:g}" + (f" (-{chunk.fade:.0%})" if chunk.fade else "")
+        table.add_row(
+            f"{turn}{chunk.chunk}",
+            f"[bold]{escape(chunk.expert)}[/]",
+            str(chunk.rank) if chunk.expert != "base" else "",
+            strength if chunk.expert != "base" else "",
+            _bars(chunk.probabilities),
+            escape(chunk.why),
+            f"[dim]{escape(_short(text))}[/]",
+        )
+    return table
+
+
+def _bars(probabilities: dict[str, float]) -> str:
+    top = sorted(probabilities.items(), key=lambda item: -item[1])[:TOP]
+    width = max(len(name) for name, _ in top)
+    lines = (f"{n:<{width}} {'█' * round(BAR * p):<{BAR}} {p:.2f}" for n, p in top)
+    return escape("\n".join(lines))
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+# ----------------------------------------------------------------------------------------- exporting
+
+
+def _gates(text: str) -> dict[str, float]:
+    """Expert -> gate from JSON.
+
+    Raises:
+        ConfigError: not a JSON object of finite numbers.
+    """
+    try:
+        gates = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"--gates is not JSON: {error}. It looks like '{{\"json\": 1.0}}'."
+        ) from None
+    right = isinstance(gates, dict) and all(_is_number(gate) for gate in gates.values())
+    if not gates or not right:
+        raise ConfigError(f"--gates must give experts numbers, as '{{\"json\": 1.0}}', got {text}.")
+    return {name: float(gate) for name, gate in gates.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _check_names(wanted: Iterable[str], names: list[str]) -> None:
+    for name in wanted:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"No expert {name!r}.{hint} Experts: {', '.join(names)}.")
+
+
+# ---------------------------------------------------------------------------------------- distilling
+
+
+def _distil(
+    config: ExperimentConfig, folder: Path, out: Path, rank: int, seed: int, display: Display
+) -> tuple[float, float]:
+    """Fit and save the student; KL of the bare base and of the student to the teacher, held-out."""
+    from bem.adapters.copies import without_adapter
+    from bem.bases import load_base
+    from bem.experiments.retrieval import with_evidence
+    from bem.experiments.runner import Event, device_of
+    from bem.experiments.tasks import load_tasks, training_mixture
+    from bem.training.distill import distill, divergence
+
+    display.show(Event("reading the data"))
+    tasks = [with_evidence(task, None) for task in load_tasks(config.data)]
+    held_out = [row for task in tasks for row in task.dev]
+    display.show(Event("loading the base"))
+    model, tokenizer = load_base(config.base, device_of(config))
+    teacher = _teacher(model, folder)
+    steps, length = config.training.steps, config.training.max_length
+    made = distill(
+        teacher,
+        tokenizer,
+        training_mixture(tasks),
+        rank,
+        config.training,
+        out / "training",
+        seed,
+        lambda step: display.show(
+            Event("distilling", done=step.step, total=steps, detail=f"KL {step.loss:.4f}")
+        ),
+    )
+    made.student.save(out / "adapter", made.training.data_hash, extra={"teacher": str(folder)})
+    made.student.save_lora(out / "lora")
+    display.show(Event("measuring"))
+    sides = without_adapter(teacher), made.student.model
+    size = config.eval_batch_size
+    before, after = (divergence(teacher, m, tokenizer, held_out, length, size) for m in sides)
+    return before, after
+
+
+def _teacher(model: Any, folder: Path) -> Attached:
+    """What the folder holds, a router or a single adapter, on its base."""
+    import bem
+    from bem.routing.mount import MANIFEST
+
+    if not folder.is_dir():
+        raise ConfigError(f"No router or adapter at {folder}.")
+    manifest = folder / MANIFEST
+    known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    return (
+        bem.load_router(model, folder) if known.get("kind") == "router" else bem.load(model, folder)
+    )
