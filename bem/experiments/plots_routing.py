@@ -88,7 +88,10 @@ def learning(seeds: Rows, delta: float) -> str:
         ):  # fmt: skip
             axes.plot(x, values, color=tint, lw=1.6, marker="o", ms=3)
         refused = [row["iteration"] for row in rows if not row["accepted"]]
-        middle.plot(refused, [0] * len(refused), "x", color=REJECT, ms=6, mew=1.8, clip_on=False)
+        if refused:  # an empty line would have no place in the layout
+            middle.plot(
+                refused, [0] * len(refused), "x", color=REJECT, ms=6, mew=1.8, clip_on=False
+            )
         ends.append((x[-1], reward[-1], f"seed {seed}", tint))
     for axes, label in ((top, "reward"), (middle, "KL of the step"), (bottom, "entropy (nats)")):
         _plain(axes)
@@ -148,18 +151,20 @@ def cloning(seeds: Rows) -> str:
         seeds: rows with head, accuracy, majority and chance.
     """
     heads = list(dict.fromkeys(row["head"] for rows in seeds.values() for row in rows))
-    figure = _figure(7.6, 0.95 + 0.32 * len(heads))
+    figure = _figure(7.6, 0.95 + (0.2 + 0.16 * len(seeds)) * len(heads))
     axes = figure.add_subplot()
     _plain(axes)
     for place, rows in enumerate(seeds.values(), 1):
         for row in rows:
-            y = heads.index(row["head"]) + (place - (len(seeds) + 1) / 2) * 0.22
+            y = heads.index(row["head"]) + (place - (len(seeds) + 1) / 2) * 0.7 / len(seeds)
             axes.plot([row["majority"], row["accuracy"]], [y, y], color=_arm(place), lw=1.2)
             axes.plot(row["chance"], y, "|", color=MUTED, ms=8, mew=1.4)
-            axes.plot(row["majority"], y, "D", ms=4, mfc=PAPER, mec=_arm(place), mew=1.2)
-            axes.plot(row["accuracy"], y, "o", ms=6, color=_arm(place), mec=PAPER, mew=1)
+            axes.plot(row["majority"], y, "D", ms=8, mfc=PAPER, mec=_arm(place), mew=1.2)
+            axes.plot(row["accuracy"], y, "o", ms=5.5, color=_arm(place), mec=PAPER, mew=1)
     axes.set_yticks(range(len(heads)), heads)
-    axes.set(xlabel="share of the oracle's choices", xlim=(-0.02, 1.02), ylim=(len(heads) - 0.4, -0.6))
+    axes.set(
+        xlabel="share of the oracle's choices", xlim=(-0.02, 1.02), ylim=(len(heads) - 0.4, -0.6)
+    )
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=LINE, lw=0.6)
     return _svg(figure, "cloning", "Accuracy of the cloned router's heads")

@@ -12,6 +12,7 @@ import numpy as np
 
 from bem.config import ExperimentConfig
 from bem.experiments import plots_routing as plots
+from bem.experiments import wording
 from bem.experiments.store import RunFolder, read_json, read_jsonl
 
 GIST = 44
@@ -52,6 +53,8 @@ class Conversation:
     """A heat map: chunks from left to right, experts from top to bottom."""
 
     id: str
+    skills: list[str]
+    """Of all turns."""
     chunks: list[Chunk]
     rows: list[tuple[str, list[Cell]]]
 
@@ -105,15 +108,12 @@ class RouterPart:
     """Seeds of `heads`."""
 
 
-CHOOSING = ["right expert at answers", "right at the last turn", "flips per chunk"] + [
-    "mean plan",
-    "longest plan",
-]  # fmt: skip
+CHOOSING = (
+    "right expert at answers", "right at the last turn", "flips per chunk", "mean plan", "longest plan",
+)  # fmt: skip
 
 
-def part_of(
-    folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, int]
-) -> RouterPart:
+def part_of(folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, int]) -> RouterPart:
     """Whatever the run's folder holds of its router; what it does not hold is left out."""
     facts = {a.name: _facts(folder, config, a.name) for a in config.arms if a.route}
     by_route = {a.route: a.name for a in reversed(config.arms) if a.route}
@@ -127,11 +127,11 @@ def part_of(
         shown=shown,
         conversations=[_conversation(item, owners) for item in talks[0]["shown"]] if talks else [],
         use=_use(talks, owners) if talks else None,
-        columns=CHOOSING,
+        columns=list(CHOOSING),
         choosing=[
-            Choosing(name, colours[name], values)
+            Choosing(_named(name, found), colours[name], values)
             for name, found in facts.items()
-            if any((values := _choosing(found)))
+            if any(values := _choosing(found))
         ],
         learned=[_learning_row(seed, rows) for seed, rows in learned.items()],
         learning=plots.learning(learned, delta) if learned else "",
@@ -162,6 +162,12 @@ def _facts(folder: RunFolder, config: ExperimentConfig, arm: str) -> list[dict[s
     return [read_json(path) for path in paths if path.is_file()]
 
 
+def _named(arm: str, facts: Sequence[Mapping[str, Any]]) -> str:
+    """`single (json)`: the one expert of each seed, if there is one."""
+    experts = list(dict.fromkeys(f["expert"] for f in facts if "expert" in f))
+    return f"{arm} ({', '.join(experts)})" if experts else arm
+
+
 # ---------------------------------------------------------------------------------- conversations
 
 
@@ -176,6 +182,7 @@ def _conversation(item: Mapping[str, Any], owners: Mapping[str, str]) -> Convers
     ]
     return Conversation(
         item["id"],
+        item["skills"],
         [_chunk(c, s, owners) for c, s in zip(chunks, asked, strict=True)],
         [(name, [_cell(chunk, name) for chunk in chunks]) for name in strong],
     )
@@ -259,9 +266,8 @@ def _learning_row(seed: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     refused = sum(not row["accepted"] for row in rows)
     numbers = [f"{row['reward']:.3f} ± {2 * row['reward_se']:.3f}" for row in (first, last)]
     largest = max(row["kl"] for row in rows)
-    return [str(seed), str(len(rows)), *numbers, f"{largest:.4f}", str(refused)] + [
-        f"{last['entropy']:.2f}"
-    ]
+    ends = [*numbers, f"{largest:.4f}", str(refused), f"{last['entropy']:.2f}"]
+    return [wording.minus(text) for text in (str(seed), str(len(rows)), *ends)]
 
 
 def _remarks(learned: Learned) -> Iterator[str]:
@@ -271,13 +277,13 @@ def _remarks(learned: Learned) -> Iterator[str]:
         if refused:
             which = _numbers([row["iteration"] for row in refused])
             yield (
-                f"Seed {seed}: {len(refused)} of {len(rows)} steps were refused ({which}), and left the "
-                f"policy as it was; the last because {refused[-1]['reason']}."
+                f"Seed {seed}: {len(refused)} of {len(rows)} steps refused ({which}), the policy stayed as "
+                f"it was. The last one: {refused[-1]['reason']}."
             )
         alarms = [row for row in rows if row["alarm"]]
         if alarms:
             which = _numbers([row["iteration"] for row in alarms])
-            yield f"Seed {seed}: alarm ({which}): {alarms[-1]['alarm']}."
+            yield f"Seed {seed}: the policy seems to have collapsed ({which}): {alarms[-1]['alarm']}."
 
 
 def _numbers(iterations: Sequence[int]) -> str:
@@ -288,7 +294,7 @@ def _numbers(iterations: Sequence[int]) -> str:
             runs[-1].append(i)
         else:
             runs.append([i])
-    texts = [f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs]
+    texts = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
     return f"iteration{'s' * (len(iterations) > 1)} {', '.join(texts)}"
 
 

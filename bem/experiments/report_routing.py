@@ -5,9 +5,8 @@ What the router itself did and how it learned stands in `report_router`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,11 +17,11 @@ from bem.experiments import report_router, wording
 from bem.experiments.scoring import QUALITY
 from bem.experiments.store import RunFolder
 from bem.experiments.wording import Difference
-from bem.stats.bootstrap import Bca, bca_bootstrap, joint_bca
+from bem.stats.bootstrap import joint_bca
 from bem.stats.inputs import Floats, cluster_codes, finite, sum_by_cluster
 from bem.stats.latency import paired_ratio
 from bem.stats.measurement import Measurement
-from bem.stats.weights import Statistic
+from bem.stats.weights import Statistic, ratio
 
 STICKY = "sticky"
 """Slice of the conversations whose last turn shows no cue."""
@@ -48,7 +47,9 @@ class Row:
     arm: str
     colour: int
     about: str
-    values: list[str]
+    qualities: list[tuple[str, str]]
+    """On the whole, and on the slice `sticky`: points, and the difference to the baseline."""
+    costs: list[str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class RoutingPart:
 
     sentences: list[str]
     ranking: str
-    columns: list[str]
+    qualities: list[str]
+    costs: list[str]
+    """Names of the columns."""
     rows: list[Row]
     slices: list[SliceRow]
     router: report_router.RouterPart
@@ -98,26 +101,15 @@ def part_of(
         part: {arm.name: gain(measured[arm.name], base, gates, part) for arm in arms}
         for part in parts
     }
-    phases = [f"{phase} p50" for phase in base.latency_ms]
     return RoutingPart(
         sentences=list(_sentences(config, measured)),
         ranking=_ranking(arms, gains, colours),
-        columns=[
-            *(title for part in parts for title in (part or QUALITY, "against the baseline")),
-            "answer loss", *phases, "KV hits", "parameters",
-        ],
-        rows=[
-            Row(
-                arm.name,
-                colours[arm.name],
-                ROUTES[arm.route] if arm.route else "no experts",
-                [*_qualities(measured[arm.name], arm, gains), *_costs(measured[arm.name], base)],
-            )
-            for arm in arms
-        ],
+        qualities=[part or QUALITY for part in parts],
+        costs=["answer loss", *(f"{p} p50" for p in base.latency_ms), "KV hits", "parameters"],
+        rows=[_row(measured[arm.name], arm, base, gains, colours) for arm in arms],
         slices=list(_slices([measured[arm.name] for arm in arms], base)),
         router=report_router.part_of(folder, config, colours),
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------- differences
@@ -131,17 +123,10 @@ def gain(
     None where it cannot be computed: other examples, an empty slice, NaN.
     """
     try:
-        differences = _differences(arm, other)
-        mask = np.ones(other.n, bool) if part is None else np.asarray(other.slices[part])
-        clusters = None
-        if other.clusters is not None:
-            clusters = [c for c, inside in zip(other.clusters, mask, strict=True) if inside]
-        found = bca_bootstrap(
-            differences[mask], gates.n_bootstrap, gates.alpha, gates.seed, clusters=clusters
-        )
+        mask = np.ones(other.n) if part is None else np.asarray(other.slices[part], dtype=float)
+        return _bca([_differences(arm, other) * mask, mask], ratio, other.clusters, gates)
     except DataError:
         return None
-    return _in_points(found)
 
 
 def closed(
@@ -152,10 +137,22 @@ def closed(
     mean(arm - base) / mean(oracle - base), BCa over clusters: examples that both gain on count in
     numerator and denominator of the same resample.
     """
-    columns = np.stack([_differences(arm, base), _differences(oracle, base)], axis=1)
-    columns = sum_by_cluster(columns, cluster_codes(base.clusters, base.n))
-    statistic = Statistic("share of the gap", columns, _share)
-    return _in_points(joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0])
+    columns = [_differences(arm, base), _differences(oracle, base)]
+    return _bca(columns, _share, base.clusters, gates)
+
+
+def _bca(
+    columns: Sequence[Floats],
+    of: Callable[[Floats], Floats],
+    clusters: Sequence[str] | None,
+    gates: GatesConfig,
+) -> Difference:
+    """Interval of a function of sums over examples, times 100."""
+    table = np.stack(columns, axis=1)
+    table = sum_by_cluster(table, cluster_codes(clusters, len(table)))
+    statistic = Statistic("quality", table, of)
+    found = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
+    return Difference(100 * found.observed, 100 * found.lower, 100 * found.upper)
 
 
 def _share(sums: Floats) -> Floats:
@@ -168,10 +165,6 @@ def _differences(arm: Measurement, other: Measurement) -> Floats:
     place = arm.aligned_to(other.example_ids)
     new = finite(f"{arm.name}: {QUALITY}", arm.metrics[QUALITY], 2)[:, place].mean(0)
     return new - finite(f"{other.name}: {QUALITY}", other.metrics[QUALITY], 2).mean(0)
-
-
-def _in_points(found: Bca) -> Difference:
-    return Difference(100 * found.observed, 100 * found.lower, 100 * found.upper)
 
 
 # ------------------------------------------------------------------------------------ side by side
@@ -201,27 +194,35 @@ def _value(difference: Difference | None) -> float:
     return difference.value if difference else float("-inf")
 
 
-def _qualities(m: Measurement, arm: ArmConfig, gains: Gains) -> Iterator[str]:
-    for part, row in gains.items():
-        yield _number(100 * _mean(m, QUALITY, part), 1)
-        yield "baseline" if arm.role == "baseline" else str(row[arm.name] or "–")
+def _row(
+    m: Measurement, arm: ArmConfig, base: Measurement, gains: Gains, colours: Mapping[str, int]
+) -> Row:
+    differences = [gains[part][m.name] for part in gains]
+    means = [_number(100 * _mean(m, QUALITY, part), 1) for part in gains]
+    return Row(
+        m.name,
+        colours[m.name],
+        ROUTES[arm.route] if arm.route else "no experts",
+        [
+            (mean, "baseline" if m is base else str(d or "–"))
+            for mean, d in zip(means, differences, strict=True)
+        ],
+        list(_costs(m, base)),
+    )
 
 
 def _costs(m: Measurement, base: Measurement) -> Iterator[str]:
     yield _number(_mean(m, "loss"), 3)
-    for phase in base.latency_ms:
-        same = m.name == base.name
-        p50 = np.median(np.asarray(m.latency_ms[phase]))
-        ratio = 1.0 if same else paired_ratio(m.latency_ms[phase], base.latency_ms[phase]).ratio
-        yield f"{p50:.1f} ms" if same else f"×{ratio:.2f}"
-    hits, needed = (np.sum(np.asarray(v or 0)) for v in (_list(m.kv_hits), _list(m.kv_needed)))
-    yield f"{hits / needed:.1%}" if needed else "–"
-    count = m.adapter_parameters
-    yield "–" if count is None else f"{count:,.0f}"
-
-
-def _list(values: Any) -> list[float]:
-    return [] if values is None else np.asarray(values).tolist()
+    for phase, times in base.latency_ms.items():
+        if m is base:
+            yield f"{np.median(np.asarray(times)):.1f} ms"
+        else:
+            yield f"×{paired_ratio(m.latency_ms[phase], times).ratio:.2f}"
+    if m.kv_hits is None or m.kv_needed is None:
+        yield "–"
+    else:
+        yield f"{np.sum(m.kv_hits) / np.sum(m.kv_needed):.1%}"
+    yield "–" if m.adapter_parameters is None else f"{m.adapter_parameters:,.0f}"
 
 
 def _mean(m: Measurement, metric: str, part: str | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 MINUS = "\u2212"
@@ -174,9 +175,7 @@ def compared(name: str, other: str, gain: Difference, where: str = "") -> str:
 
 
 def times(ratio: float, lower: float, upper: float) -> str:
-    """`×2.10 (at least ×2.02)`: a ratio of times and the one-sided limit that tells it from 1."""
-    if lower > 1:
-        return f"×{ratio:.2f} (at least ×{lower:.2f})"
-    if upper < 1:
-        return f"×{ratio:.2f} (at most ×{upper:.2f})"
-    return f"×{ratio:.2f} (not told apart from ×1)"
+    """`×2.10 [2.02, 2.19]`: a ratio of times with its one-sided limits."""
+    if upper == inf:
+        return f"×{ratio:.2f} (too few rounds for limits)"
+    return f"×{ratio:.2f} [{lower:.2f}, {upper:.2f}]"

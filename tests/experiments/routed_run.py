@@ -92,8 +92,8 @@ def make_run(output: Path, arms: tuple[str, ...] = tuple(GAINS), **changes) -> R
 
 
 def measurement(name: str, easy: np.ndarray, rng: np.random.Generator) -> Measurement:
-    sticky = np.arange(N) % 3 == 0
-    tasks = np.array(SKILLS)[np.arange(N) % len(SKILLS) // 1]
+    sticky = np.arange(N) // 3 % 3 == 0
+    tasks = np.array(SKILLS)[np.arange(N) % len(SKILLS)]
     lost = 0.25 * (sticky & (name in ("linear", "s0", "random")))
     right = (easy < 0.5 + GAINS[name] - lost + rng.normal(0, 0.05, N)).astype(float)
     xlora = name == "xlora"
@@ -117,6 +117,8 @@ def facts(route: str, seed: int) -> dict[str, Any]:
         found = asdict(cloning(seed)) if route == "ar0" else {}
         return {**found, "conversations": conversations(seed)}
     known: dict[str, Any] = {"agrees_with_gold": {"gold": 1.0, "wrong": 0.0}.get(route, 0.5)}
+    if route == "single":
+        known["expert"] = "qa"
     if route == "linear":
         known |= {"accuracy_per_turn": 0.75, "trained_on": 300}
     return known
@@ -133,7 +135,11 @@ def conversations(seed: int) -> dict[str, Any]:
         "plan_length": 1.25,
         "longest_plan": 3,
         "shown": [
-            {"id": f"forms/talk-{i}", "skills": ["forms/intent", "qa", "forms/json"], "chunks": talk()}
+            {
+                "id": f"forms/talk-{i}",
+                "skills": ["forms/intent", "qa", "forms/json"],
+                "chunks": talk(),
+            }
             for i in range(2)
         ],
     }
