@@ -237,7 +237,7 @@ def test_control_c_can_be_resumed_with_the_same_command(config):
 
 
 def test_train_and_evaluate_one_arm(capsys, config, tmp_path):
-    code, out, _ = bem_command(capsys, "train", config, "--arm", "v4")
+    code, out, _ = bem_command(capsys, "train", "arm", config, "--arm", "v4")
     checkpoint = tmp_path / "runs" / "small" / "arms" / "v4" / "seed-0" / "checkpoint"
     assert code == 0 and str(checkpoint) in out.replace("\n", "")
     out_file = tmp_path / "scores.json"
@@ -246,8 +246,9 @@ def test_train_and_evaluate_one_arm(capsys, config, tmp_path):
     assert out_file.is_file()
     code, _, _ = bem_command(capsys, "validate", out_file, out_file)
     assert code == 2
-    assert "No arm 'v7'" in problem(capsys, "train", config, "--arm", "v7")
-    assert "Seed 5 is none" in problem(capsys, "train", config, "--arm", "v4", "--seed", "5")
+    assert "No arm 'v7'" in problem(capsys, "train", "arm", config, "--arm", "v7")
+    assert "Seed 5 is none" in problem(capsys, "train", "arm", config, "--arm", "v4", "--seed", "5")
+    assert "no `routing` section" in problem(capsys, "train", "router", config)
     (checkpoint / "adapter_model.safetensors").write_bytes(b"other")
     assert "was changed after saving" in problem(capsys, "evaluate", config, checkpoint)
 

@@ -280,8 +280,9 @@ class _Run:
             ) from error
         changes = _changes(before, json.loads(json.dumps(self.fingerprint)))
         if changes:
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise TrainingError(
-                f"{self.label}: {path} belongs to a run with other settings: {'; '.join(changes)}. "
+                f"{self.label}: {path} belongs to a run with other settings: {'; '.join(changes[:3])}{more}. "
                 f"Set them back, or delete {self.folder} to begin anew."
             )
         self.attached.load_state_dict(state["adapter"])
