@@ -197,9 +197,13 @@ class CloningConfig(Section):
     batch_size: int = Field(default=128, ge=1)
     """Decisions per optimiser step."""
     learning_rate: float = Field(default=3e-3, gt=0)
-    """Of AdamW."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    """Learning rate of AdamW."""
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay."""
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    """Of the policy's and the critic's inputs and hidden layer, while they are cloned."""
+    other_heads: float = Field(default=0.3, ge=0)
+    """Weight of span, rank budget and strength in the loss, beside 1 for the expert."""
     rounds: int = Field(default=1, ge=0)
     """Times that the trained router's own states are traced and labelled too (DAgger)."""
 

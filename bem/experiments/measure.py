@@ -222,7 +222,7 @@ def _measure_task(
         rows = order[at : at + batch_size]
         started = time.perf_counter()
         said, used = _generate(model, tokenizer, [prompts[i] for i in rows], task.max_new_tokens)
-        losses, gates = _answer_losses(attached, [wholes[i] for i in rows], pad_id)
+        losses, gates = answer_losses(attached, [wholes[i] for i in rows], pad_id)
         seconds = (time.perf_counter() - started) / len(rows)
         for i, ids, use, loss, gate in zip(rows, said, used, losses, gates, strict=True):
             example = task.dev[i]
@@ -299,7 +299,7 @@ def _counted(model: Any) -> Iterator[list[tuple[int, int]]]:
 
 
 @torch.inference_mode()
-def _answer_losses(
+def answer_losses(
     attached: Any, rows: list[Encoded], pad_id: int
 ) -> tuple[list[float], list[float | None]]:
     """Mean negative log-likelihood of each row's last answer and its end, in nats per token; and the

@@ -1,19 +1,17 @@
-"""What a router did with held-out conversations, and how it learned: the report's view of
-`conversation_report`, `policy_gradient.Iteration` and `bc.CloningResult`."""
+"""What a router did with held-out conversations: the report's view of `conversation_report`, and of
+`interference`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bem.config import ExperimentConfig
-from bem.experiments import plots_routing as plots
 from bem.experiments import wording
-from bem.experiments.store import RunFolder, read_json, read_jsonl
+from bem.experiments.store import RunFolder, read_json
 
 GIST = 44
 """Characters at either end of a chunk's text that stand beneath its column."""
@@ -77,12 +75,14 @@ class Choosing:
 
 
 @dataclass(frozen=True)
-class Head:
-    """One head of the cloned policy on held-out traces."""
+class Lost:
+    """What one expert loses beside the others on its own skills."""
 
-    name: str
-    values: list[str]
-    """Chance, and `accuracy (majority)` of each seed."""
+    expert: str
+    alone: str
+    beside: list[tuple[str, bool]]
+    """Mounted under the maker's labels, and as the router chooses: loss with its growth, and
+    whether that is within the limit."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,11 @@ class RouterPart:
     columns: list[str]
     """Of `choosing`."""
     choosing: list[Choosing]
-    learned: list[list[str]]
-    """One row per seed: how many iterations, reward, KL, refusals, entropy."""
-    learning: str
-    delta: float
-    experts: str
-    remarks: list[str]
-    cloning: str
-    heads: list[Head]
-    cloned: list[int]
-    """Seeds of `heads`."""
+    options: list[str]
+    """Names of the experts that it chooses from, the base first."""
+    limit: str
+    """Of `losses`: largest growth allowed."""
+    losses: list[Lost]
 
 
 CHOOSING = (
@@ -120,9 +115,7 @@ def part_of(folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, i
     shown = by_route.get("ar1") or by_route.get("ar0") or ""
     talks = [f["conversations"] for f in facts.get(shown, []) if "conversations" in f]
     owners = owners_of(config, talks[0]["skills"]) if talks else {}
-    learned, cloned = _learned(folder, config), _cloned(folder, config)
-    delta = config.routing.policy_gradient.delta if config.routing else 0.0
-    options = talks[0]["options"] if talks else []
+    disturbed = [f["interference"] for f in facts.get(shown, []) if "interference" in f]
     return RouterPart(
         shown=shown,
         conversations=[_conversation(item, owners) for item in talks[0]["shown"]] if talks else [],
@@ -133,14 +126,9 @@ def part_of(folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, i
             for name, found in facts.items()
             if any(values := _choosing(found))
         ],
-        learned=[_learning_row(seed, rows) for seed, rows in learned.items()],
-        learning=plots.learning(learned, delta) if learned else "",
-        delta=delta,
-        experts=plots.expert_use(learned, options) if options else "",
-        remarks=list(_remarks(learned)),
-        cloning=plots.cloning(cloned) if cloned else "",
-        heads=_heads(cloned),
-        cloned=list(cloned),
+        options=talks[0]["options"] if talks else [],
+        limit=f"{disturbed[0]['limit']:.0%}" if disturbed else "",
+        losses=_losses(disturbed),
     )
 
 
@@ -246,80 +234,21 @@ def _choosing(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-# --------------------------------------------------------------------------------------- learning
+def _losses(disturbed: Sequence[Mapping[str, Any]]) -> list[Lost]:
+    """Losses in nats per answer token, averaged over seeds."""
 
-Learned = dict[int, list[dict[str, Any]]]
-"""Seed -> rows of its metrics.jsonl (`policy_gradient.Iteration`)."""
+    def mean(kind: str, key: str, at: int) -> float:
+        return float(np.mean([found[kind]["experts"][at][key] for found in disturbed]))
 
-
-def _stage(folder: RunFolder, seed: int) -> Path:
-    return folder.path / "routing" / f"seed-{seed}"
-
-
-def _learned(folder: RunFolder, config: ExperimentConfig) -> Learned:
-    found = {s: read_jsonl(_stage(folder, s) / "ar1-training/metrics.jsonl") for s in config.seeds}
-    return {seed: rows for seed, rows in found.items() if rows}
-
-
-def _learning_row(seed: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    first, last = rows[0], rows[-1]
-    refused = sum(not row["accepted"] for row in rows)
-    numbers = [f"{row['reward']:.3f} ± {2 * row['reward_se']:.3f}" for row in (first, last)]
-    largest = max(row["kl"] for row in rows)
-    ends = [*numbers, f"{largest:.4f}", str(refused), f"{last['entropy']:.2f}"]
-    return [wording.minus(text) for text in (str(seed), str(len(rows)), *ends)]
-
-
-def _remarks(learned: Learned) -> Iterator[str]:
-    """Refused steps and alarms in words."""
-    for seed, rows in learned.items():
-        refused = [row for row in rows if not row["accepted"]]
-        if refused:
-            which = _numbers([row["iteration"] for row in refused])
-            yield (
-                f"Seed {seed}: {len(refused)} of {len(rows)} steps refused ({which}), the policy stayed as "
-                f"it was. The last one: {refused[-1]['reason']}."
-            )
-        alarms = [row for row in rows if row["alarm"]]
-        if alarms:
-            which = _numbers([row["iteration"] for row in alarms])
-            yield f"Seed {seed}: the policy seems to have collapsed ({which}): {alarms[-1]['alarm']}."
-
-
-def _numbers(iterations: Sequence[int]) -> str:
-    """`iterations 2, 5 to 9`."""
-    runs: list[list[int]] = []
-    for i in iterations:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    texts = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
-    return f"iteration{'s' * (len(iterations) > 1)} {', '.join(texts)}"
-
-
-def _cloned(folder: RunFolder, config: ExperimentConfig) -> dict[int, list[dict[str, Any]]]:
-    """Seed -> `bc.Accuracy` of each head."""
-    paths = {seed: _stage(folder, seed) / "cloning.json" for seed in config.seeds}
-    return {seed: read_json(path)["accuracy"] for seed, path in paths.items() if path.is_file()}
-
-
-def _heads(cloned: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Head]:
-    names = dict.fromkeys(a["head"] for heads in cloned.values() for a in heads)
-    found = {seed: {a["head"]: a for a in heads} for seed, heads in cloned.items()}
-    return [
-        Head(
-            name,
-            [
-                next(f"{heads[name]['chance']:.1%}" for heads in found.values() if name in heads),
-                *(_against_majority(heads.get(name)) for heads in found.values()),
-            ],
-        )
-        for name in names
-    ]
-
-
-def _against_majority(a: Mapping[str, Any] | None) -> str:
-    if a is None:
-        return "–"
-    return f"{a['accuracy']:.1%} ({a['majority']:.1%}, {a['decisions']})"
+    names = [row["expert"] for row in disturbed[0]["mounted"]["experts"]] if disturbed else []
+    rows = []
+    for at, name in enumerate(names):
+        alone = mean("mounted", "alone", at)
+        beside = []
+        for kind in ("mounted", "routed"):
+            loss = mean(kind, "mounted", at)
+            growth = loss / alone - 1
+            text = wording.minus(f"{loss:.3f} ({growth:+.1%})")
+            beside.append((text, growth <= disturbed[0]["limit"]))
+        rows.append(Lost(name, f"{alone:.3f}", beside))
+    return rows

@@ -136,9 +136,7 @@ class Stages:
             "data": data_hash(self.examples),
             "seed": self.seed,
             "training": self.config.training.model_dump(mode="json"),
-            "experts": [
-                routing[key] for key in ("experts", "expert_rank", "shared_rank", "steps")
-            ],
+            "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank", "steps")],
             "router": routing["router"],
         }
         if stage in ("ar0", "ar1"):
@@ -284,7 +282,7 @@ class Stages:
 
     def encoded(self, row: Example) -> Encoded:
         """A whole conversation, answer included, as long as it may be."""
-        return encode(row, self.tokenizer, self._room(0))
+        return encode(row, self.tokenizer, self.room)
 
     def trace(self, mounted: Mounted, rows: Sequence[Encoded], cache: Path | None) -> Traces:
         """Every expert's losses on these conversations."""
@@ -310,6 +308,11 @@ class Stages:
         if form == "tool":
             found["tool"] = found["em"]
         return {k: found[k] for k in ("quality", "em", "f1", "validity", "tool") if k in found}
+
+    @property
+    def room(self) -> int:
+        """Longest conversation in tokens."""
+        return self._room(0)
 
     def _room(self, new_tokens: int) -> int:
         return min(self.config.training.max_length, context_length(self.model) - new_tokens)

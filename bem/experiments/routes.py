@@ -16,10 +16,11 @@ import torch
 
 from bem.config import ArmConfig
 from bem.experiments.conversation_report import conversations_of
+from bem.experiments.interference import interference_of
 from bem.experiments.linear import fit_linear, turn_features
 from bem.experiments.peers import Peer, arrow, load_peer, xlora
 from bem.experiments.routed import Stages, routed
-from bem.experiments.store import Cell, read_json, write_json
+from bem.experiments.store import Cell, write_json
 from bem.experiments.tasks import Task
 from bem.routing.mount import load_router
 from bem.training.data import Encoded, Example
@@ -50,8 +51,9 @@ def opened(arm: ArmConfig, stages: Stages, cell: Cell) -> Iterator[Opened]:
         finally:
             stages.model = peer.detach()
     elif route in ("ar0", "ar1"):
-        with stages.mounted(stages.ar0() if route == "ar0" else stages.ar1()) as mounted:
-            facts = read_json(stages.folder / "cloning.json") if route == "ar0" else {}
+        folder = stages.ar0() if route == "ar0" else stages.ar1()
+        facts: dict[str, Any] = {"interference": interference_of(stages, folder)}
+        with stages.mounted(folder) as mounted:
             facts["conversations"] = conversations_of(mounted, stages)
             yield Opened(mounted, stages.tasks, facts)
     else:

@@ -41,12 +41,22 @@ class Observed:
         return WINDOWS * self.d_model + self.rest + 1
 
 
-class _Net(nn.Module):
-    """Reads the pooled states, then one hidden layer."""
+class Net(nn.Module):
+    """Reads the pooled states, then one hidden layer.
+
+    Pooled states are centred and scaled number by number, once `standardise` has seen some; dropout
+    is for cloning alone, everything else runs in eval mode.
+    """
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, d_model: int, rest: int, d_read: int, hidden: int, out: int, gain: float):
         super().__init__()
         self.d_model = d_model
+        self.register_buffer("centre", torch.zeros(d_model))
+        self.register_buffer("spread", torch.ones(d_model))
+        self.dropout = nn.Dropout(0.0)
         self.read = nn.Linear(d_model, d_read, bias=False)
         self.inner = nn.Linear(WINDOWS * d_read + rest, hidden)
         self.out = nn.Linear(hidden, out)
@@ -59,8 +69,19 @@ class _Net(nn.Module):
         pooled, rest = observation.split(
             [WINDOWS * self.d_model, observation.shape[-1] - WINDOWS * self.d_model], -1
         )
-        read = self.read(pooled.unflatten(-1, (WINDOWS, self.d_model))).flatten(-2)
-        return self.out(torch.tanh(self.inner(torch.cat([read, rest], -1))))
+        windows = pooled.unflatten(-1, (WINDOWS, self.d_model))
+        seen = (windows != 0).any(-1, keepdim=True)
+        windows = self.dropout((windows - self.centre) / self.spread * seen)
+        read = torch.cat([self.read(windows).flatten(-2), rest], -1)
+        return self.out(self.dropout(torch.tanh(self.inner(read))))
+
+    @torch.no_grad()
+    def standardise(self, observations: Tensor) -> None:
+        """Take centre and scale from observations (n, width)."""
+        windows = observations[:, : WINDOWS * self.d_model].reshape(-1, self.d_model)
+        windows = windows[(windows != 0).any(-1)]
+        self.centre.copy_(windows.mean(0))
+        self.spread.copy_(windows.std(0).clamp(min=0.1))
 
     def flops(self) -> int:
         """Matrix FLOPs of one observation."""
@@ -75,7 +96,7 @@ class Actor(nn.Module):
         super().__init__()
         self.sizes = sizes.space.sizes
         out = sum(self.sizes)
-        self.net = _Net(sizes.d_model, sizes.rest + 1, d_read, hidden, out, 0.01)
+        self.net = Net(sizes.d_model, sizes.rest + 1, d_read, hidden, out, 0.01)
 
     def logits(self, observation: Tensor) -> tuple[Tensor, ...]:
         """Logits (..., n_h) of each head."""
@@ -92,7 +113,7 @@ class Critic(nn.Module):
     def __init__(self, sizes: Observed, d_read: int, hidden: int):
         super().__init__()
         out = 1 + sizes.space.sizes[0]
-        self.net = _Net(sizes.d_model, sizes.rest, d_read, hidden, out, 1.0)
+        self.net = Net(sizes.d_model, sizes.rest, d_read, hidden, out, 1.0)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """(V (...), Q (..., experts + 1))."""

@@ -213,7 +213,7 @@ def _fit(
     if not len(test) or not len(train):
         raise TrainingError("no decision on one side of the split: trace more conversations.")
     critic, actor = mounted.router.policy.critic, mounted.router.policy.actor
-    available = mounted.router.available
+    available, scales = mounted.router.available, (1.0, *[config.other_heads] * 3)
 
     def value_loss(part: Decisions) -> Tensor:
         v, q = critic(part.observations[:, :-1])
@@ -221,15 +221,19 @@ def _fit(
 
     def action_loss(part: Decisions) -> Tensor:
         with torch.no_grad():
-            value = critic(part.observations[:, :-1])[0][:, None]
+            value = critic(part.observations[:, :-1])[0][:, None]  # the critic is in eval mode
         logits = actor.logits(torch.cat([part.observations[:, :-1], value], -1))
         losses = [
-            (F.cross_entropy(z, part.targets[:, h], reduction="none") * part.weights[:, h]).sum()
+            scales[h]
+            * (F.cross_entropy(z, part.targets[:, h], reduction="none") * part.weights[:, h]).sum()
             / part.weights[:, h].sum().clamp(min=1)
             for h, z in enumerate(_masked(logits, available))
         ]
         return torch.stack(losses).sum()
 
+    for net in (critic.net, actor.net):
+        net.standardise(train.observations)
+        net.dropout.p = config.dropout
     _descend(critic, value_loss, train, test, config, seed)
     return _descend(actor, action_loss, train, test, config, seed)
 
@@ -253,6 +257,7 @@ def _descend(
     best, kept, curve = np.inf, None, []
     for _ in range(config.epochs):
         total = 0.0
+        module.train()
         order = torch.from_numpy(rng.permutation(len(train)))
         for rows in order.split(config.batch_size):
             loss = loss_of(train.select(rows.to(train.targets.device)))
@@ -261,6 +266,7 @@ def _descend(
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             total += float(loss.detach()) * len(rows)
+        module.eval()
         with torch.no_grad():
             held = float(loss_of(test))
         if not np.isfinite(held):

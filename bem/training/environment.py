@@ -40,9 +40,7 @@ class Rollout:
     masks: tuple[Tensor, ...]  # bool (decisions, n_h) of each head
     actions: Tensor  # int (decisions, 4)
     log_probs: Tensor  # (decisions,)
-    q: Tensor  # (decisions, experts + 1): what hysteresis compared
     rewards: NDArray[np.float64]
-    values: NDArray[np.float64]
     durations: NDArray[np.int64]  # chunks that each decision governed
     ends: NDArray[np.bool_]  # the last decision of its episode
     scores: dict[str, float]  # mean of each score over the episodes
@@ -128,7 +126,7 @@ class Environment:
             mine[-1]["end"] = True
             parts.append({"decisions": mine, "return": sum(d["reward"] for d in mine)})
         decisions = [d for part in parts for d in part["decisions"]]
-        stacked = {k: torch.stack([d[k] for d in decisions]) for k in ("obs", "action", "q")}
+        stacked = {k: torch.stack([d[k] for d in decisions]) for k in ("obs", "action")}
         log_probs = torch.stack([d["log_prob"] for d in decisions])
         everything = [c for chunks, _ in episodes for c in chunks]
         heads = range(len(decisions[0]["masks"]))
@@ -137,9 +135,7 @@ class Environment:
             tuple(torch.stack([d["masks"][h] for d in decisions]) for h in heads),
             stacked["action"],
             log_probs,
-            stacked["q"],
             np.array([d["reward"] for d in decisions]),
-            stacked["obs"][:, -1].double().cpu().numpy(),
             np.array([d["duration"] for d in decisions]),
             np.array([d.get("end", False) for d in decisions]),
             {k: float(np.mean([s[k] for s in scored if k in s])) for k in _names(scored)},
@@ -166,7 +162,6 @@ class Environment:
                     "masks": [mask[row] for mask in step.allowed.masks],
                     "action": step.action[row],
                     "log_prob": step.distribution.log_prob(step.action)[row].detach(),
-                    "q": step.boundary.q[row],
                     "reward": cost - self.reward.flip_cost * float(changed),
                     "duration": 1,
                 }

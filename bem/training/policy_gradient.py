@@ -1,9 +1,11 @@
 """AR1: the router improves its policy on real generations, one trust-region step at a time.
 
-    roll out episodes -> advantages (GAE) -> one TRPO step of the actor -> fit of the critic's value
+    roll out episodes -> advantages (GAE) -> one TRPO step of the actor -> fit of the value
 
-The critic's Q of each expert, which hysteresis compares, is held where cloning left it: the rules of
-the game do not move while it is being learned. A step that fails leaves the weights as they were and
+The value that advantages are measured against is a network of its own, which serving does not need.
+The critic inside the router stays as cloning left it: its value is part of what the actor sees and
+its Q is what hysteresis compares, and neither the state nor the rules may move under a policy whose
+steps are bounded. A step that fails leaves the weights as they were and
 says so. Everything that an iteration draws comes from (seed, iteration), so that a resumed run gives
 the same bits.
 """
@@ -23,15 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from bem.errors import TrainingError
+from bem.routing.policy import Net
+from bem.routing.router import AgenticRouter
 from bem.training.data import Encoded, Example
 from bem.training.environment import Environment, Rollout
 from bem.training.fit import write_atomically
 from bem.training.gae import gae
-from bem.training.trpo import Batch, StepResult, TRPOOptimizer, explained_variance, fit_value
+from bem.training.trpo import Batch, StepResult, TRPOOptimizer, fit_value
 
 if TYPE_CHECKING:
     from bem.config import PolicyGradientConfig
-    from bem.routing.policy import Critic
 
 STATE, METRICS = "state.pt", "metrics.jsonl"
 
@@ -108,6 +111,7 @@ class _Run:
         self.environment, self.config, self.folder, self.seed = environment, config, folder, seed
         self.router = environment.mounted.router
         self.policy = self.router.policy
+        self.value = _value_like(self.router, seed)
         self.done: list[Iteration] = []
         settings = config.model_dump(mode="json", exclude={"iterations"})
         self.fingerprint = json.dumps([settings, seed, list(self.router.space.sizes)])
@@ -156,7 +160,7 @@ class _Run:
         none = np.zeros(len(rollout.rewards))
         found = gae(
             rollout.rewards,
-            rollout.values,
+            self._values(rollout),
             rollout.durations,
             rollout.ends,
             none.astype(bool),
@@ -175,22 +179,26 @@ class _Run:
             )
         )
         seen, targets = rollout.observations[:, :-1], torch.from_numpy(found.targets).to(like)
-        explained = explained_variance(_Value(self.policy.critic), seen, targets)
-        fit_value(
-            _Whole(self.policy.critic),
+        fitted = fit_value(
+            self.value,
             seen,
-            torch.cat([targets[:, None], rollout.q], 1),
+            targets,
             self.config.value_epochs,
             64,
             self.config.value_rate,
             torch.Generator().manual_seed(seed),
         )
-        return step, explained
+        return step, fitted.before
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout) -> Any:
+        return self.value(rollout.observations[:, :-1]).double().cpu().numpy()
 
     def save(self) -> None:
         state = {
             "fingerprint": self.fingerprint,
             "policy": {k: v.detach().cpu() for k, v in self.policy.state_dict().items()},
+            "value": {k: v.detach().cpu() for k, v in self.value.state_dict().items()},
             "done": json.dumps([asdict(i) for i in self.done]),
         }
         buffer = io.BytesIO()
@@ -216,6 +224,7 @@ class _Run:
                 f"{path} belongs to a run with other settings. Set them back, or delete {self.folder}."
             )
         self.policy.load_state_dict(state["policy"])
+        self.value.load_state_dict(state["value"])
         self.done = [Iteration(**i) for i in json.loads(state["done"])][: self.config.iterations]
 
 
@@ -231,23 +240,25 @@ def _alarm(use: Any, step: StepResult, experts: Sequence[str], config: PolicyGra
 
 
 class _Value(nn.Module):
-    """The critic's value alone."""
+    """Value of an observation without its last number: (n, width - 1) -> (n,)."""
 
-    def __init__(self, critic: Critic):
+    def __init__(self, net: Net):
         super().__init__()
-        self.critic = critic
+        self.net = net
 
     def forward(self, observation: Tensor) -> Tensor:
-        return self.critic(observation)[0]
+        return self.net(observation)[:, 0]
 
 
-class _Whole(nn.Module):
-    """Value and Q side by side: Q is fitted to what it was, so that only the value moves."""
-
-    def __init__(self, critic: Critic):
-        super().__init__()
-        self.critic = critic
-
-    def forward(self, observation: Tensor) -> Tensor:
-        value, q = self.critic(observation)
-        return torch.cat([value[:, None], q], -1)
+def _value_like(router: AgenticRouter, seed: int) -> _Value:
+    """A new value network of the critic's size, with its scaling of the inputs; it starts near zero."""
+    critic = router.policy.critic.net
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rest = router.observed.rest
+        net = Net(
+            router.d_model, rest, critic.read.out_features, critic.inner.out_features, 1, 0.01
+        )
+    net.centre.copy_(critic.centre)
+    net.spread.copy_(critic.spread)
+    return _Value(net).to(critic.centre.device)

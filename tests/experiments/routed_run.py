@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import bem
+from bem.adapters.subspace import Loss
 from bem.config import ExperimentConfig
 from bem.experiments import environment, judging, peers
 from bem.experiments.measure import DECLARED
@@ -115,13 +116,23 @@ def facts(route: str, seed: int) -> dict[str, Any]:
     """What `route.json` holds."""
     if route in ("ar1", "ar0"):
         found = asdict(cloning(seed)) if route == "ar0" else {}
-        return {**found, "conversations": conversations(seed)}
+        return {**found, "interference": disturbed(), "conversations": conversations(seed)}
     known: dict[str, Any] = {"agrees_with_gold": {"gold": 1.0, "wrong": 0.0}.get(route, 0.5)}
     if route == "single":
         known["expert"] = "qa"
     if route == "linear":
         known |= {"accuracy_per_turn": 0.75, "trained_on": 300}
     return known
+
+
+def disturbed() -> dict[str, Any]:
+    """What `interference_of` returns: nothing is lost by the labels, 1 and 3 % under the router."""
+    found: dict[str, Any] = {"limit": 0.02}
+    for kind, losses in (("mounted", (1.0, 1.0, 1.0)), ("routed", (1.01, 0.99, 1.03))):
+        rows = [Loss(name, 1.0, loss) for name, loss in zip(EXPERTS, losses, strict=True)]
+        rows = [{**asdict(row), "growth": row.growth} for row in rows]
+        found[kind] = {"passed": kind == "mounted", "experts": rows}
+    return found
 
 
 def conversations(seed: int) -> dict[str, Any]:

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 
 from bem.config import GatesConfig
-from bem.experiments import report, report_router, report_routing, wording
+from bem.experiments import (
+    report,
+    report_claims,
+    report_learning,
+    report_router,
+    report_routing,
+    wording,
+)
 from bem.experiments.judging import measurements, read_verdicts
 from bem.experiments.measure import DECLARED
-from bem.experiments.report_routing import closed, gain
+from bem.experiments.report_claims import closed, gain
 from bem.experiments.store import RunFolder, read_json
 from bem.experiments.wording import Difference
 from bem.stats.measurement import Measurement
@@ -103,7 +110,7 @@ def test_without_a_certain_gap_nothing_is_closed():
     rng = np.random.default_rng(0)
     base, oracle = rng.random(40), rng.random(40)
     sides = [measured(n, q) for n, q in (("ar1", base), ("s0", base), ("oracle", oracle))]
-    (said,) = report_routing._gap(sides[0], sides[1], sides[2], GATES)
+    (said,) = report_claims._gap(sides[0], sides[1], sides[2], GATES)
     assert "no certain gap" in said and "closes" not in said
 
 
@@ -157,18 +164,25 @@ def test_without_a_list_of_experts_each_skill_has_its_own():
     }
 
 
+def test_an_expert_that_loses_more_than_the_limit_stands_out(page, html):
+    rows = {row.expert: row.beside for row in page.routing.router.losses}
+    assert rows["json"] == [("1.000 (+0.0%)", True), ("1.010 (+1.0%)", True)]
+    assert rows["qa"] == [("1.000 (+0.0%)", True), ("1.030 (+3.0%)", False)]
+    assert len(re.findall(r'class="number fail">', html)) == 1 and "red beyond 2%" in html
+
+
 def test_refused_steps_and_alarms_are_told_in_words(page):
-    remarks = page.routing.router.remarks
+    remarks = page.routing.learning.remarks
     assert remarks[0] == (
         "Seed 0: 1 of 15 steps refused (iteration 4), the policy stayed as it was. "
         "The last one: no candidate kept KL <= 0.01."
     )
     assert remarks[2].endswith("collapsed (iterations 9, 10, 13): qa governs 96% of the chunks.")
-    assert report_router._numbers([1, 2, 3, 7]) == "iterations 1 to 3, 7"
+    assert report_learning._numbers([1, 2, 3, 7]) == "iterations 1 to 3, 7"
 
 
 def test_cloning_stands_against_chance_and_the_most_frequent_choice(page):
-    heads = {head.name: head.values for head in page.routing.router.heads}
+    heads = {head.name: head.values for head in page.routing.learning.heads}
     assert heads["expert"] == ["25.0%", "80.0% (50.0%, 120)", "78.0% (50.0%, 120)"]
 
 
@@ -187,7 +201,7 @@ def test_markdown_tells_the_same(run, html, page):
         assert not line.startswith("|") or line.endswith("|"), line
     part = text[text.index("## Routing") : text.index("## Gates")]
     tables = re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE)
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         pipes = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(pipes) == 1, table
@@ -220,9 +234,9 @@ def test_what_the_folder_does_not_hold_is_left_out(run, tmp_path):
 def test_without_ar1_the_cloned_router_is_shown(tmp_path):
     folder = routed_run.make_run(tmp_path, ("s0", "ar0", "gold"))
     part = report.page_of(folder).routing
-    assert part and part.router.shown == "ar0" and not part.router.learning
+    assert part and part.router.shown == "ar0" and not part.learning.curves
     assert [s.split(":")[0] for s in part.sentences] == ["ar0 is better than s0"]
-    assert read_json(folder.cell("ar0", 0).path / "route.json")["accuracy"] and part.router.heads
+    assert read_json(folder.cell("ar0", 0).path / "route.json")["accuracy"] and part.learning.heads
 
 
 def test_controls_alone_are_compared_without_sentences(tmp_path):
