@@ -201,7 +201,11 @@ class CloningConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay."""
     dropout: float = Field(default=0.5, ge=0, lt=1)
-    """Of the policy's and the critic's inputs and hidden layer, while they are cloned."""
+    """Of the policy's inputs and hidden layer, while it is cloned."""
+    critic_dropout: float = Field(default=0.2, ge=0, lt=1)
+    """The same of the critic: Q needs its scale more than its rank order."""
+    largest_regret: float = Field(default=1.0, gt=0)
+    """Q is learned as the regret against the best expert, in nats, down to this much."""
     other_heads: float = Field(default=0.3, ge=0)
     """Weight of span, rank budget and strength in the loss, beside 1 for the expert."""
     rounds: int = Field(default=1, ge=0)

@@ -50,7 +50,10 @@ def interference_of(stages: Stages, router: Path, limit: float = LIMIT) -> dict[
     for name, rows in mine.items():
         few = [e for e in everyone if e.name in (name, config.shared)]
         fallback = config.fallback if config.fallback == name else None
-        changes = {"fallback": fallback, "orthogonal": False}  # they are trained: nothing to reserve
+        changes = {
+            "fallback": fallback,
+            "orthogonal": False,
+        }  # they are trained: nothing to reserve
         alone = mount(stages.model, few, config.model_copy(update=changes))
         try:
             option = stages.skills.experts.index(name) + 1

@@ -1,6 +1,7 @@
 """Experts and routers of one seed of an experiment, made once and shared by all arms with a route.
 
-    experts   trained side by side under the maker's route: each turn under the expert of its skill
+    experts   trained side by side under the maker's route: each turn under the expert of its skill,
+              with a shared one beside all of them if `shared_rank` says so
     traces    the training conversations under every expert, and the best path
     ar0       the router cloned from the traces
     ar1       the router improved on generated answers
@@ -21,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from bem.adapters.experts import write_lora
 from bem.adapters.sites import base_hash
+from bem.adapters.stack import fixed_updates
 from bem.config import ExperimentConfig, RoutingConfig
 from bem.errors import ConfigError, DataError
 from bem.experiments.conversations import skill_of, skills
@@ -127,6 +131,18 @@ class Stages:
     def ar1(self) -> Path:
         """Folder of the router after policy gradient."""
         return self._stage("ar1", self._key("ar1"), self._improve)
+
+    def peers(self) -> Path:
+        """Folder of the same experts as PEFT's methods take them: each with the shared one in it."""
+        return self._stage("peer-experts", self._key("experts"), self._fold_shared)
+
+    def _fold_shared(self, folder: Path) -> None:
+        with self.mounted(self.experts()) as mounted:
+            n = len(self.skills.experts)
+            for e, name in enumerate(self.skills.experts):
+                gates = torch.zeros(len(mounted.experts))
+                gates[e], gates[n:] = 1.0, 1.0  # the shared one, if there is one, stands last
+                write_lora(fixed_updates(mounted.stacks, gates), folder / name)
 
     def _key(self, stage: str) -> str:
         """Everything that a stage depends on, its predecessors included."""

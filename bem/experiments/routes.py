@@ -65,7 +65,7 @@ def opened(arm: ArmConfig, stages: Stages, cell: Cell) -> Iterator[Opened]:
 
 def _peer(kind: str, stages: Stages, cell: Cell) -> Peer:
     """X-LoRA's classifier is trained on the conversations that the routers are trained on."""
-    folders = {name: stages.experts() / "experts" / name for name in stages.skills.experts}
+    folders = {name: stages.peers() / name for name in stages.skills.experts}
     if kind == "arrow":
         return arrow(stages.model, folders)
     peer, steps = xlora(stages.model, folders, seed=stages.seed), stages.routing.peer_steps
@@ -86,7 +86,7 @@ def _peer(kind: str, stages: Stages, cell: Cell) -> Peer:
 def reopened(model: Any, arm: ArmConfig, cell: Cell, stages: Stages) -> Any:
     """What an arm with a route saved, on a copy of the base."""
     if arm.route in ("xlora", "arrow"):
-        return load_peer(model, cell.checkpoint, stages.experts() / "experts")
+        return load_peer(model, cell.checkpoint, stages.peers())
     return load_router(model, cell.checkpoint)
 
 

@@ -114,4 +114,16 @@ def _why(mounted: Mounted, step: Step, before: int) -> str:
     best = int(q.argmax())
     if bool(rules.sticky[0]) and best != now and not bool(rules.masks[0][0, best]):
         return f"hysteresis: {space.name(best)} is {q[best] - q[now]:.2f} better, needs {threshold:.2f}"
+    likes = _likes(mounted, step)
+    if likes != now and not bool(rules.masks[0][0, likes]):
+        return (
+            f"hysteresis: the policy leans to {space.name(likes)}, whose Q is {q[likes] - q[now]:+.2f}, "
+            f"needs {threshold:.2f}"
+        )
     return "the policy prefers what is in force"
+
+
+def _likes(mounted: Mounted, step: Step) -> int:
+    """The policy's favourite, before any rule but loading."""
+    logits = mounted.router.policy.actor.logits(step.observation[0])[0]
+    return int(logits.masked_fill(~mounted.router.available, -torch.inf).argmax())

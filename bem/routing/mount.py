@@ -240,7 +240,13 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
         for e in manifest["experts"]
     ]
     mounted = mount(model, experts, parse(RouterConfig, manifest["router"], str(folder)))
-    mounted.router.policy.load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        mounted.router.policy.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:  # torch's word for other names or shapes
+        mounted.detach()
+        raise CheckpointError(
+            f"{folder}: {WEIGHTS} does not fit the router that its manifest describes: {error}."
+        ) from None
     return mounted
 
 

@@ -3,7 +3,8 @@
 The conversations are read under the oracle's own route, and what the router saw at every decision is
 paired with the oracle's action there; `rounds` more times they are read under the router's own
 choices, each labelled with what the oracle would do from there (DAgger, arXiv:1011.0686): a router
-that has erred once must know the way back. The critic is fitted to the oracle's cost to go.
+that has erred once must know the way back. The critic is fitted to the oracle's cost to go: its value
+to the least one, its Q to what each expert costs beyond that, which is all that hysteresis compares.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Decisions:
     observations: Tensor  # (n, Observed.width)
     targets: Tensor  # int (n, 4)
     weights: Tensor  # (n, 4): 0 where a head's target means nothing
-    q: Tensor  # (n, experts + 1): minus the least cost from here on
+    q: Tensor  # (n, experts + 1): minus the least cost from here on under each option
     answers: Tensor  # bool (n,): an answer begins or goes on here
     conversation: Tensor  # int (n,)
 
@@ -215,9 +216,14 @@ def _fit(
     critic, actor = mounted.router.policy.critic, mounted.router.policy.actor
     available, scales = mounted.router.available, (1.0, *[config.other_heads] * 3)
 
+    spread = train.q.max(-1).values.var().clamp(min=1e-6)
+
     def value_loss(part: Decisions) -> Tensor:
         v, q = critic(part.observations[:, :-1])
-        return F.mse_loss(q, part.q) + F.mse_loss(v, part.q.max(-1).values)
+        best = part.q.max(-1).values
+        regret = (part.q - best[:, None]).clamp(min=-config.largest_regret)
+        # the value differs from state to state far more than Q does from expert to expert
+        return F.mse_loss(q, regret) + 0.1 * F.mse_loss(v, best) / spread
 
     def action_loss(part: Decisions) -> Tensor:
         with torch.no_grad():
@@ -231,9 +237,9 @@ def _fit(
         ]
         return torch.stack(losses).sum()
 
-    for net in (critic.net, actor.net):
+    for net, dropout in ((critic.net, config.critic_dropout), (actor.net, config.dropout)):
         net.standardise(train.observations)
-        net.dropout.p = config.dropout
+        net.dropout.p = dropout
     _descend(critic, value_loss, train, test, config, seed)
     return _descend(actor, action_loss, train, test, config, seed)
 

@@ -405,7 +405,11 @@ def collate(
         "turn_starts": torch.tensor([pad(e.turn_starts, 0) for e in batch], dtype=torch.bool),
     }
     if any(e.route for e in batch):
-        hold = [pad(e.route or [-1] * len(e), -1) for e in batch]
+        if not all(e.route for e in batch):
+            raise DataError(
+                "some rows of a batch have a route and some have none: give each row one, or none."
+            )
+        hold = [pad(e.route, -1) for e in batch]
         tensors["route"] = torch.tensor(hold)
     if any(e.relevance for e in batch):
         nothing = [0.0] * len(EVIDENCE_FEATURES)
