@@ -4,8 +4,9 @@ PYTHON ?= python3
 
 .PHONY: demo test check clean
 
-demo: $(VENV)/.installed  ## train, measure and judge the quickstart arms, and write the report
+demo: $(VENV)/.installed  ## train, measure and judge the quickstart arms, and write the reports
 	$(VENV)/bin/bem run configs/quickstart.yaml
+	$(VENV)/bin/bem run configs/quickstart_routing.yaml
 
 test: $(VENV)/.installed-dev  ## every test
 	VENV=$(VENV) scripts/test

@@ -16,7 +16,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bem.adapters.lora import CONFIG, WEIGHTS, Lora, read_json, read_lora, read_tensors, write_loras
+from bem.adapters.lora import (
+    CONFIG,
+    WEIGHTS,
+    Lora,
+    read_json,
+    read_lora,
+    read_tensors,
+    readable,
+    write_loras,
+)
 from bem.adapters.low_rank import LowRank
 from bem.adapters.sites import ATTN_OUT, MLP_DOWN, base_hash, find_sites
 from bem.config import AdapterConfig, parse
@@ -55,7 +64,7 @@ def save(
             "files": {f.name: file_hash(f) for f in sorted(work.iterdir()) if f.is_file()},
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        _readable(work)
+        readable(work)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(work, folder)
@@ -66,15 +75,6 @@ def save(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
-
-
-def _readable(folder: Path) -> None:
-    """The usual rights for a new folder and its files: mkdtemp and safetensors write for us alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
 
 
 def load(model: Any, folder: Path, trainable: bool) -> Attached:

@@ -8,6 +8,7 @@ than that is refused with the reason, because leaving a part out would be anothe
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,18 @@ def write_loras(loras: dict[str, Lora], folder: Path, base_name: str | None = No
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    readable(folder)
     return folder
+
+
+def readable(folder: Path) -> None:
+    """The usual rights for a new folder and its files: mkdtemp and safetensors write for us alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def write_lora(

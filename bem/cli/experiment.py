@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bem.cli.conversation import show_routed
 from bem.cli.display import Display, quiet
 from bem.cli.options import Base, ConfigFile, DataFolder, Name, Output, Settings, command, load
 from bem.cli.verdict import show_decision
@@ -40,6 +41,7 @@ def run(
         result = runner.run(experiment, display.show, command=command())
     for verdict in result.verdicts.values():
         show_decision(console, verdict)
+    show_routed(console, result.folder, experiment)
     console.print(f"\nReport: [bold]{result.report}[/]", soft_wrap=True)
     return 0
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from bem.cli.conversation import table_of
 from bem.cli.display import Display, quiet
 from bem.cli.options import Base, ConfigFile, DataFolder, Settings, load
 from bem.errors import ConfigError, DataError
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from bem.routing.mount import Mounted
     from bem.training.data import Example
 
-SHOWN_CHARACTERS = 60
-BAR = 8  # characters of a probability of 1
-TOP = 3  # experts whose probability is shown
 ROLES = ("user", "assistant")
 TURN = re.compile(r"(user|assistant):", re.IGNORECASE)
 
@@ -88,7 +85,7 @@ def explain(
         print(json.dumps(found, ensure_ascii=False))
         return 0
     console = Console()
-    console.print(_table(read, mounted.router.chunk_size))
+    console.print(table_of(read.chunks, read.texts, mounted.router.chunk_size))
     if read.answer is not None:
         console.print(f"\n[bold]answer:[/] {escape(read.answer)}", highlight=False)
     return 0
@@ -251,43 +248,6 @@ def _device(name: str) -> str:
     return name
 
 
-# ------------------------------------------------------------------------------------------ showing
-
-
-def _table(read: Read, chunk_size: int) -> Table:
-    caption = f"Chunks of up to {chunk_size} tokens; > begins an answer."
-    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
-    for name in ("", "expert", "rank", "strength", "what the policy thinks"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("why", ratio=1)
-    table.add_column("text", ratio=1)
-    for chunk, text in zip(read.chunks, read.texts, strict=True):
-        turn = ">" if chunk.turn else " "
-        strength = f"{chunk.strength:g}" + (f" (-{chunk.fade:.0%})" if chunk.fade else "")
-        table.add_row(
-            f"{turn}{chunk.chunk}",
-            f"[bold]{escape(chunk.expert)}[/]",
-            str(chunk.rank) if chunk.expert != "base" else "",
-            strength if chunk.expert != "base" else "",
-            _bars(chunk.probabilities),
-            escape(chunk.why),
-            f"[dim]{escape(_short(text))}[/]",
-        )
-    return table
-
-
-def _bars(probabilities: dict[str, float]) -> str:
-    top = sorted(probabilities.items(), key=lambda item: -item[1])[:TOP]
-    width = max(len(name) for name, _ in top)
-    lines = (f"{n:<{width}} {'█' * round(BAR * p):<{BAR}} {p:.2f}" for n, p in top)
-    return escape("\n".join(lines))
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
-
-
 # ----------------------------------------------------------------------------------------- exporting
 
 
@@ -366,12 +326,8 @@ def _distil(
 def _teacher(model: Any, folder: Path) -> Attached:
     """What the folder holds, a router or a single adapter, on its base."""
     import bem
-    from bem.routing.mount import MANIFEST
+    from bem.routing.mount import is_router
 
     if not folder.is_dir():
         raise ConfigError(f"No router or adapter at {folder}.")
-    manifest = folder / MANIFEST
-    known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    return (
-        bem.load_router(model, folder) if known.get("kind") == "router" else bem.load(model, folder)
-    )
+    return bem.load_router(model, folder) if is_router(folder) else bem.load(model, folder)

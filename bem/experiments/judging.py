@@ -78,13 +78,18 @@ def judge_arms(
 
 
 def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfig]:
-    """Controls of the candidate's variant; one of the baseline's variant serves every candidate."""
+    """Controls of the candidate's variant; one of the baseline's variant serves every candidate.
+
+    Of routes only those that a router must beat: the oracle and other methods are shown, not passed.
+    """
     variant = config.adapter_of(candidate).variant
     shared = config.adapter_of(config.baseline).variant
     return [
         arm
         for arm in config.arms
-        if arm.role == "control" and config.adapter_of(arm).variant in (variant, shared)
+        if arm.role == "control"
+        and config.adapter_of(arm).variant in (variant, shared)
+        and arm.route in (None, "linear", "single", "random", "wrong")
     ]
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bem.adapters.copies import with_shared_weights as with_shared_weights
 from bem.errors import MeasurementError
 from bem.training.losses import arguments_of
 

@@ -79,7 +79,7 @@ class _Base:
 class Peer:
     """A PEFT method over several experts, as `fit`, `measure` and `measure_latency` take one.
 
-    `model` is a `peft.PeftModel`. Build each arm on its own copy (`latency.with_shared_weights`).
+    `model` is a `peft.PeftModel`. Build each arm on its own copy (`copies.with_shared_weights`).
     """
 
     def __init__(self, model: Any, config: PeerConfig, n_expert_parameters: int, base: _Base):

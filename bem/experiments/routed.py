@@ -300,8 +300,14 @@ class Stages:
         """A whole conversation, answer included, as long as it may be."""
         return encode(row, self.tokenizer, self.room)
 
-    def trace(self, mounted: Mounted, rows: Sequence[Encoded], cache: Path | None) -> Traces:
-        """Every expert's losses on these conversations."""
+    def trace(
+        self,
+        mounted: Mounted,
+        rows: Sequence[Encoded],
+        cache: Path | None,
+        experts_alone: bool = False,
+    ) -> Traces:
+        """Every expert's losses on these conversations; see `trace` of training."""
         return trace(
             mounted,
             rows,
@@ -310,6 +316,7 @@ class Stages:
             self.config.eval_batch_size,
             cache,
             lambda done, of: self.say("tracing", done, of, f"{len(rows)} conversations"),
+            experts_alone,
         )
 
     def score(self, row: Example, answer: str) -> dict[str, float]:

@@ -150,7 +150,7 @@ def _oracle(stages: Stages, rows: Sequence[Example]) -> tuple[Options, dict]:
     """The least loss of the reference answers, in hindsight: no router can know it."""
     encoded = [stages.encoded(replace(row, meta={**row.meta, "route": None})) for row in rows]
     with stages.mounted(stages.experts()) as mounted:
-        traces = stages.trace(mounted, encoded, stages.folder / "traces-dev.npz")
+        traces = stages.trace(mounted, encoded, stages.folder / "traces-dev.npz", True)
     options = []
     for row, turns in enumerate(traces.turns):
         begins = turns[: traces.chunks[row]].nonzero()[0]

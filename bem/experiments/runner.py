@@ -17,12 +17,13 @@ import bem
 from bem.adapters.attach import attach, load
 from bem.adapters.budget import match_rank, price
 from bem.adapters.checkpoint import MANIFEST, file_hash
+from bem.adapters.copies import with_shared_weights
 from bem.adapters.sites import base_hash
 from bem.bases import load_base
 from bem.config import AdapterConfig, ArmConfig, ExperimentConfig
 from bem.errors import ConfigError
 from bem.experiments import environment, judging, report
-from bem.experiments.latency import measure_latency, peak_memory, with_shared_weights
+from bem.experiments.latency import measure_latency, peak_memory
 from bem.experiments.measure import QUALITY, context_length, measure
 from bem.experiments.retrieval import with_evidence
 from bem.experiments.routed import Stages
@@ -30,6 +31,7 @@ from bem.experiments.routes import keep_facts, opened, reopened
 from bem.experiments.store import Cell, RunFolder, digest_of, read_json, write_json
 from bem.experiments.tasks import Task, load_tasks, training_mixture
 from bem.experiments.workers import run_apart
+from bem.routing.mount import is_router, load_router
 from bem.stats import METRICS, Measurement, Verdict, save
 from bem.training.data import data_hash
 from bem.training.fit import STATE, StepMetrics, fit
@@ -167,7 +169,7 @@ def evaluate(
         with_evidence(task, None, _finding(task, show))
         for task in load_tasks(config.data, need_train=False)
     ]
-    attached = load(model, checkpoint)
+    attached = load_router(model, checkpoint) if is_router(checkpoint) else load(model, checkpoint)
     return measure(
         attached,
         tokenizer,

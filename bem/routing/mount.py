@@ -28,6 +28,7 @@ from bem.adapters.build import Parts
 from bem.adapters.checkpoint import file_hash
 from bem.adapters.compose import TrustRegion
 from bem.adapters.experts import Expert, Update, from_updates, read_expert, write_lora
+from bem.adapters.lora import readable
 from bem.adapters.sites import Site, Sites, base_hash, find_sites
 from bem.adapters.stack import ExpertStack
 from bem.adapters.subspace import reserve
@@ -158,7 +159,7 @@ class Mounted(Attached):
             (work / MANIFEST).write_text(
                 json.dumps(self._manifest(work, data_hash, extra), indent=2)
             )
-            work.chmod(0o755)
+            readable(work)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(work, folder)
@@ -248,6 +249,12 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
             f"{folder}: {WEIGHTS} does not fit the router that its manifest describes: {error}."
         ) from None
     return mounted
+
+
+def is_router(folder: str | Path) -> bool:
+    """Does the folder hold what `Mounted.save` wrote?"""
+    manifest = Path(folder) / MANIFEST
+    return manifest.is_file() and '"kind": "router"' in manifest.read_text(encoding="utf-8")
 
 
 def blank_expert(

@@ -72,31 +72,35 @@ def trace(
     batch_size: int = 16,
     cache: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    experts_alone: bool = False,
 ) -> Traces:
     """Trace conversations; a finished trace of the same rows, experts and costs is read from `cache`.
 
     Args:
         cache: an .npz file, written whole or not at all.
         on_progress: called with (passes done, passes in all).
+        experts_alone: leave rank budgets and strengths out: no options, (rows, chunks, 0).
     """
-    key = _key(mounted, rows, config)
+    key = _key(mounted, rows, config, experts_alone)
     if cache is not None and cache.is_file():
         with np.load(cache) as known:
             if str(known["key"]) == key:
                 return Traces(**{name: known[name] for name in Traces.__dataclass_fields__})
     space = mounted.router.space
-    counter = _Counter(sum(space.sizes) - space.sizes[1], on_progress)
+    others = (0, 0) if experts_alone else space.sizes[2:]
+    counter = _Counter(space.sizes[0] + sum(others), on_progress)
     reader = _Reader(mounted, rows, pad_id, batch_size, counter)
     experts = np.stack([reader.losses(o, None, None) for o in range(space.sizes[0])], -1)
     oracle = best_path(experts, config.switch_cost, real=reader.real)
     path = np.where(reader.real, oracle.path, -1)
     plain = space.plain
-    ranks = [reader.losses(path, rank, plain[2]) for rank in range(space.sizes[2])]
-    strengths = [reader.losses(path, plain[1], s) for s in range(space.sizes[3])]
+    ranks = [reader.losses(path, rank, plain[2]) for rank in range(others[0])]
+    strengths = [reader.losses(path, plain[1], s) for s in range(others[1])]
+    none = np.zeros((*path.shape, 0), np.float32)
     traces = Traces(
         experts=experts.astype(np.float32),
-        ranks=np.stack(ranks, -1).astype(np.float32),
-        strengths=np.stack(strengths, -1).astype(np.float32),
+        ranks=np.stack(ranks, -1) if ranks else none,
+        strengths=np.stack(strengths, -1) if strengths else none,
         path=oracle.path,
         cost_to_go=oracle.cost_to_go.astype(np.float32),
         answers=reader.answers,
@@ -243,8 +247,11 @@ def _per_turn(counted: Tensor, turn: Tensor) -> Tensor:
     return counted / n.gather(1, turn).clamp(min=1)
 
 
-def _key(mounted: Mounted, rows: Sequence[Encoded], config: CloningConfig) -> str:
-    digest = hashlib.sha256(f"2 {config.switch_cost} {mounted.router.chunk_size} ".encode())
+def _key(
+    mounted: Mounted, rows: Sequence[Encoded], config: CloningConfig, experts_alone: bool
+) -> str:
+    costs = f"3 {config.switch_cost} {mounted.router.chunk_size} {experts_alone} "
+    digest = hashlib.sha256(costs.encode())
     digest.update(repr((mounted.router.space, mounted.router.region)).encode())
     for expert in mounted.experts:
         digest.update(expert.digest.encode())

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bem.adapters.copies import with_shared_weights
 from bem.adapters.lora import WEIGHTS, Update, write_lora
 from bem.adapters.sites import base_hash
 from bem.config import TrainingConfig
 from bem.errors import AttachError, BaseMismatch, CheckpointError, TrainingError
-from bem.experiments.latency import measure_latency, with_shared_weights
+from bem.experiments.latency import measure_latency
 from bem.experiments.measure import measure
 from bem.experiments.peers import arrow, load_peer, xlora
 from bem.experiments.tasks import Task

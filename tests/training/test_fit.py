@@ -11,9 +11,9 @@ import torch
 
 import bem
 import bem.training.fit as fit_module
+from bem.adapters.copies import with_shared_weights
 from bem.config import TrainingConfig
 from bem.errors import DataError, Diverged, TrainingError
-from bem.experiments.latency import with_shared_weights
 from bem.training.data import Example, collate, encode
 from bem.training.fit import example_order, fit, learning_rate
 from bem.training.losses import answer_nll, labelled_tokens
