@@ -20,13 +20,14 @@ SHOWN = 4
 """Conversations that the report shows chunk by chunk; the longest plans first."""
 
 
-def conversations_of(mounted: Mounted, stages: Stages, rows: int = 120) -> dict[str, Any]:
+def conversations_of(mounted: Mounted, stages: Stages, rows: int = 240) -> dict[str, Any]:
     """Read held-out conversations (their reference answers as they stand) under the router.
 
     Returns:
         `skills` and `options`: names; `use`: answers of each skill (rows) under each option
         (columns); `accuracy` at answers against the makers' labels; `flip_rate`: changes of expert /
-        (chunks - 1); `plan_length`: mean number of different actions in a turn; `shown`: a few
+        (chunks - 1); `plans`: number of different actions in each turn; `owner`: expert of each
+        skill; `shown`: a few
         conversations chunk by chunk.
     """
     everything = [row for task in stages.tasks for row in task.dev]
@@ -60,6 +61,8 @@ def conversations_of(mounted: Mounted, stages: Stages, rows: int = 120) -> dict[
         "flip_rate": flips / max(1, boundaries),
         "plan_length": float(np.mean(plans)),
         "longest_plan": max(plans),
+        "plans": plans,
+        "owner": {s: options[o] for s, o in stages.skills.owner.items()},
         "shown": [_shown(row, chunks, texts) for row, chunks, texts in read[:SHOWN]],
     }
 

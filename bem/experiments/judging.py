@@ -135,8 +135,12 @@ def over_seeds(name: str, parts: Sequence[Measurement]) -> Measurement:
             return None
         return {c: np.concatenate([np.atleast_2d(f[c]) for f in facts]) for c in facts[0]}  # type: ignore[index]
 
+    plans = [list(getattr(part.router, "plan_lengths", None) or ()) for part in parts]
     router = first.router and replace(
-        first.router, index_swap=swapped("index_swap"), answer_loss=swapped("answer_loss")
+        first.router,
+        plan_lengths=[n for lengths in plans for n in lengths] if all(plans) else None,
+        index_swap=swapped("index_swap"),
+        answer_loss=swapped("answer_loss"),
     )
     return replace(
         first,

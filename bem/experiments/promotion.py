@@ -9,6 +9,8 @@ from bem.adapters.checkpoint import check
 from bem.errors import NotAccepted
 from bem.experiments.judging import evidence, judge_arms, measurements, read_verdicts
 from bem.experiments.store import RunFolder, digest_of, read_json, write_json
+from bem.routing.mount import check_files as check_router_files
+from bem.routing.mount import is_router
 
 POINTER = "promoted.json"
 
@@ -70,7 +72,7 @@ def promote(run: str | Path, arm: str, seed: int | None = None) -> Pointer:
     if seed not in config.seeds:
         raise NotAccepted(f"{arm} has no seed {seed}. Seeds: {', '.join(map(str, config.seeds))}.")
     checkpoint = folder.cell(arm, seed).checkpoint
-    check(checkpoint)
+    (check_router_files if is_router(checkpoint) else check)(checkpoint)
     path = folder.path.parent / POINTER
     write_json(
         path,

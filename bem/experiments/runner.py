@@ -33,6 +33,7 @@ from bem.experiments.tasks import Task, load_tasks, training_mixture
 from bem.experiments.workers import run_apart
 from bem.routing.mount import is_router, load_router
 from bem.stats import METRICS, Measurement, Verdict, save
+from bem.stats.measurement import RouterFacts
 from bem.training.data import data_hash
 from bem.training.fit import STATE, StepMetrics, fit
 
@@ -320,7 +321,9 @@ class Work:
         self._event = event
         with opened(arm, self.stages(seed), cell) as ready:
             ready.attached.save(cell.checkpoint, self.data["train"])
-            measurement = self._measure(ready.attached, ready.tasks, cell, event)
+            plans = ready.facts.get("conversations", {}).get("plans")
+            facts = None if plans is None else RouterFacts(plan_lengths=plans)
+            measurement = self._measure(ready.attached, ready.tasks, cell, event, facts)
             keep_facts(cell, ready.facts)
         return float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
 
@@ -379,7 +382,15 @@ class Work:
             return reopened(model, arm, cell, self.stages(seed))
         return load(model, cell.checkpoint)
 
-    def _measure(self, attached: Any, tasks: list[Task], cell: Cell, event: Event) -> Measurement:
+    def _measure(
+        self,
+        attached: Any,
+        tasks: list[Task],
+        cell: Cell,
+        event: Event,
+        router: RouterFacts | None = None,
+    ) -> Measurement:
+        """Measure and save; `router` is what is known of a router's plans."""
         measurement = measure(
             attached,
             self.tokenizer,
@@ -392,6 +403,8 @@ class Work:
                 _now(event, "measuring", done=done, total=total)
             ),
         )
+        if router is not None:
+            measurement = replace(measurement, router=router)
         save(measurement, cell.measurement)
         return measurement
 

@@ -230,7 +230,7 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
         BaseMismatch: made for another base.
     """
     folder = Path(folder)
-    manifest = _checked(folder)
+    manifest = check_files(folder)
     if manifest["base"] != (found := base_hash(model)):
         raise BaseMismatch(
             f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}. "
@@ -383,8 +383,12 @@ def _inject(
     return Mounted(peft_model, adapter, trainable, config, experts)
 
 
-def _checked(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file's hash was compared."""
+def check_files(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved router, after every file's hash was compared.
+
+    Raises:
+        CheckpointError: no router, a missing file or a changed one.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(
