@@ -87,6 +87,9 @@ def _listen(processes: list[Any], said: Any, show: Callable[[Any], None]) -> Non
 
 def _work(config: ExperimentConfig, todo: Any, said: Any) -> None:
     """A process: cells from the list until it is empty."""
+    # Behind nohup or in a script's background Ctrl-C is ignored, and children inherit that: without
+    # this they would not hear the parent's request to save and stop.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from transformers.utils import logging
 
     from bem.experiments.runner import Work
