@@ -162,3 +162,28 @@ def test_experts_train_under_a_given_route_and_the_others_stay():
         )
         assert (moved > 1e-5) == (name == "b")
     assert not any(p.requires_grad for p in model.model.parameters())
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_chunk_of_any_site_ever_leaves_the_trust_region(norm, relative):
+    radius = 0.02 if relative else 0.1
+    model = mounted(
+        make_llama(), trust_radius=radius, trust_norm=norm, trust_relative=relative, confidence=0.6
+    )
+    with torch.no_grad():
+        model.router.policy.actor.net.out.weight.normal_(std=2.0)
+        out = model.model(input_ids=IDS, use_cache=True)
+    _, applied = out.past_key_values.layers[-1].applied()
+    order, largest = (2 if norm == "spectral" else "fro"), 0.0
+    start = 0
+    for site, stack in model.stacks.items():
+        weight = model.base.get_submodule(site).base_layer.weight
+        limit = radius * float(torch.linalg.matrix_norm(weight, ord=order)) if relative else radius
+        for c in applied[:, 1:, start : start + stack.control_width].flatten(0, 1):
+            delta = stack.u.double() * c.double() @ stack.v.double()
+            found = float(torch.linalg.matrix_norm(delta, ord=order))
+            assert found <= limit * (1 + 1e-6)
+            largest = max(largest, found / limit)
+        start += stack.control_width
+    assert largest > 0.9  # it was needed
