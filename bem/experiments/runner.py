@@ -79,9 +79,6 @@ class Plan:
 
 
 Show = Callable[[Event], None]
-_STAGES_FIRST = {"ar1": 0, "ar0": 2, "oracle": 2, "linear": 2, "single": 2, "random": 2, "wrong": 2} | {
-    "gold": 2, "xlora": 2, "arrow": 2
-}  # fmt: skip
 
 
 def run(
@@ -205,11 +202,16 @@ def device_of(config: ExperimentConfig) -> str:
 
 def plan_arms(model: Any, config: ExperimentConfig) -> list[Plan]:
     """Every arm with its rank chosen to cost what the baseline costs, in what it is matched on."""
-    target = price(model, config.adapter_of(config.baseline))
     plans = []
     for arm in config.arms:
         adapter = config.adapter_of(arm)
         if arm.role != "baseline" and arm.match != "none" and not arm.route:
+            if config.baseline.route:
+                raise ConfigError(
+                    f"Arm {arm.name}: its rank cannot be matched to {config.baseline.name}, which has a route. "
+                    "Set `match: none` and its rank."
+                )
+            target = price(model, config.adapter_of(config.baseline))
             tolerance = config.gates.budget_tolerance
             adapter = match_rank(model, adapter, target, on=arm.match, tolerance=tolerance)
         plans.append(Plan(arm, adapter))
@@ -266,8 +268,8 @@ class Work:
     def all_cells(self) -> None:
         """Seed by seed, so that every arm has its first numbers early."""
         cells = [(plan, seed) for seed in self.config.seeds for plan in self.plans]
-        # What makes the most stages comes first: the others then find them made.
-        cells.sort(key=lambda cell: _STAGES_FIRST.get(cell[0].arm.route or "", 1))
+        # What makes the most stages comes first: the other routes then find them made.
+        cells.sort(key=lambda cell: {"ar1": 0, None: 1}.get(cell[0].arm.route, 2))
         workers = min(self.config.workers, len(cells))
         if workers > 1 and not all(self._is_finished(plan, seed) for plan, seed in cells):
             named = [(p.arm.name, s, n, len(cells)) for n, (p, s) in enumerate(cells, 1)]
