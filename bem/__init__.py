@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from bem.adapters.experts import read_expert
     from bem.adapters.peft_method import BemConfig
     from bem.bases import load_base
-    from bem.routing.mount import Mounted, load_router, mount
+    from bem.routing.mount import load_router, mount
+    from bem.routing.mounted import Mounted
     from bem.stats import bca_bootstrap, benjamini_hochberg_correction, judge
 
 __version__ = "0.1.0"
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Attached": "bem.adapters.attach",
     "BemConfig": "bem.adapters.peft_method",
-    "Mounted": "bem.routing.mount",
+    "Mounted": "bem.routing.mounted",
     "attach": "bem.adapters.attach",
     "bca_bootstrap": "bem.stats",
     "benjamini_hochberg_correction": "bem.stats",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bem.adapters.attach import Attached
     from bem.config import ExperimentConfig
     from bem.routing.explain import Explained
-    from bem.routing.mount import Mounted
+    from bem.routing.mounted import Mounted
     from bem.training.data import Example
 
 ROLES = ("user", "assistant")
@@ -326,7 +326,7 @@ def _distil(
 def _teacher(model: Any, folder: Path) -> Attached:
     """What the folder holds, a router or a single adapter, on its base."""
     import bem
-    from bem.routing.mount import is_router
+    from bem.routing.mounted import is_router
 
     if not folder.is_dir():
         raise ConfigError(f"No router or adapter at {folder}.")

@@ -14,7 +14,7 @@ from bem.training.data import Example
 
 if TYPE_CHECKING:
     from bem.experiments.routed import Stages
-    from bem.routing.mount import Mounted
+    from bem.routing.mounted import Mounted
 
 SHOWN = 4
 """Conversations that the report shows chunk by chunk; the longest plans first."""

@@ -21,7 +21,8 @@ import numpy as np
 
 from bem.adapters.subspace import interference
 from bem.experiments.measure import answer_losses
-from bem.routing.mount import Mounted, mount
+from bem.routing.mount import mount
+from bem.routing.mounted import Mounted
 from bem.training.data import Encoded, Example, encode
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from bem.adapters.checkpoint import check
 from bem.errors import NotAccepted
 from bem.experiments.judging import evidence, judge_arms, measurements, read_verdicts
 from bem.experiments.store import RunFolder, digest_of, read_json, write_json
-from bem.routing.mount import check_files as check_router_files
-from bem.routing.mount import is_router
+from bem.routing.mounted import check_files as check_router_files
+from bem.routing.mounted import is_router
 
 POINTER = "promoted.json"
 

@@ -34,7 +34,8 @@ from bem.experiments.measure import context_length, quality
 from bem.experiments.scoring import score
 from bem.experiments.store import digest_of, read_json, write_json
 from bem.experiments.tasks import Task
-from bem.routing.mount import Mounted, blank_expert, load_router, mount
+from bem.routing.mount import blank_expert, load_router, mount
+from bem.routing.mounted import Mounted
 from bem.training.bc import clone
 from bem.training.data import Encoded, Example, data_hash, encode
 from bem.training.environment import Environment

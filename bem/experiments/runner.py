@@ -31,7 +31,8 @@ from bem.experiments.routes import keep_facts, opened, reopened
 from bem.experiments.store import Cell, RunFolder, digest_of, read_json, write_json
 from bem.experiments.tasks import Task, load_tasks, training_mixture
 from bem.experiments.workers import run_apart
-from bem.routing.mount import is_router, load_router
+from bem.routing.mount import load_router
+from bem.routing.mounted import is_router
 from bem.stats import METRICS, Measurement, Verdict, save
 from bem.stats.measurement import RouterFacts
 from bem.training.data import data_hash

@@ -19,7 +19,7 @@ from torch import Tensor
 from bem.adapters.checks import TOKENS, TOLERANCE, Outcome, Report
 from bem.adapters.checks_models import ARCHITECTURES, VOCAB, tiny_model
 from bem.routing.action import EXPERT, FLIPS, PLAN, RANK, RECORD, STRENGTH
-from bem.routing.mount import Mounted
+from bem.routing.mounted import Mounted
 from bem.routing.router import Chooser, most_likely
 
 Make = Callable[[Any], Mounted]

@@ -12,7 +12,7 @@ from bem.adapters.chunks import chunk_starts
 from bem.routing.action import EXPERT, FADE, FADE_STEPS, RANK, SPAN_LEFT, STRENGTH
 
 if TYPE_CHECKING:
-    from bem.routing.mount import Mounted
+    from bem.routing.mounted import Mounted
     from bem.routing.router import Step
 
 

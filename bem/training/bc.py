@@ -27,7 +27,7 @@ from bem.training.traces import Traces, best_expert, chunk_numbers, target_actio
 
 if TYPE_CHECKING:
     from bem.config import CloningConfig
-    from bem.routing.mount import Mounted
+    from bem.routing.mounted import Mounted
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from bem.adapters.attach import Attached, attach
 from bem.adapters.copies import without_adapter
 from bem.config import AdapterConfig
 from bem.errors import TrainingError
-from bem.routing.mount import Mounted
+from bem.routing.mounted import Mounted
 from bem.training.data import IGNORED, Encoded, Example, collate, encode
 from bem.training.fit import FitResult, Objective, StepMetrics, fit
 from bem.training.losses import answer_logits, labelled_tokens

@@ -26,7 +26,7 @@ from bem.training.data import Encoded, Example
 if TYPE_CHECKING:
     from bem.config import RewardConfig
     from bem.routing.distribution import HeadsDistribution
-    from bem.routing.mount import Mounted
+    from bem.routing.mounted import Mounted
 
 Score = Callable[[Example, str], Mapping[str, float]]
 """(row, answer) -> quality, em, f1, validity in [0, 1], and tool where the row has one."""

@@ -32,7 +32,7 @@ from bem.training.losses import answer_logits
 if TYPE_CHECKING:
     from bem.config import CloningConfig
     from bem.routing.action import ActionSpace
-    from bem.routing.mount import Mounted
+    from bem.routing.mounted import Mounted
 
 Floats = NDArray[np.float32]
 

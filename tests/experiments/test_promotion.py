@@ -8,7 +8,7 @@ import pytest
 from bem.errors import CheckpointError, NotAccepted
 from bem.experiments.promotion import current, promote
 from bem.experiments.store import RunFolder, digest_of, read_json, write_json
-from bem.routing.mount import is_router
+from bem.routing.mounted import is_router
 from tests.experiments import routed_run
 from tests.experiments.finished_run import make_run
 
