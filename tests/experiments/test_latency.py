@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import bem
+from bem.adapters.copies import with_shared_weights
 from bem.errors import MeasurementError
 from bem.experiments import latency as module
 from bem.experiments.latency import (
     measure_latency,
     peak_memory,
     weight_bytes,
-    with_shared_weights,
 )
 
 
