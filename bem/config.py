@@ -192,6 +192,9 @@ class CloningConfig(Section):
     """Cost of a change of expert in the oracle, in nats per answer token of a turn."""
     rank_cost: float = Field(default=0.05, ge=0)
     """Cost of using all ranks of a site, in the same units."""
+    margin: float = Field(default=0.1, ge=0)
+    """Rank budget and strength leave the plain option (all ranks, as trained) only for a saving of more
+    than this, in the same units: one answer's loss is too noisy to follow every difference."""
     epochs: int = Field(default=60, ge=1)
     """Passes over the traces."""
     batch_size: int = Field(default=128, ge=1)

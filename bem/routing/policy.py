@@ -1,6 +1,6 @@
 """The macro policy: pooled hidden states and the last action in, a distribution over actions out.
 
-    h = tanh(W [read(last chunk), read(the one before), read(the third), read(all earlier), rest] + b)
+    h = tanh(W [read(last chunk), read(the one before), read(the turn), read(all earlier), rest] + b)
     logits of expert, span, rank budget and strength = heads(h)
 
 `read` maps each pooled hidden state to a few numbers. The critic is a network of the same form with

@@ -1,8 +1,8 @@
 """The agentic router: at every chunk boundary it decides which expert speaks, for how long, with how
 many ranks and how strongly.
 
-    state = pooled hidden states of the last three chunks and of all earlier ones, evidence,
-            the last action, chunk number, value estimate
+    state = pooled hidden states of the last two chunks, of the turn so far and of all that came
+            before, evidence, the last action, chunk number, value estimate
     action = (expert, span, rank budget, strength)
 
 It takes the controller's place in a forward pass: it reads the hidden states that enter one early
@@ -82,7 +82,7 @@ class AgenticRouter(ChunkReader):
         self.n_evidence = n_evidence
         self.observed = Observed(d_model, n_evidence, space)
         self.policy = MacroPolicy(self.observed, d_read, hidden)
-        self.tail_width = RECORD + 2 * d_model + n_evidence
+        self.tail_width = RECORD + 2 * d_model + 1 + n_evidence
         self.register_buffer("available", torch.ones(len(space.experts) + 1, dtype=torch.bool))
         self.chooser: Chooser = most_likely
         self.tape: list[Step] | None = None
@@ -111,18 +111,22 @@ class AgenticRouter(ChunkReader):
         turn = torch.zeros_like(real) if turns is None else turns.gather(1, first) & real
         wanted = None if route is None else self._wanted(route, first)
         tail = pooled.before.control[:, pooled.before.control.shape[1] - self.tail_width :]
-        record, memory = tail[:, :RECORD], tail[:, RECORD : RECORD + 2 * self.d_model]
+        record, before, run, tokens = tail[:, : RECORD + 2 * self.d_model + 1].split(
+            [RECORD, self.d_model, self.d_model, 1], -1
+        )
         last, past, seen = self._means(pooled)
         records, memories = [], []
         for s in range(number.shape[1]):
-            windows = torch.cat([last[:, s], memory, past[:, s]], -1)
+            run, tokens = run + pooled.sums[:, s], tokens + pooled.count[:, s, None]
+            windows = torch.cat([last[:, s], before, _scale(run, tokens[:, 0]), past[:, s]], -1)
             given = None if evidence is None else evidence[:, s]
             boundary = Boundary(record, number[:, s], turn[:, s], record.new_zeros(()))
             want = None if wanted is None else wanted[:, s]
             record = self._step(windows, given, boundary, seen[:, s], real[:, s], want)
-            memory = torch.cat([last[:, s], memory[:, : self.d_model]], -1)
+            goes_on = ~turn[:, s, None]  # what is read from here on belongs to the next turn
+            before, run, tokens = last[:, s], run * goes_on, tokens * goes_on
             records.append(record)
-            memories.append(memory)
+            memories.append(torch.cat([before, run, tokens], -1))
         kept = torch.stack(records, 1)
         decision = self.space.decision(kept, self.fallback)
         parts = [member.compose(decision, self.region) for member in members]

@@ -131,7 +131,7 @@ class _Gatherer:
         self.mounted, self.rows, self.traces, self.pad_id = mounted, rows, traces, pad_id
         self.config, self.size = config, size
         self.space: ActionSpace = mounted.router.space
-        self.targets = target_actions(traces, self.space, config.rank_cost)
+        self.targets = target_actions(traces, self.space, config.rank_cost, config.margin)
         self.order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
 
     def oracle(self) -> Decisions:

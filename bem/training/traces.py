@@ -115,18 +115,24 @@ def trace(
     return traces
 
 
-def target_actions(traces: Traces, space: ActionSpace, rank_cost: float) -> NDArray[np.int64]:
+def target_actions(
+    traces: Traces, space: ActionSpace, rank_cost: float, margin: float = 0.0
+) -> NDArray[np.int64]:
     """The oracle's action at every chunk (rows, chunks, 4), as if it were decided anew there.
 
     The span is the longest that neither a change of the path nor a new turn cuts; rank budget and
     strength are those of the next chunk with answer tokens before the path changes, else plain.
+
+    Args:
+        rank_cost: of all ranks, in nats; of fewer in proportion.
+        margin: another budget or strength than the plain one must save more than this, in nats.
     """
     rows, length = traces.path.shape
     targets = np.empty((rows, length, 4), np.int64)
     share = np.array(space.ranks) / space.ranks[-1]
-    best_rank = (traces.ranks + rank_cost * share).argmin(-1)
-    best_strength = traces.strengths.argmin(-1)
     plain, spans = space.plain, np.array(space.spans)
+    best_rank = _clearly_best(traces.ranks + rank_cost * share, plain[1], margin)
+    best_strength = _clearly_best(traces.strengths, plain[2], margin)
     for row in range(rows):
         run, rank, strength = 0, plain[1], plain[2]
         for t in range(traces.chunks[row] - 1, -1, -1):
@@ -140,6 +146,12 @@ def target_actions(traces: Traces, space: ActionSpace, rank_cost: float) -> NDAr
             span = max(0, int(np.searchsorted(spans, run, side="right")) - 1)
             targets[row, t] = traces.path[row, t], span, rank, strength
     return targets
+
+
+def _clearly_best(costs: Floats, plain: int, margin: float) -> NDArray[np.int64]:
+    """Cheapest option (rows, chunks), the plain one unless that is worse by more than `margin`."""
+    saved = costs[..., plain] - costs.min(-1)
+    return np.where(saved > margin, costs.argmin(-1), plain)
 
 
 def best_expert(traces: Traces, switch_cost: float, row: int, chunk: int, current: int) -> int:

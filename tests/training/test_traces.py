@@ -97,6 +97,7 @@ def test_the_smallest_budget_that_is_worth_its_cost_is_the_target():
     traces.ranks[0, 1] = [1.00, 0.98]
     assert target_actions(traces, SPACE, rank_cost=0.0)[0, 1, 2] == 1
     assert target_actions(traces, SPACE, rank_cost=0.1)[0, 1, 2] == 0  # saves .05, loses .02
+    assert target_actions(traces, SPACE, 0.1, margin=0.05)[0, 1, 2] == 1  # not clearly
 
 
 def test_who_went_astray_comes_back_only_if_that_is_worth_the_switch():
