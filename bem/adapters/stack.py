@@ -249,12 +249,30 @@ def singular_form(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     V^T keeps unit rows where S is zero, so that an untrained rank can still learn. The SVD is that of
     the small core R_u R_v^T of the factors' QR decompositions.
     """
+    if (kept := _as_it_is(update, rank)) is not None:
+        return kept
     q_u, r_u = torch.linalg.qr(update.u.detach().double())
     q_v, r_v = torch.linalg.qr(update.v.detach().double().t())
     left, values, right = torch.linalg.svd(r_u @ r_v.t(), full_matrices=False)
     u, v = q_u @ (left * values), (q_v @ right.t()).t()
     missing = rank - len(values)
     return F.pad(u, (0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(values, (0, missing))
+
+
+def _as_it_is(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """An update that is in this form already, up to float32 rounding, keeps its bits: what is saved and
+    read again has the digest that it had."""
+    if len(update.v) != rank or not rank:
+        return None
+    u, v = update.u.detach().double(), update.v.detach().double()
+    values = u.norm(dim=0)
+    off = (v @ v.t() - torch.eye(len(v), dtype=v.dtype, device=v.device)).abs().max()
+    inner = u.t() @ u
+    across = (inner - torch.diag(inner.diagonal())).abs().max()
+    ordered = bool((values[:-1] >= values[1:] * (1 - 1e-6)).all())
+    if not ordered or off > 1e-5 or across > 1e-5 * float(values.max()) ** 2:
+        return None
+    return u, v, values
 
 
 def fixed_updates(

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bem.adapters.experts import write_lora
+from bem.adapters.experts import read_expert, write_lora
 from bem.adapters.sites import base_hash
 from bem.adapters.stack import fixed_updates
-from bem.config import ExperimentConfig, RoutingConfig
+from bem.config import ExperimentConfig, RouterConfig, RoutingConfig
 from bem.errors import ConfigError, DataError
 from bem.experiments.conversations import skill_of, skills
 from bem.experiments.measure import context_length, quality
@@ -44,6 +44,10 @@ from bem.training.policy_gradient import Iteration, improve
 from bem.training.traces import Traces, trace
 
 SHARED = "shared"
+OF_THE_STACK = (
+    "chunk_size", "router_layer", "orthogonal", "trust_radius", "trust_norm", "trust_relative",
+)  # fmt: skip
+"""Settings of the router that experts are trained under; the others are the policy's own."""
 Say = Callable[[str, int, int, str], None]
 """(stage, done, of, detail)"""
 
@@ -154,10 +158,10 @@ class Stages:
             "seed": self.seed,
             "training": self.config.training.model_dump(mode="json"),
             "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank", "steps")],
-            "router": routing["router"],
+            "stack": [routing["router"][key] for key in OF_THE_STACK],
         }
         if stage in ("ar0", "ar1"):
-            parts["cloning"] = routing["cloning"]
+            parts["router"], parts["cloning"] = routing["router"], routing["cloning"]
         if stage == "ar1":
             parts["policy_gradient"] = routing["policy_gradient"]
         return digest_of(parts)
@@ -192,16 +196,10 @@ class Stages:
     def _train_experts(self, folder: Path) -> None:
         layer = self.routing.router.router_layer
         blanks = [
-            blank_expert(self.model, name, self.routing.expert_rank, layer, self._about(option))
-            for option, name in enumerate(self.skills.experts, 1)
+            blank_expert(self.model, name, self._rank(name), layer, about)
+            for name, about in self._names().items()
         ]
-        changes: dict[str, Any] = {"seed": self.routing.router.seed + self.seed}
-        if self.routing.shared_rank:
-            about = "acts in every chunk"
-            blanks.append(blank_expert(self.model, SHARED, self.routing.shared_rank, layer, about))
-            changes["shared"] = SHARED
-        router = self.routing.router.model_copy(update=changes)
-        mounted = mount(self.model, blanks, router)
+        mounted = mount(self.model, blanks, self._router_config())
         steps = self.routing.steps or self.config.training.steps
         training = self.config.training.model_copy(update={"steps": steps})
         rows = routed(self.examples, [self.skills.route(row) for row in self.examples])
@@ -225,12 +223,40 @@ class Stages:
             self.model = mounted.detach()
         (work / STATE).unlink(missing_ok=True)
 
-    def _about(self, option: int) -> str:
-        return ", ".join(skill for skill, o in self.skills.owner.items() if o == option)
+    def _names(self) -> dict[str, str]:
+        """Every expert, and what it is for; the shared one last."""
+        owner = self.skills.owner.items()
+        found = {
+            name: ", ".join(skill for skill, o in owner if o == option)
+            for option, name in enumerate(self.skills.experts, 1)
+        }
+        return found | ({SHARED: "acts in every chunk"} if self.routing.shared_rank else {})
+
+    def _rank(self, name: str) -> int:
+        return self.routing.shared_rank if name == SHARED else self.routing.expert_rank
+
+    def _router_config(self) -> RouterConfig:
+        changes: dict[str, Any] = {"seed": self.routing.router.seed + self.seed}
+        if self.routing.shared_rank:
+            changes["shared"] = SHARED
+        return self.routing.router.model_copy(update=changes)
+
+    @contextlib.contextmanager
+    def with_new_router(self) -> Iterator[Mounted]:
+        """The trained experts under a router that knows nothing yet."""
+        folder = self.experts() / "experts"
+        experts = [
+            replace(read_expert(folder / name, self.model, name), about=about)
+            for name, about in self._names().items()
+        ]
+        mounted = mount(self.model, experts, self._router_config())
+        try:
+            yield mounted
+        finally:
+            self.model = mounted.detach()
 
     def _clone(self, folder: Path) -> None:
-        source = self.experts()
-        with self.mounted(source) as mounted:
+        with self.with_new_router() as mounted:
             rows = self.traced_rows()
             encoded = [self.encoded(row) for row in rows]
             traces = self.trace(mounted, encoded, self.folder / "traces.npz")
@@ -244,7 +270,7 @@ class Stages:
                 self.config.eval_batch_size,
                 lambda text: self.say(text, 0, 0, ""),
             )
-            mounted.save(folder, data_hash(rows), {"parent": digest_of(str(source))})
+            mounted.save(folder, data_hash(rows))
         write_json(self.folder / "cloning.json", asdict(result))
 
     def _improve(self, folder: Path) -> None:

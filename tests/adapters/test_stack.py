@@ -410,3 +410,15 @@ def test_only_one_chunks_decision_can_be_exported():
     many = Decision(torch.ones(2, 2), torch.tensor([9, 9]), torch.ones(2))
     with pytest.raises(AttachError, match="one decision, this one speaks of 2 chunks"):
         fixed_updates(stacks, many)
+
+
+def test_singular_form_is_kept_bit_for_bit_when_it_is_filled_again():
+    stack = ExpertStack(6, 5, [3])
+    generator = torch.Generator().manual_seed(0)
+    stack.fill(
+        0, Update(torch.randn(5, 3, generator=generator), torch.randn(3, 6, generator=generator))
+    )
+    first = stack.update_of(0)
+    stack.fill(0, first)
+    again = stack.update_of(0)
+    assert torch.equal(first.u, again.u) and torch.equal(first.v, again.v)
