@@ -23,8 +23,7 @@ WINDOWS = 4  # pooled hidden states in an observation
 
 @dataclass(frozen=True)
 class Observed:
-    """Sizes of an observation: WINDOWS pooled states, how lately each expert answered, evidence, the
-    last action, and the value."""
+    """Sizes of an observation: WINDOWS pooled states, evidence, the last action, and the value."""
 
     d_model: int
     n_evidence: int
@@ -34,7 +33,7 @@ class Observed:
     def rest(self) -> int:
         """Numbers behind the pooled states, the value not counted."""
         experts, _, ranks, strengths = self.space.sizes
-        return self.n_evidence + 2 * experts + ranks + strengths + 5
+        return self.n_evidence + experts + ranks + strengths + 5
 
     @property
     def width(self) -> int:

@@ -2,7 +2,7 @@
 many ranks and how strongly.
 
     state = pooled hidden states of the last two chunks, of the turn so far and of all that came
-            before, evidence, the last action, how lately each expert answered, chunk number, value
+            before, evidence, the last action, chunk number, value estimate
     action = (expert, span, rank budget, strength)
 
 It takes the controller's place in a forward pass: it reads the hidden states that enter one early
@@ -45,8 +45,6 @@ class Step:
     forced: Tensor  # bool (batch,): the caller's route said so
 
 
-FORGETTING = 0.7
-"""What is left, a turn later, of the trace that an expert's answer leaves: 1 when it answers."""
 Chooser = Callable[[HeadsDistribution], Tensor]
 
 
@@ -84,8 +82,7 @@ class AgenticRouter(ChunkReader):
         self.n_evidence = n_evidence
         self.observed = Observed(d_model, n_evidence, space)
         self.policy = MacroPolicy(self.observed, d_read, hidden)
-        self.memory = [RECORD, d_model, d_model, 1, space.sizes[0]]  # floats of each part
-        self.tail_width = sum(self.memory) + n_evidence
+        self.tail_width = RECORD + 2 * d_model + 1 + n_evidence
         self.register_buffer("available", torch.ones(len(space.experts) + 1, dtype=torch.bool))
         self.chooser: Chooser = most_likely
         self.tape: list[Step] | None = None
@@ -114,23 +111,22 @@ class AgenticRouter(ChunkReader):
         turn = torch.zeros_like(real) if turns is None else turns.gather(1, first) & real
         wanted = None if route is None else self._wanted(route, first)
         tail = pooled.before.control[:, pooled.before.control.shape[1] - self.tail_width :]
-        record, before, run, tokens, lately = tail[:, : sum(self.memory)].split(self.memory, -1)
+        record, before, run, tokens = tail[:, : RECORD + 2 * self.d_model + 1].split(
+            [RECORD, self.d_model, self.d_model, 1], -1
+        )
         last, past, seen = self._means(pooled)
         records, memories = [], []
         for s in range(number.shape[1]):
             run, tokens = run + pooled.sums[:, s], tokens + pooled.count[:, s, None]
             windows = torch.cat([last[:, s], before, _scale(run, tokens[:, 0]), past[:, s]], -1)
-            given = lately if evidence is None else torch.cat([lately, evidence[:, s]], -1)
+            given = None if evidence is None else evidence[:, s]
             boundary = Boundary(record, number[:, s], turn[:, s], record.new_zeros(()))
             want = None if wanted is None else wanted[:, s]
             record = self._step(windows, given, boundary, seen[:, s], real[:, s], want)
             goes_on = ~turn[:, s, None]  # what is read from here on belongs to the next turn
             before, run, tokens = last[:, s], run * goes_on, tokens * goes_on
-            speaks = _one_hot(record[:, EXPERT].long(), self.space.sizes[0])
-            answered = torch.where(speaks, 1.0, FORGETTING * lately)
-            lately = torch.where(goes_on, lately, answered)
             records.append(record)
-            memories.append(torch.cat([before, run, tokens, lately], -1))
+            memories.append(torch.cat([before, run, tokens], -1))
         kept = torch.stack(records, 1)
         decision = self.space.decision(kept, self.fallback)
         parts = [member.compose(decision, self.region) for member in members]
@@ -140,7 +136,7 @@ class AgenticRouter(ChunkReader):
     def _step(
         self,
         windows: Tensor,
-        known: Tensor,
+        evidence: Tensor | None,
         at: Boundary,
         seen: Tensor,
         real: Tensor,
@@ -151,7 +147,7 @@ class AgenticRouter(ChunkReader):
         if wanted is not None and self.tape is None:  # nobody asks what the policy thinks
             action, hold = wanted.clamp(min=0), ~forced
             return execute(at, action, hold, torch.zeros_like(at.record[:, 0]), self.space)
-        observation, q = self._observe(windows, known, at, seen)
+        observation, q = self._observe(windows, evidence, at, seen)
         at = Boundary(at.record, at.number, at.turn, q)
         options = allowed(at, self.space, self.limits, self.available)
         distribution = self.policy.actor.distribution(observation, options.masks)
@@ -168,7 +164,7 @@ class AgenticRouter(ChunkReader):
         return record
 
     def _observe(
-        self, windows: Tensor, known: Tensor, at: Boundary, seen: Tensor
+        self, windows: Tensor, evidence: Tensor | None, at: Boundary, seen: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The observation (batch, width), and the critic's Q (batch, experts + 1)."""
         record = at.record
@@ -184,7 +180,7 @@ class AgenticRouter(ChunkReader):
             _one_hot(record[:, column].long(), n).float()
             for column, n in ((EXPERT, experts), (RANK, ranks), (STRENGTH, strengths))
         ]
-        parts = [windows, known, *before]
+        parts = [windows, *([] if evidence is None else [evidence]), *before]
         observation = torch.cat([*parts, torch.stack(numbers, -1)], -1)
         value, q = self.policy.critic(observation)
         return torch.cat([observation, value[:, None]], -1), q
