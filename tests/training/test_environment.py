@@ -1,6 +1,7 @@
 """Episodes are real generations; rewards are sums that can be checked by hand; AR1 resumes to the bit."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def test_nobody_listens_when_the_episodes_are_over():
 def test_a_reward_for_one_expert_makes_it_the_rule(tmp_path):
     """The score is the share of the last episode's answer chunks under expert a."""
     model = mounted(make_llama(), chunk_size=8, plan_length=9, flip_burst=9)
+    model.router.limits = replace(model.router.limits, switch_cost=-99.0)  # no rule in the way
     env = environment(model=model)
     env.reward = RewardConfig(quality=1.0, validity=0.0, flip_cost=0.0, rank_cost=0.0)
     chosen: list[float] = []
@@ -100,7 +102,7 @@ def test_a_reward_for_one_expert_makes_it_the_rule(tmp_path):
         return {"quality": chosen[-6:][order.index(int(row.id))]}
 
     env.score = score
-    config = CONFIG.model_copy(update={"iterations": 25, "episodes": 6, "delta": 0.05})
+    config = CONFIG.model_copy(update={"iterations": 60, "episodes": 6, "delta": 0.05})
     done = improve(env, EXAMPLES, PROMPTS, config, tmp_path, seed=0)
     early = np.mean([i.reward for i in done[:5]])
     late = np.mean([i.reward for i in done[-5:]])
