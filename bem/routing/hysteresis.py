@@ -76,7 +76,7 @@ def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor)
     current = record[:, EXPERT].long()
     there = available[current]
     fresh = at.turn | first
-    running = (record[:, SPAN_LEFT] > 0) & ~fresh & there
+    running = in_span(at, available)
     full = (record[:, PLAN] >= limits.plan_length) & ~fresh & there & ~running
     budget = limits.flip_burst + limits.flip_rate_max * at.number
     spent = (record[:, FLIPS] + 1 > budget) & there & ~first
@@ -97,6 +97,12 @@ def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor)
         torch.where(held, one_hot(record[:, STRENGTH].long(), strengths), True),
     )
     return Allowed(masks, hold, running, full, spent, sticky)
+
+
+def in_span(at: Boundary, available: Tensor) -> Tensor:
+    """Bool (batch,): the span of the action before is not over, so that nothing can be chosen."""
+    there = available[at.record[:, EXPERT].long()]
+    return (at.record[:, SPAN_LEFT] > 0) & ~at.turn & (at.number != 1) & there
 
 
 def execute(at: Boundary, action: Tensor, hold: Tensor, fade: Tensor, space: ActionSpace) -> Tensor:
@@ -136,4 +142,4 @@ def fade_of(probability: Tensor, threshold: float) -> Tensor:
     return (FADE_STEPS * (1 - probability / threshold).clamp(min=0.0)).ceil()
 
 
-__all__ = ["Allowed", "Boundary", "Limits", "allowed", "execute", "fade_of"]
+__all__ = ["Allowed", "Boundary", "Limits", "allowed", "execute", "fade_of", "in_span"]

@@ -27,7 +27,7 @@ from bem.errors import AttachError
 from bem.routing.action import EXPERT, FADE, PLAN, RANK, RECORD, SPAN_LEFT, STRENGTH, ActionSpace
 from bem.routing.action import one_hot as _one_hot
 from bem.routing.distribution import HeadsDistribution
-from bem.routing.hysteresis import Allowed, Boundary, Limits, allowed, execute, fade_of
+from bem.routing.hysteresis import Allowed, Boundary, Limits, allowed, execute, fade_of, in_span
 from bem.routing.policy import MacroPolicy, Observed
 
 
@@ -147,6 +147,9 @@ class AgenticRouter(ChunkReader):
         if wanted is not None and self.tape is None:  # nobody asks what the policy thinks
             action, hold = wanted.clamp(min=0), ~forced
             return execute(at, action, hold, torch.zeros_like(at.record[:, 0]), self.space)
+        if self.tape is None and wanted is None and bool(in_span(at, self.available).all()):
+            action = at.record.new_zeros(len(at.record), 4, dtype=torch.long)  # spans go on: held
+            return execute(at, action, ~forced, at.record[:, FADE], self.space)
         observation, q = self._observe(windows, evidence, at, seen)
         at = Boundary(at.record, at.number, at.turn, q)
         options = allowed(at, self.space, self.limits, self.available)
