@@ -148,7 +148,7 @@ def target_actions(
     return targets
 
 
-def _clearly_best(costs: Floats, plain: int, margin: float) -> NDArray[np.int64]:
+def _clearly_best(costs: NDArray[np.floating], plain: int, margin: float) -> NDArray[np.int64]:
     """Cheapest option (rows, chunks), the plain one unless that is worse by more than `margin`."""
     saved = costs[..., plain] - costs.min(-1)
     return np.where(saved > margin, costs.argmin(-1), plain)
