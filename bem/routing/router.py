@@ -225,6 +225,3 @@ def _scale(sums: Tensor, count: Tensor) -> Tensor:
     """Layer norm of a mean, without weights; zero where nothing was seen."""
     mean = sums / count.clamp(min=1)[..., None]
     return F.layer_norm(mean, mean.shape[-1:]) * (count > 0)[..., None]
-
-
-__all__ = ["FADE", "AgenticRouter", "Chooser", "Step", "most_likely"]

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -270,9 +270,3 @@ def _key(
     for row in rows:
         digest.update(np.array([*row.input_ids, -1, *row.labels], np.int64).tobytes())
     return digest.hexdigest()
-
-
-def batches_of(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive parts of `size` items."""
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
