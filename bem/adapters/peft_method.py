@@ -145,7 +145,7 @@ class BemSite(nn.Module, BaseTunerLayer):
         if not self.disable_adapters and name in self.bem_update:
             live = (self.bem_update[name], self.indices.get(name))
         # past Module.__setattr__: it must not become a second child
-        self.__dict__["live"] = live
+        vars(self)["live"] = live
 
     def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

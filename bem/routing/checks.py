@@ -225,7 +225,7 @@ def _lively(mounted: Mounted) -> Mounted:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for stack in mounted.stacks.values():
-            stack.u += 0.05 * torch.randn(stack.u.shape, generator=generator)
+            stack.u.add_(0.05 * torch.randn(stack.u.shape, generator=generator))
             stack.canonicalise()
         for net in (mounted.router.policy.actor.net, mounted.router.policy.critic.net):
             shape = net.out.weight.shape

@@ -61,6 +61,8 @@ class AgenticRouter(ChunkReader):
     rules say: it is how experts are trained, oracles measured and controls run.
     """
 
+    available: Tensor  # bool (experts + 1,): the bare base stands first
+
     def __init__(
         self,
         d_model: int,

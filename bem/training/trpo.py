@@ -35,7 +35,7 @@ _PER_ROW = ("log_probs", "advantages")
 class Policy(Protocol):
     """What TRPO asks of a policy: deterministic (no dropout) and twice differentiable."""
 
-    def distribution(self, obs: Tensor, masks: Sequence[Tensor]) -> HeadsDistribution:
+    def distribution(self, obs: Tensor, masks: Sequence[Tensor], /) -> HeadsDistribution:
         """Distribution of the actions in each row of obs (n, d), masks bool (n, n_h) per head."""
         ...
 
