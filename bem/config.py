@@ -138,8 +138,10 @@ class RouterConfig(Section):
     an expert adapts if that is lower."""
     evidence: bool = False
     """The router also reads how good the retrieved evidence is."""
-    d_read: int = Field(default=24, ge=1)
-    """Numbers that the policy reads of each pooled hidden state."""
+    d_read: int = Field(default=32, ge=1)
+    """Numbers that the router hears of each token."""
+    memory: int = Field(default=48, ge=1)
+    """Width of its memory of what was said, carried from chunk to chunk."""
     hidden: int = Field(default=48, ge=1)
     """Width of the policy's and the critic's hidden layer."""
     seed: int = 0
@@ -181,6 +183,21 @@ class TrainingConfig(Section):
     """Autocast precision of the forward pass."""
 
 
+class ReadingConfig(Section):
+    """How the router's reader and its memory are trained, before anything is cloned."""
+
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the traced conversations."""
+    batch_size: int = Field(default=32, ge=1)
+    """Conversations per optimiser step."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW; falls to 0 along a cosine."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Of the hidden states that are read and of the memory."""
+
+
 class CloningConfig(Section):
     """AR0: the router learns from oracle traces by behavioural cloning."""
 
@@ -203,14 +220,13 @@ class CloningConfig(Section):
     """Learning rate of AdamW."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay."""
-    dropout: float = Field(default=0.5, ge=0, lt=1)
-    """Of the policy's inputs and hidden layer, while it is cloned."""
-    critic_dropout: float = Field(default=0.2, ge=0, lt=1)
-    """The same of the critic: Q needs its scale more than its rank order."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Of the policy's and the critic's inputs and hidden layer, while they are cloned."""
     largest_regret: float = Field(default=1.0, gt=0)
     """Q is learned as the regret against the best expert, in nats, down to this much."""
     other_heads: float = Field(default=0.3, ge=0)
     """Weight of span, rank budget and strength in the loss, beside 1 for the expert."""
+    reading: ReadingConfig = ReadingConfig()
     rounds: int = Field(default=1, ge=0)
     """Times that the trained router's own states are traced and labelled too (DAgger)."""
 

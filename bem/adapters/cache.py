@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from bem.adapters.controller import Routed, Running, token_features
+from bem.adapters.controller import Routed, Running
 from bem.errors import CacheError
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ class ControlLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, owner: str, n_heads: int, applied_width: int | None = None):
-        """owner: name of the adapter whose control this is; n_heads: see `token_features`;
-        applied_width: control floats that act on the model, the rest is the controller's memory."""
+    def __init__(self, owner: str, applied_width: int | None = None):
+        """owner: name of the adapter whose control this is; applied_width: control floats that act on
+        the model, the rest is the controller's memory."""
         super().__init__()
-        self.owner, self.n_heads, self.applied_width = owner, n_heads, applied_width
+        self.owner, self.applied_width = owner, applied_width
         self.is_initialized = True  # nothing is allocated up front
         self._clear()
 
@@ -62,7 +62,7 @@ class ControlLayer(CacheLayerMixin):
             None  # tokens that surely still fit the running chunks; None: unknown
         )
         self._pieces: list[Piece] = []
-        self._pending: list[tuple[Tensor, Tensor | None]] = []  # decoded tokens, not yet summed
+        self._pending: list[Tensor] = []  # features of decoded tokens, not yet summed
 
     def append(self, routed: Routed, features: Tensor, valid: Tensor) -> None:
         """Take over the result of a forward pass over one piece."""
@@ -75,20 +75,17 @@ class ControlLayer(CacheLayerMixin):
             Piece(number, routed.number, routed.sums, routed.control, masked, valid)
         )
 
-    def append_token(self, hidden: Tensor, head_input: Tensor | None) -> None:
+    def append_token(self, features: Tensor) -> None:
         """A decoded token inside its chunk; summed only when the next chunk needs it."""
         assert self.left is not None
-        self._pending.append((hidden, head_input))
+        self._pending.append(features)
         self.columns += 1
         self.left -= 1
 
     def settle(self) -> Running | None:
         """Sum what was decoded since the last chunk began, and return the state."""
         if self._pending and self.running is not None:
-            hidden = torch.cat([h for h, _ in self._pending], 1)
-            heads = [h for _, h in self._pending if h is not None]
-            features = token_features(hidden, torch.cat(heads, 1) if heads else None, self.n_heads)
-            self._pending = []
+            features, self._pending = torch.cat(self._pending, 1), []
             run, tokens = self.running, features.shape[1]
             sums = run.sums + features.sum(1)
             self.running = Running(
@@ -269,6 +266,6 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
     grow = getattr(cache, "layer_class_to_replicate", None)
     while grow is not None and len(cache.layers) < wiring.depth:
         cache.layers.append(grow())
-    layer = ControlLayer(wiring.name, wiring.controller.n_heads, wiring.applied_width)
+    layer = ControlLayer(wiring.name, wiring.applied_width)
     cache.layers.append(layer)
     return layer

@@ -92,6 +92,10 @@ class ChunkReader(nn.Module, ABC):
         control = torch.zeros(batch, control_width, device=device)
         return Running(floats, ints, floats, ints, ints, control)
 
+    def features(self, hidden: Tensor, head_input: Tensor | None) -> Tensor:
+        """Float32 features of each token (batch, tokens, self.width); see `token_features`."""
+        return token_features(hidden, head_input, self.n_heads)
+
     def pool(
         self, features: Tensor, valid: Tensor, turns: Tensor | None, before: Running, slots: int
     ) -> Routed:

@@ -20,7 +20,6 @@ from bem.adapters.controller import (
     ChunkReader,
     Routed,
     evidence_of_chunks,
-    token_features,
     with_control,
 )
 from bem.adapters.queries import Queries
@@ -202,7 +201,8 @@ class Runtime:
             )
         if self._stays_in_chunk(wiring, hidden, state):
             self.parts = state.parts
-            state.append_token(hidden.detach(), self._head_input)
+            with torch.autocast(hidden.device.type, enabled=False):
+                state.append_token(wiring.controller.features(hidden, self._head_input))
         else:
             self._route_piece(wiring, hidden, state)
 
@@ -232,7 +232,7 @@ class Runtime:
         route = self._given_route(batch, tokens, offset, hidden.device)
         slots = slots_needed(tokens, turns, controller.chunk_size)
         with torch.autocast(hidden.device.type, enabled=False):
-            features = token_features(hidden, self._head_input, controller.n_heads)
+            features = controller.features(hidden, self._head_input)
             pooled = controller.pool(features, valid, turns, before, slots)
             routed = self._decide(wiring, pooled, turns, route)
         self.parts = _PerToken(

@@ -8,15 +8,15 @@ makers' labels of the training conversations by multinomial logistic regression.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bem.adapters.sites import find_sites
-from bem.training.data import Encoded, collate
+from bem.training.data import Encoded
+from bem.training.reading import hidden_states
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,8 @@ def turn_features(
         layer: block whose input is read.
     """
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    block = model.get_submodule(find_sites(model).blocks[layer])
-    hidden: list[Tensor] = []
-    handle = block.register_forward_pre_hook(
-        lambda _, args, given: hidden.append(args[0] if args else given["hidden_states"]),
-        with_kwargs=True,
-    )
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    try:
-        for at in range(0, len(rows), batch_size):
-            chosen = order[at : at + batch_size]
-            batch = collate([replace(rows[i], route=[]) for i in chosen], pad_id)
-            hidden.clear()
-            model(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
-                use_cache=False,
-            )
-            for r, i in enumerate(chosen):
-                states = hidden[0][r, -len(rows[i]) :].float().cpu()
-                found[i] = _means(states, rows[i].turn_starts)
-    finally:
-        handle.remove()
+    for i, states in hidden_states(model, rows, layer, pad_id, batch_size):
+        found[i] = _means(states.float().cpu(), rows[i].turn_starts)
     return found
 
 

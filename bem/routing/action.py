@@ -9,8 +9,8 @@ each chunk's control, so that it lives with the cache and a crop or a reordered 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ EXPERT, SPAN_LEFT, RANK, STRENGTH, PLAN, FLIPS, FADE, TURN = range(8)
 """Columns of the record: options in force, chunks of the span that are left, actions in this turn's
 plan, changes of expert, 16ths taken from the expert's gate for lack of confidence, turns begun."""
 RECORD = 8
+_COLUMNS = (EXPERT, SPAN_LEFT, RANK, STRENGTH)
 FADE_STEPS = 16
 
 
@@ -70,6 +71,18 @@ class ActionSpace:
         rest = experts.new_tensor(self.plain).expand(*experts.shape, 3)
         return torch.cat([experts[..., None], rest], -1)
 
+    def in_force(self, record: Tensor) -> Tensor:
+        """The options that records (batch, RECORD) say are in force: bool (batch, options of all heads).
+
+        The chosen span is not in a record; its first option stands for it.
+        """
+        columns = tuple(_COLUMNS[h] for h, n in enumerate(self.sizes) for _ in range(n))
+        options = tuple(o for n in self.sizes for o in range(n))
+        counts = tuple(float(column != SPAN_LEFT) for column in columns)
+        found = record.index_select(1, constant(columns, record.device))
+        found = found * constant(counts, record.device)
+        return found == constant(options, record.device)
+
     def decision(self, record: Tensor, fallback: int) -> Decision:
         """What a record (..., RECORD) means for the stacks.
 
@@ -85,8 +98,8 @@ class ActionSpace:
         always = gates.new_ones(*gates.shape[:-1], int(self.shared))
         return Decision(
             torch.cat([gates[..., 1:], always], -1),
-            _lookup(self.ranks, record[..., RANK]),
-            _lookup(self.strengths, record[..., STRENGTH]),
+            constant(self.ranks, record.device)[record[..., RANK].long()],
+            constant(self.strengths, record.device)[record[..., STRENGTH].long()],
         )
 
 
@@ -95,5 +108,8 @@ def one_hot(index: Tensor, n: int) -> Tensor:
     return index[..., None] == torch.arange(n, device=index.device)
 
 
-def _lookup(options: Sequence[float], index: Tensor) -> Tensor:
-    return torch.tensor(options, device=index.device)[index.long()]
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A small tensor that never changes, made once per device."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)

@@ -20,7 +20,7 @@ from bem.adapters.checks import TOKENS, TOLERANCE, Outcome, Report
 from bem.adapters.checks_models import ARCHITECTURES, VOCAB, tiny_model
 from bem.routing.action import EXPERT, FLIPS, PLAN, RANK, RECORD, STRENGTH
 from bem.routing.mounted import Mounted
-from bem.routing.router import Chooser, most_likely
+from bem.routing.router import Chooser
 
 Make = Callable[[Any], Mounted]
 ROWS = 6
@@ -260,7 +260,7 @@ def _logits(mounted: Mounted, ids: Tensor) -> Tensor:
     return _forward(mounted, ids, turn_starts=_turns(ids), use_cache=False).logits
 
 
-def _plan(mounted: Mounted, ids: Tensor, chooser: Chooser = most_likely) -> Tensor:
+def _plan(mounted: Mounted, ids: Tensor, chooser: Chooser | None = None) -> Tensor:
     """Records of all chunks of one pass over whole texts (rows, chunks, RECORD)."""
     with mounted.router.watched(chooser) as tape:
         _forward(mounted, ids, turn_starts=_turns(ids), use_cache=False)

@@ -74,9 +74,7 @@ class HeadsDistribution:
         Raises:
             ValueError: probabilities that are not finite.
         """
-        for name, p in zip(self.names, self.probs, strict=True):
-            _check_finite(name, p)
-        return torch.stack([log_p.argmax(-1) for log_p in self._log_p], -1)
+        return modes(self._log_p, self.masks, self.names)
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-probability (...) of actions, int64 (..., heads).
@@ -117,6 +115,17 @@ class HeadsDistribution:
             for log_p, mask in zip(self._log_p, self.masks, strict=True)
         ]
         return torch.stack(parts).sum(0)
+
+
+def modes(logits: Sequence[Tensor], masks: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """`HeadsDistribution.mode` straight from logits and masks: a decision needs no more."""
+    best = []
+    for name, z, mask in zip(names, logits, masks, strict=True):
+        top, option = z.masked_fill(~mask, -torch.inf).max(-1)
+        if not torch.isfinite(top).all():  # NaN counts as the largest of all
+            raise ValueError(f"head {name}: logits are not finite: the policy diverged.")
+        best.append(option)
+    return torch.stack(best, -1)
 
 
 def _masked_log_softmax(name: str, logits: Tensor, mask: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from bem.routing.action import (
     STRENGTH,
     TURN,
     ActionSpace,
-    one_hot,
+    constant,
 )
 
 
@@ -75,27 +75,21 @@ def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor)
     record, first = at.record, at.number == 1
     current = record[:, EXPERT].long()
     there = available[current]
-    fresh = at.turn | first
-    running = in_span(at, available)
-    full = (record[:, PLAN] >= limits.plan_length) & ~fresh & there & ~running
+    stays = there & ~first  # there is something to stay with
+    goes_on = stays & ~at.turn
+    running = (record[:, SPAN_LEFT] > 0) & goes_on
+    full = (record[:, PLAN] >= limits.plan_length) & goes_on & ~running
     budget = limits.flip_burst + limits.flip_rate_max * at.number
-    spent = (record[:, FLIPS] + 1 > budget) & there & ~first
+    spent = (record[:, FLIPS] + 1 > budget) & stays
     hold = running | full
-    own = one_hot(current, len(available))
+    own, rest = space.in_force(record).split([len(available), sum(space.sizes[1:])], 1)
     gain = at.q - at.q.gather(1, current[:, None])
-    worth = gain > limits.switch_cost + limits.hysteresis
-    free = (first | ~there)[:, None]  # there is nothing to stay with
-    experts = available & (worth | own | free)
-    sticky = (available & ~experts).any(1) & ~hold & ~spent
-    experts = torch.where((hold | spent)[:, None], own, experts)
-    _, spans, ranks, strengths = space.sizes
-    held = hold[:, None]
-    masks = (
-        experts,
-        torch.where(held, one_hot(torch.zeros_like(current), spans), True),
-        torch.where(held, one_hot(record[:, RANK].long(), ranks), True),
-        torch.where(held, one_hot(record[:, STRENGTH].long(), strengths), True),
-    )
+    worth = own | (gain > limits.switch_cost + limits.hysteresis) | ~stays[:, None]
+    fixed = hold | spent
+    sticky = (available & ~worth).any(1) & ~fixed
+    experts = available & (own | (worth & ~fixed[:, None]))
+    rest = rest | ~hold[:, None]
+    masks = (experts, *rest.split(space.sizes[1:], 1))
     return Allowed(masks, hold, running, full, spent, sticky)
 
 
@@ -113,23 +107,22 @@ def execute(at: Boundary, action: Tensor, hold: Tensor, fade: Tensor, space: Act
         hold: bool (batch,), the action before simply goes on.
         fade: (batch,), share that lacks confidence, in FADE_STEPS-ths; of a held action the old one.
     """
-    before, first = at.record, at.number == 1
-    fresh = at.turn | first
-    kept = before[:, [EXPERT, RANK, STRENGTH]]
-    options = torch.where(hold[:, None], kept, action[:, [0, 2, 3]].to(before.dtype))
-    changed = options[:, 0] != before[:, EXPERT]
-    different = (options != kept).any(1)
-    spans = torch.tensor(space.spans, device=action.device)[action[:, 1]]
-    left = torch.where(hold, (before[:, SPAN_LEFT] - 1).clamp(min=0), spans - 1.0)
-    plan = torch.where(fresh, 1.0, before[:, PLAN] + different)
-    record = torch.empty_like(before)
-    record[:, EXPERT], record[:, RANK], record[:, STRENGTH] = options.unbind(1)
-    record[:, SPAN_LEFT] = left
-    record[:, PLAN] = plan
-    record[:, FLIPS] = before[:, FLIPS] + (changed & ~first)
-    record[:, FADE] = torch.where(hold, before[:, FADE], fade)
-    record[:, TURN] = before[:, TURN] + at.turn
-    return record
+    first, columns = at.number == 1, at.record.unbind(1)
+    options = [
+        torch.where(hold, columns[column], action[:, head].to(columns[column].dtype))
+        for column, head in ((EXPERT, 0), (RANK, 2), (STRENGTH, 3))
+    ]
+    changed = options[0] != columns[EXPERT]
+    different = changed | (options[1] != columns[RANK]) | (options[2] != columns[STRENGTH])
+    spans = constant(space.spans, action.device)[action[:, 1]]
+    record = [columns[0]] * len(columns)
+    record[EXPERT], record[RANK], record[STRENGTH] = options
+    record[SPAN_LEFT] = torch.where(hold, columns[SPAN_LEFT] - 1, spans - 1).clamp(min=0)
+    record[PLAN] = torch.where(at.turn | first, 1.0, columns[PLAN] + different)
+    record[FLIPS] = columns[FLIPS] + (changed & ~first)
+    record[FADE] = torch.where(hold, columns[FADE], fade)
+    record[TURN] = columns[TURN] + at.turn
+    return torch.stack(record, 1)
 
 
 def fade_of(probability: Tensor, threshold: float) -> Tensor:

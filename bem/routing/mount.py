@@ -192,6 +192,7 @@ def _router(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> Ag
             limits,
             config.chunk_size,
             config.d_read,
+            config.memory,
             config.hidden,
             config.confidence,
             space.option(config.fallback),

@@ -1,10 +1,11 @@
-"""The macro policy: pooled hidden states and the last action in, a distribution over actions out.
+"""The macro policy: memory and the last action in, a distribution over actions out.
 
-    h = tanh(W [read(last chunk), read(the one before), read(the turn), read(all earlier), rest] + b)
+    h = tanh(W [memory, evidence, turn, chunk number, value] + V [last action, span, plan] + b)
     logits of expert, span, rank budget and strength = heads(h)
 
-`read` maps each pooled hidden state to a few numbers. The critic is a network of the same form with
-no weight in common: it gives the value of the state and Q of every expert, which hysteresis compares.
+What is read (W) is the same for all chunks of a prompt at once; only what was done before (V) must
+wait for the chunk before. The critic is a network of its own that sees what was read, and nothing of
+what was done: it gives the value of the state and Q of every expert, which hysteresis compares.
 """
 
 from __future__ import annotations
@@ -17,90 +18,86 @@ from torch import Tensor, nn
 
 from bem.routing.action import HEADS, ActionSpace
 from bem.routing.distribution import HeadsDistribution
-
-WINDOWS = 4  # pooled hidden states in an observation
+from bem.routing.reader import Reader
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Sizes of an observation: WINDOWS pooled states, evidence, the last action, and the value."""
+    """Sizes of an observation: what was read, the critic's value of it, what was done."""
 
-    d_model: int
+    memory: int
     n_evidence: int
     space: ActionSpace
 
     @property
-    def rest(self) -> int:
-        """Numbers behind the pooled states, the value not counted."""
-        experts, _, ranks, strengths = self.space.sizes
-        return self.n_evidence + experts + ranks + strengths + 5
+    def read(self) -> int:
+        """Memory, evidence, whether a turn begins, whether anything was read, chunk number."""
+        return self.memory + self.n_evidence + 3
+
+    @property
+    def done(self) -> int:
+        """Options in force (as one-hot), chunks of the span that are left, actions in the plan."""
+        return sum(self.space.sizes) + 2
 
     @property
     def width(self) -> int:
-        """Numbers of a whole observation; the last one is the critic's value."""
-        return WINDOWS * self.d_model + self.rest + 1
+        """Numbers of a whole observation."""
+        return self.read + 1 + self.done
+
+    def valued(self, observation: Tensor, value: Tensor) -> Tensor:
+        """An observation (..., width) with another value (...)."""
+        read, _, done = observation.split([self.read, 1, self.done], -1)
+        return torch.cat([read, value[..., None], done], -1)
 
 
 class Net(nn.Module):
-    """Reads the pooled states, then one hidden layer.
+    """One hidden layer over what was read and what was done. Dropout is for cloning alone."""
 
-    Pooled states are centred and scaled number by number, once `standardise` has seen some; dropout
-    is for cloning alone, everything else runs in eval mode.
-    """
-
-    centre: Tensor
-    spread: Tensor
-
-    def __init__(self, d_model: int, rest: int, d_read: int, hidden: int, out: int, gain: float):
+    def __init__(self, read: int, done: int, hidden: int, out: int, gain: float):
+        """done: 0, there is no such input; gain: scale of the last layer's first weights."""
         super().__init__()
-        self.d_model = d_model
-        self.register_buffer("centre", torch.zeros(d_model))
-        self.register_buffer("spread", torch.ones(d_model))
         self.dropout = nn.Dropout(0.0)
-        self.read = nn.Linear(d_model, d_read, bias=False)
-        self.inner = nn.Linear(WINDOWS * d_read + rest, hidden)
+        self.read = nn.Linear(read, hidden)
+        self.done = nn.Linear(done, hidden, bias=False) if done else None
         self.out = nn.Linear(hidden, out)
-        for layer, scale in ((self.read, 1.0), (self.inner, 2**0.5), (self.out, gain)):
-            nn.init.orthogonal_(layer.weight, scale)
-        nn.init.zeros_(self.inner.bias)
+        for layer, scale in ((self.read, 2**0.5), (self.done, 2**0.5), (self.out, gain)):
+            if layer is not None:
+                nn.init.orthogonal_(layer.weight, scale)
+        nn.init.zeros_(self.read.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, observation: Tensor) -> Tensor:
-        pooled, rest = observation.split(
-            [WINDOWS * self.d_model, observation.shape[-1] - WINDOWS * self.d_model], -1
-        )
-        windows = pooled.unflatten(-1, (WINDOWS, self.d_model))
-        seen = (windows != 0).any(-1, keepdim=True)
-        windows = self.dropout((windows - self.centre) / self.spread * seen)
-        read = torch.cat([self.read(windows).flatten(-2), rest], -1)
-        return self.out(self.dropout(torch.tanh(self.inner(read))))
+    def forward(self, read: Tensor, done: Tensor | None = None) -> Tensor:
+        """read: (..., read) as it is."""
+        return self.finish(self.begin(read), done)
 
-    @torch.no_grad()
-    def standardise(self, observations: Tensor) -> None:
-        """Take centre and scale from observations (n, width)."""
-        windows = observations[:, : WINDOWS * self.d_model].reshape(-1, self.d_model)
-        windows = windows[(windows != 0).any(-1)]
-        self.centre.copy_(windows.mean(0))
-        self.spread.copy_(windows.std(0).clamp(min=0.1))
+    def begin(self, read: Tensor) -> Tensor:
+        """The half of the hidden layer that needs no action; feed it to `finish`."""
+        return self.read(self.dropout(read))
+
+    def finish(self, begun: Tensor, done: Tensor | None = None) -> Tensor:
+        """The output, once what was done is known."""
+        if self.done is not None:
+            begun = begun + self.done(done)
+        return self.out(self.dropout(torch.tanh(begun)))
 
     def flops(self) -> int:
         """Matrix FLOPs of one observation."""
-        read = WINDOWS * self.read.weight.numel()
-        return 2 * (read + self.inner.weight.numel() + self.out.weight.numel())
+        layers = (self.read, self.done, self.out)
+        return 2 * sum(layer.weight.numel() for layer in layers if layer is not None)
 
 
 class Actor(nn.Module):
     """The policy proper. Starts nearly uniform."""
 
-    def __init__(self, sizes: Observed, d_read: int, hidden: int):
+    def __init__(self, observed: Observed, hidden: int):
         super().__init__()
-        self.sizes = sizes.space.sizes
-        out = sum(self.sizes)
-        self.net = Net(sizes.d_model, sizes.rest + 1, d_read, hidden, out, 0.01)
+        self.observed, self.sizes = observed, observed.space.sizes
+        self.net = Net(observed.read + 1, observed.done, hidden, sum(self.sizes), 0.01)
 
     def logits(self, observation: Tensor) -> tuple[Tensor, ...]:
-        """Logits (..., n_h) of each head."""
-        return self.net(observation).split(self.sizes, -1)
+        """Logits (..., n_h) of each head, for observations (..., width)."""
+        read, done = observation.split([self.observed.read + 1, self.observed.done], -1)
+        return self.net(read, done).split(self.sizes, -1)
 
     def distribution(self, observation: Tensor, masks: Sequence[Tensor]) -> HeadsDistribution:
         """Over actions, for observations (..., width)."""
@@ -108,27 +105,28 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Value of a state and of every expert in it; reads an observation without its last number."""
+    """Value of a state and of every expert in it."""
 
-    def __init__(self, sizes: Observed, d_read: int, hidden: int):
+    def __init__(self, observed: Observed, hidden: int):
         super().__init__()
-        out = 1 + sizes.space.sizes[0]
-        self.net = Net(sizes.d_model, sizes.rest, d_read, hidden, out, 1.0)
+        self.read = observed.read
+        self.net = Net(observed.read, 0, hidden, 1 + observed.space.sizes[0], 1.0)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """(V (...), Q (..., experts + 1))."""
-        out = self.net(observation)
+        """(V (...), Q (..., experts + 1)) of observations, or of what was read alone (..., read)."""
+        out = self.net(observation[..., : self.read])
         return out[..., 0], out[..., 1:]
 
 
 class MacroPolicy(nn.Module):
-    """Actor and critic of one router."""
+    """Reader, actor and critic of one router."""
 
-    def __init__(self, sizes: Observed, d_read: int, hidden: int):
+    def __init__(self, d_model: int, observed: Observed, d_read: int, hidden: int):
         super().__init__()
-        self.actor = Actor(sizes, d_read, hidden)
-        self.critic = Critic(sizes, d_read, hidden)
+        self.reader = Reader(d_model, d_read, observed.memory)
+        self.actor = Actor(observed, hidden)
+        self.critic = Critic(observed, hidden)
 
-    def flops(self) -> int:
-        """Matrix FLOPs of one decision."""
-        return self.actor.net.flops() + self.critic.net.flops()
+    def flops(self, tokens: int) -> int:
+        """Matrix FLOPs of one decision, for a chunk of so many tokens."""
+        return self.reader.flops(tokens) + self.actor.net.flops() + self.critic.net.flops()

@@ -1,8 +1,7 @@
 """The agentic router: at every chunk boundary it decides which expert speaks, for how long, with how
 many ranks and how strongly.
 
-    state = pooled hidden states of the last two chunks, of the turn so far and of all that came
-            before, evidence, the last action, chunk number, value estimate
+    state = memory of what was said (see `Reader`), evidence, the last action, chunk number, value
     action = (expert, span, rank budget, strength)
 
 It takes the controller's place in a forward pass: it reads the hidden states that enter one early
@@ -18,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bem.adapters.compose import TrustRegion
 from bem.adapters.controller import ChunkReader, Routed, first_tokens
 from bem.errors import AttachError
-from bem.routing.action import EXPERT, FADE, PLAN, RANK, RECORD, SPAN_LEFT, STRENGTH, ActionSpace
-from bem.routing.action import one_hot as _one_hot
-from bem.routing.distribution import HeadsDistribution
+from bem.routing.action import FADE, HEADS, PLAN, RECORD, SPAN_LEFT, ActionSpace
+from bem.routing.distribution import HeadsDistribution, modes
 from bem.routing.hysteresis import Allowed, Boundary, Limits, allowed, execute, fade_of, in_span
 from bem.routing.policy import MacroPolicy, Observed
 
@@ -45,12 +42,16 @@ class Step:
     forced: Tensor  # bool (batch,): the caller's route said so
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the policy reads at every chunk of a piece."""
+
+    read: Tensor  # (batch, slots, Observed.read + 1): the value is the last number
+    q: Tensor  # (batch, slots, experts + 1)
+    begun: Tensor  # (batch, slots, hidden): the actor's half of it
+
+
 Chooser = Callable[[HeadsDistribution], Tensor]
-
-
-def most_likely(distribution: HeadsDistribution) -> Tensor:
-    """The default: the most likely possible option of each head."""
-    return distribution.mode()
 
 
 class AgenticRouter(ChunkReader):
@@ -69,7 +70,8 @@ class AgenticRouter(ChunkReader):
         space: ActionSpace,
         limits: Limits,
         chunk_size: int = 64,
-        d_read: int = 24,
+        d_read: int = 32,
+        memory: int = 48,
         hidden: int = 48,
         confidence: float = 0.0,
         fallback: int = 0,
@@ -78,26 +80,30 @@ class AgenticRouter(ChunkReader):
     ):
         """confidence, fallback (an expert option), region: see `RouterConfig`."""
         super().__init__()
-        self.d_model, self.width, self.chunk_size = d_model, d_model, chunk_size
+        self.width, self.chunk_size = d_read, chunk_size
         self.space, self.limits = space, limits
         self.confidence, self.fallback, self.region = confidence, fallback, region
         self.n_evidence = n_evidence
-        self.observed = Observed(d_model, n_evidence, space)
-        self.policy = MacroPolicy(self.observed, d_read, hidden)
-        self.tail_width = RECORD + 2 * d_model + 1 + n_evidence
+        self.observed = Observed(memory, n_evidence, space)
+        self.policy = MacroPolicy(d_model, self.observed, d_read, hidden)
+        self.tail_width = RECORD + memory + n_evidence
         self.register_buffer("available", torch.ones(len(space.experts) + 1, dtype=torch.bool))
-        self.chooser: Chooser = most_likely
+        self.chooser: Chooser | None = None  # None: the most likely possible option of each head
         self.tape: list[Step] | None = None
 
     @contextmanager
     def watched(self, chooser: Chooser | None = None) -> Iterator[list[Step]]:
         """Note every decision made inside, and let `chooser` make it."""
         before = self.chooser, self.tape
-        self.chooser, self.tape = chooser or self.chooser, []
+        self.chooser, self.tape = chooser, []
         try:
             yield self.tape
         finally:
             self.chooser, self.tape = before
+
+    @torch.no_grad()
+    def features(self, hidden: Tensor, head_input: Tensor | None) -> Tensor:
+        return self.policy.reader.hear(hidden)
 
     @torch.no_grad()
     def decide(
@@ -113,99 +119,86 @@ class AgenticRouter(ChunkReader):
         turn = torch.zeros_like(real) if turns is None else turns.gather(1, first) & real
         wanted = None if route is None else self._wanted(route, first)
         tail = pooled.before.control[:, pooled.before.control.shape[1] - self.tail_width :]
-        record, before, run, tokens = tail[:, : RECORD + 2 * self.d_model + 1].split(
-            [RECORD, self.d_model, self.d_model, 1], -1
+        record, before = tail[:, : RECORD + self.observed.memory].split(
+            [RECORD, self.observed.memory], -1
         )
-        last, past, seen = self._means(pooled)
-        records, memories = [], []
+        memory = self.policy.reader.remember(pooled.sums[:, :-1], before)
+        seen = None
+        if wanted is None or self.tape is not None:  # else nobody asks what the policy thinks
+            seen = self._see(memory, evidence, pooled, turn)
+        records, nothing = [], record.new_empty(0)
         for s in range(number.shape[1]):
-            run, tokens = run + pooled.sums[:, s], tokens + pooled.count[:, s, None]
-            windows = torch.cat([last[:, s], before, _scale(run, tokens[:, 0]), past[:, s]], -1)
-            given = None if evidence is None else evidence[:, s]
-            boundary = Boundary(record, number[:, s], turn[:, s], record.new_zeros(()))
+            at = Boundary(
+                record, number[:, s], turn[:, s], nothing if seen is None else seen.q[:, s]
+            )
             want = None if wanted is None else wanted[:, s]
-            record = self._step(windows, given, boundary, seen[:, s], real[:, s], want)
-            goes_on = ~turn[:, s, None]  # what is read from here on belongs to the next turn
-            before, run, tokens = last[:, s], run * goes_on, tokens * goes_on
+            record = self._step(seen, s, at, real[:, s], want)
             records.append(record)
-            memories.append(torch.cat([before, run, tokens], -1))
         kept = torch.stack(records, 1)
         decision = self.space.decision(kept, self.fallback)
         parts = [member.compose(decision, self.region) for member in members]
-        parts += [kept, torch.stack(memories, 1)]
+        parts += [kept, memory]
         return torch.cat(parts if evidence is None else [*parts, evidence], -1)
 
+    def _see(self, memory: Tensor, evidence: Tensor | None, pooled: Routed, turn: Tensor) -> _Seen:
+        """What the policy reads at every chunk; of what it does nothing is known yet."""
+        anything = (pooled.before.done_count[:, None] + pooled.count[:, :-1].cumsum(1)) > 0
+        numbers = [turn.float(), anything.float(), pooled.number[:, 1:].float().log() / 4]
+        parts = [memory, *([] if evidence is None else [evidence]), torch.stack(numbers, -1)]
+        read = torch.cat(parts, -1)
+        value, q = self.policy.critic(read)
+        read = torch.cat([read, value[..., None]], -1)
+        return _Seen(read, q, self.policy.actor.net.begin(read))
+
     def _step(
-        self,
-        windows: Tensor,
-        evidence: Tensor | None,
-        at: Boundary,
-        seen: Tensor,
-        real: Tensor,
-        wanted: Tensor | None,
+        self, seen: _Seen | None, s: int, at: Boundary, real: Tensor, wanted: Tensor | None
     ) -> Tensor:
         """One decision of every row; returns the records afterwards."""
         forced = torch.zeros_like(real) if wanted is None else wanted[:, 0] != -1
-        if wanted is not None and self.tape is None:  # nobody asks what the policy thinks
-            action, hold = wanted.clamp(min=0), ~forced
-            return execute(at, action, hold, torch.zeros_like(at.record[:, 0]), self.space)
-        if self.tape is None and wanted is None and bool(in_span(at, self.available).all()):
-            action = at.record.new_zeros(len(at.record), 4, dtype=torch.long)  # spans go on: held
-            return execute(at, action, ~forced, at.record[:, FADE], self.space)
-        observation, q = self._observe(windows, evidence, at, seen)
-        at = Boundary(at.record, at.number, at.turn, q)
+        if seen is None:
+            assert wanted is not None
+            return execute(at, wanted.clamp(min=0), ~forced, self._unfaded(at), self.space)
+        if self.tape is None and bool(in_span(at, self.available).all()):
+            held = at.record.new_zeros(len(at.record), 4, dtype=torch.long)  # spans go on
+            return execute(at, held, ~forced, at.record[:, FADE], self.space)
         options = allowed(at, self.space, self.limits, self.available)
-        distribution = self.policy.actor.distribution(observation, options.masks)
-        if wanted is None:
-            action, hold = self.chooser(distribution), options.hold
-        else:
+        done = self._done(at.record)
+        logits = self.policy.actor.net.finish(seen.begun[:, s], done).split(self.space.sizes, -1)
+        known = None if self.tape is None else HeadsDistribution(logits, options.masks, HEADS)
+        if wanted is not None:
             action, hold = wanted.clamp(min=0), ~forced
-        fade = self._fade(observation, action)
-        record = execute(at, action, hold, torch.where(forced, 0.0, fade), self.space)
-        if self.tape is not None:
-            self.tape.append(
-                Step(observation, at, options, distribution, action, record, real, forced)
-            )
+        else:
+            choose, hold = self.chooser, options.hold
+            action = choose(known) if choose and known else modes(logits, options.masks, HEADS)
+        fade = torch.where(forced, 0.0, self._fade(logits[0], action))
+        record = execute(at, action, hold, fade, self.space)
+        if self.tape is not None and known is not None:
+            observation = torch.cat([seen.read[:, s], done], -1)
+            self.tape.append(Step(observation, at, options, known, action, record, real, forced))
         return record
 
-    def _observe(
-        self, windows: Tensor, evidence: Tensor | None, at: Boundary, seen: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The observation (batch, width), and the critic's Q (batch, experts + 1)."""
-        record = at.record
-        experts, _, ranks, strengths = self.space.sizes
-        numbers = [
-            record[:, SPAN_LEFT] / self.space.spans[-1],
-            record[:, PLAN] / self.limits.plan_length,
-            at.turn.float(),
-            seen.float(),
-            at.number.float().log() / 4,
-        ]
-        before = [
-            _one_hot(record[:, column].long(), n).float()
-            for column, n in ((EXPERT, experts), (RANK, ranks), (STRENGTH, strengths))
-        ]
-        parts = [windows, *([] if evidence is None else [evidence]), *before]
-        observation = torch.cat([*parts, torch.stack(numbers, -1)], -1)
-        value, q = self.policy.critic(observation)
-        return torch.cat([observation, value[:, None]], -1), q
+    def _done(self, record: Tensor) -> Tensor:
+        """What was done before, as the policy reads it (batch, Observed.done)."""
+        span, plan = record[:, SPAN_LEFT, None], record[:, PLAN, None]
+        return torch.cat(
+            [
+                self.space.in_force(record).float(),
+                span / self.space.spans[-1],
+                plan / self.limits.plan_length,
+            ],
+            -1,
+        )
 
-    def _fade(self, observation: Tensor, action: Tensor) -> Tensor:
+    def _unfaded(self, at: Boundary) -> Tensor:
+        return torch.zeros_like(at.record[:, FADE])
+
+    def _fade(self, logits: Tensor, action: Tensor) -> Tensor:
         """16ths that the chosen expert gives up: how sure the policy is, before any rule but loading."""
         if not self.confidence:
-            return torch.zeros_like(observation[:, 0])
-        logits = self.policy.actor.logits(observation)[0].masked_fill(~self.available, -torch.inf)
-        probability = logits.softmax(-1).gather(1, action[:, :1])[:, 0]
-        fade = fade_of(probability, self.confidence)
+            return logits.new_zeros(len(logits))
+        probability = logits.masked_fill(~self.available, -torch.inf).softmax(-1)
+        fade = fade_of(probability.gather(1, action[:, :1])[:, 0], self.confidence)
         return torch.where(action[:, 0] == self.fallback, 0.0, fade)
-
-    def _means(self, pooled: Routed) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised means of the chunk before each slot and of all earlier tokens (batch, slots,
-        d_model), and whether there are any (batch, slots)."""
-        sums, count = pooled.sums[:, :-1], pooled.count[:, :-1]
-        all_sums = pooled.before.done_sums[:, None] + sums.cumsum(1)
-        all_count = pooled.before.done_count[:, None] + count.cumsum(1)
-        return _scale(sums, count), _scale(all_sums, all_count), all_count > 0
 
     def _wanted(self, route: Tensor, first: Tensor) -> Tensor:
         """The caller's action at each chunk, int (batch, slots, 4); -1: hold."""
@@ -220,10 +213,4 @@ class AgenticRouter(ChunkReader):
         return route.gather(1, first[..., None].expand(-1, -1, 4))
 
     def flops_per_chunk(self) -> int:
-        return self.policy.flops()
-
-
-def _scale(sums: Tensor, count: Tensor) -> Tensor:
-    """Layer norm of a mean, without weights; zero where nothing was seen."""
-    mean = sums / count.clamp(min=1)[..., None]
-    return F.layer_norm(mean, mean.shape[-1:]) * (count > 0)[..., None]
+        return self.policy.flops(self.chunk_size)

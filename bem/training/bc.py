@@ -1,6 +1,7 @@
 """AR0: the router learns by behavioural cloning what the oracle would have done.
 
-The conversations are read under the oracle's own route, and what the router saw at every decision is
+First the router learns to read (`bem.training.reading`). Then the conversations are read under the
+oracle's own route, and what the router saw at every decision is
 paired with the oracle's action there; `rounds` more times they are read under the router's own
 choices, each labelled with what the oracle would do from there (DAgger, arXiv:1011.0686): a router
 that has erred once must know the way back. The critic is fitted to the oracle's cost to go: its value
@@ -23,6 +24,7 @@ from bem.routing.action import EXPERT, HEADS, ActionSpace
 from bem.routing.router import Step
 from bem.training.data import Encoded, collate
 from bem.training.losses import answer_logits
+from bem.training.reading import learn_to_read
 from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ class CloningResult:
     """Of every head; "expert at answers" is the expert head where an answer begins or goes on."""
     curve: list[tuple[float, float]]
     """(training, held-out) loss of each epoch of the last round."""
+    reading: list[tuple[float, float]]
+    """The same of the reader."""
     decisions: int
     held_out: int
 
@@ -105,6 +109,7 @@ def clone(
     gather = _Gatherer(mounted, rows, traces, pad_id, config, batch_size)
     with torch.random.fork_rng(devices=[]), mounted.training("router"):
         torch.manual_seed(seed)
+        read = learn_to_read(mounted, rows, traces, out, pad_id, config.reading, seed, say)
         found = gather.oracle()
         curve = _fit(mounted, found, out, config, seed)
         for number in range(config.rounds):
@@ -113,7 +118,7 @@ def clone(
             curve = _fit(mounted, found, out, config, seed + number + 1)
     teacher = gather.oracle()
     accuracy = _accuracies(mounted, teacher, out)
-    return CloningResult(accuracy, curve, len(found), int(out[found.conversation].sum()))
+    return CloningResult(accuracy, curve, read, len(found), int(out[found.conversation].sum()))
 
 
 class _Gatherer:
@@ -219,7 +224,7 @@ def _fit(
     spread = train.q.max(-1).values.var().clamp(min=1e-6)
 
     def value_loss(part: Decisions) -> Tensor:
-        v, q = critic(part.observations[:, :-1])
+        v, q = critic(part.observations)
         best = part.q.max(-1).values
         regret = (part.q - best[:, None]).clamp(min=-config.largest_regret)
         # the value differs from state to state far more than Q does from expert to expert
@@ -227,8 +232,8 @@ def _fit(
 
     def action_loss(part: Decisions) -> Tensor:
         with torch.no_grad():
-            value = critic(part.observations[:, :-1])[0][:, None]  # the critic is in eval mode
-        logits = actor.logits(torch.cat([part.observations[:, :-1], value], -1))
+            value = critic(part.observations)[0]  # the critic is in eval mode
+        logits = actor.logits(actor.observed.valued(part.observations, value))
         losses = [
             scales[h]
             * (F.cross_entropy(z, part.targets[:, h], reduction="none") * part.weights[:, h]).sum()
@@ -237,9 +242,7 @@ def _fit(
         ]
         return torch.stack(losses).sum()
 
-    for net, dropout in ((critic.net, config.critic_dropout), (actor.net, config.dropout)):
-        net.standardise(train.observations)
-        net.dropout.p = dropout
+    critic.net.dropout.p = actor.net.dropout.p = config.dropout
     _descend(critic, value_loss, train, test, config, seed)
     return _descend(actor, action_loss, train, test, config, seed)
 

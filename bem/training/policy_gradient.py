@@ -178,7 +178,7 @@ class _Run:
                 torch.from_numpy(found.advantages).to(like),
             )
         )
-        seen, targets = rollout.observations[:, :-1], torch.from_numpy(found.targets).to(like)
+        seen, targets = rollout.observations, torch.from_numpy(found.targets).to(like)
         fitted = fit_value(
             self.value,
             seen,
@@ -192,7 +192,7 @@ class _Run:
 
     @torch.no_grad()
     def _values(self, rollout: Rollout) -> Any:
-        return self.value(rollout.observations[:, :-1]).double().cpu().numpy()
+        return self.value(rollout.observations).double().cpu().numpy()
 
     def save(self) -> None:
         state = {
@@ -240,25 +240,19 @@ def _alarm(use: Any, step: StepResult, experts: Sequence[str], config: PolicyGra
 
 
 class _Value(nn.Module):
-    """Value of an observation without its last number: (n, width - 1) -> (n,)."""
+    """Value of an observation, (n, width) -> (n,); starts near zero."""
 
-    def __init__(self, net: Net):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.net = net
+        self.net = Net(width, 0, hidden, 1, 0.01)
 
     def forward(self, observation: Tensor) -> Tensor:
         return self.net(observation)[:, 0]
 
 
 def _value_like(router: AgenticRouter, seed: int) -> _Value:
-    """A new value network of the critic's size, with its scaling of the inputs; it starts near zero."""
-    critic = router.policy.critic.net
+    """A value network of the actor's size: the critic stays as it is, hysteresis rests on it."""
+    read = router.policy.actor.net.read
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rest = router.observed.rest
-        net = Net(
-            router.d_model, rest, critic.read.out_features, critic.inner.out_features, 1, 0.01
-        )
-    net.centre.copy_(critic.centre)
-    net.spread.copy_(critic.spread)
-    return _Value(net).to(critic.centre.device)
+        return _Value(router.observed.width, read.out_features).to(read.weight.device)

@@ -23,13 +23,13 @@ def test_the_contract_holds_with_fading_and_a_trust_region():
 
 
 def test_a_router_that_reads_the_future_is_caught(monkeypatch):
-    real = AgenticRouter._means
+    real = AgenticRouter._see
 
-    def peeking(self, pooled):
-        last, past, seen = real(self, pooled)
-        return last + pooled.sums[:, 1:], past, seen  # the chunk's own tokens
+    def peeking(self, memory, evidence, pooled, turn):
+        own = pooled.sums[:, 1:]  # the chunk's own tokens
+        return real(self, memory + own.mean(-1, keepdim=True), evidence, pooled, turn)
 
-    monkeypatch.setattr(AgenticRouter, "_means", peeking)
+    monkeypatch.setattr(AgenticRouter, "_see", peeking)
     report = check_router(mounted, ["llama"], ["prefix_causal"])
     assert not report.passed
 

@@ -1,0 +1,70 @@
+"""What was said so far, as the router remembers it.
+
+    word_t   = tanh(W h_t + b) * sigmoid(G h_t + c)        of every token
+    heard_k  = sum of word_t over the tokens of chunk k
+    memory_k = GRU(heard_k, memory_{k-1})
+
+A token is heard only as far as its gate opens (gated attention pooling, arXiv:1802.04712), and it is
+summed, not averaged: a cue of five words is not drowned by the hundred around it. The memory holds it
+until something else is asked for, over any number of turns; it travels with the K/V cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHUT = -2.0
+"""Start of the gates' bias: most tokens are not heard at first."""
+
+
+class Reader(nn.Module):
+    """Hidden states in, a memory per chunk out. Learned by `bem.training.reading`, then frozen."""
+
+    centre: Tensor  # (d_model,): hidden states are read number by number on one scale
+    spread: Tensor
+
+    def __init__(self, d_model: int, d_read: int, memory: int):
+        """d_read: numbers heard of each token; memory: width of the memory."""
+        super().__init__()
+        self.d_read, self.width = d_read, memory
+        self.register_buffer("centre", torch.zeros(d_model))
+        self.register_buffer("spread", torch.ones(d_model))
+        self.token = nn.Linear(d_model, 2 * d_read)
+        self.gru = nn.GRU(d_read, memory, batch_first=True)
+        with torch.no_grad():
+            self.token.bias[d_read:] += SHUT
+
+    def hear(self, hidden: Tensor, dropout: float = 0.0) -> Tensor:
+        """Words (batch, tokens, d_read) of hidden states (batch, tokens, d_model), float32.
+
+        Args:
+            dropout: of the hidden states' numbers, while reading is learned.
+        """
+        scaled = (hidden.detach().float() - self.centre) / self.spread
+        if dropout:
+            scaled = F.dropout(scaled, dropout)
+        word, gate = self.token(scaled).chunk(2, -1)
+        return torch.tanh(word) * torch.sigmoid(gate)
+
+    def remember(self, heard: Tensor, before: Tensor) -> Tensor:
+        """The memory after each chunk (batch, chunks, memory).
+
+        Args:
+            heard: sums of the words of each chunk (batch, chunks, d_read).
+            before: memory (batch, memory) before the first of them.
+        """
+        return self.gru(heard, before[None].contiguous())[0]
+
+    @torch.no_grad()
+    def standardise(self, hidden: Tensor) -> None:
+        """Take centre and scale from hidden states (n, d_model)."""
+        hidden = hidden.float()
+        self.centre.copy_(hidden.mean(0))
+        self.spread.copy_(hidden.std(0).clamp(min=1e-3))
+
+    def flops(self, tokens: int) -> int:
+        """Matrix FLOPs of one chunk of so many tokens."""
+        gru = sum(p.numel() for n, p in self.gru.named_parameters() if n.startswith("weight"))
+        return 2 * (tokens * self.token.weight.numel() + gru)

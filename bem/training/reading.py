@@ -1,0 +1,188 @@
+"""The router learns to read: who should answer, from what was said before.
+
+Over whole conversations, through the reader's memory, with a linear layer on top that is thrown away
+afterwards. What is read lies below every expert: it is what was said, whatever was done, so the hidden
+states are computed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bem.adapters.sites import find_sites
+from bem.errors import TrainingError
+from bem.training.data import IGNORED, Encoded, collate
+from bem.training.traces import Traces, chunk_numbers
+
+if TYPE_CHECKING:
+    from bem.config import ReadingConfig
+    from bem.routing.mounted import Mounted
+    from bem.routing.reader import Reader
+
+WARMUP = 20  # steps
+
+
+class _Enough(Exception):
+    """What was wanted is known: the layers above need not run."""
+
+
+@torch.no_grad()
+def hidden_states(
+    base: Any, rows: Sequence[Encoded], layer: int, pad_id: int, batch_size: int = 16
+) -> Iterator[tuple[int, Tensor]]:
+    """(row, hidden states (tokens, d_model) that enter a layer) of each row, the shortest first.
+
+    Nothing from that layer on is computed.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    caught: list[Tensor] = []
+
+    def stop(_: Any, args: tuple, given: dict) -> None:
+        caught.append(args[0] if args else given["hidden_states"])
+        raise _Enough
+
+    block = base.get_submodule(find_sites(base).blocks[layer])
+    for at in range(0, len(rows), batch_size):
+        chosen = order[at : at + batch_size]
+        batch = collate([replace(rows[i], route=[]) for i in chosen], pad_id)
+        inputs = {n: batch[n].to(base.device) for n in ("input_ids", "attention_mask")}
+        # in front of an adapter's own hook, which would decide routes that nobody asked for
+        handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        try:
+            with contextlib.suppress(_Enough):
+                base(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        states = caught.pop()
+        yield from ((i, states[r, -len(rows[i]) :]) for r, i in enumerate(chosen))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    hidden: Tensor  # (batch, tokens, d_model)
+    member: (
+        Tensor  # (batch, chunks, tokens): which chunk a token belongs to; the first one is empty
+    )
+    targets: Tensor  # int (batch, chunks): expert option by what was said before, IGNORED: any
+
+
+def learn_to_read(
+    mounted: Mounted,
+    rows: Sequence[Encoded],
+    traces: Traces,
+    held: Tensor,
+    pad_id: int,
+    config: ReadingConfig,
+    seed: int,
+    on_progress: Callable[[str], None],
+) -> list[tuple[float, float]]:
+    """Train the reader of a mounted router on the oracle's expert where an answer is given.
+
+    Args:
+        held: bool (rows,), conversations that choose the epoch and teach nothing.
+    Returns:
+        (training, held-out) cross-entropy of each epoch, nats; the weights of the best are kept.
+    Raises:
+        TrainingError: the loss was not finite.
+    """
+    reader, layer = mounted.router.policy.reader, mounted.router_config.router_layer
+    assert layer is not None
+    states, out = [torch.empty(0)] * len(rows), held.tolist()
+    for i, found in hidden_states(mounted.base, rows, layer, pad_id):
+        states[i] = found.to("cpu", torch.bfloat16)  # two bytes a number: they are kept
+    reader.standardise(torch.cat([h for h, o in zip(states, out, strict=True) if not o]))
+    chunks = [_chunks(row, pad_id, mounted.router.chunk_size) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    sides = [[i for i in order if out[i] == side] for side in (False, True)]
+    train, test = (
+        [
+            _batch(part[at : at + config.batch_size], states, chunks, traces)
+            for at in range(0, len(part), config.batch_size)
+        ]
+        for part in sides
+    )
+    return _descend(reader, mounted.router.space.sizes[0], train, test, config, seed, on_progress)
+
+
+def _chunks(row: Encoded, pad_id: int, chunk_size: int) -> Tensor:
+    return chunk_numbers(collate([replace(row, route=[])], pad_id), chunk_size)[0]
+
+
+def _batch(rows: list[int], states: list[Tensor], chunks: list[Tensor], traces: Traces) -> _Batch:
+    tokens, n = max(len(states[i]) for i in rows), int(traces.chunks[rows].max())
+    hidden = torch.zeros(len(rows), tokens, states[rows[0]].shape[1], dtype=torch.bfloat16)
+    member = torch.zeros(len(rows), n + 1, tokens)
+    for r, i in enumerate(rows):
+        hidden[r, : len(states[i])] = states[i]
+        member[r, chunks[i], torch.arange(len(chunks[i]))] = 1.0
+    targets = np.where(traces.answers[rows, :n], traces.path[rows, :n], IGNORED)
+    return _Batch(hidden, member[:, :n], torch.from_numpy(targets))
+
+
+def _descend(
+    reader: Reader,
+    options: int,
+    train: list[_Batch],
+    test: list[_Batch],
+    config: ReadingConfig,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[tuple[float, float]]:
+    device = reader.centre.device
+    head = nn.Linear(reader.width, options).to(device)
+    parameters = [*reader.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    steps = config.epochs * len(train)
+    pace = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: min(1.0, (n + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * n / steps)),
+    )
+
+    def loss_of(batch: _Batch, dropout: float) -> tuple[Tensor, int]:
+        words = reader.hear(batch.hidden.to(device), dropout)
+        heard = torch.bmm(batch.member.to(device), words)
+        before = heard.new_zeros(len(heard), reader.width)
+        memory = F.dropout(reader.remember(heard, before), dropout, training=dropout > 0)
+        targets = batch.targets.to(device).flatten()
+        loss = F.cross_entropy(
+            head(memory).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
+        )
+        return loss, int((targets != IGNORED).sum())
+
+    rng = np.random.default_rng([seed, 13])
+    best, kept, curve = math.inf, None, []
+    for epoch in range(config.epochs):
+        sums = np.zeros(2)
+        for i in rng.permutation(len(train)):
+            loss, count = loss_of(train[i], config.dropout)
+            optimizer.zero_grad()
+            (loss / count).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            pace.step()
+            sums += float(loss.detach()), count
+        with torch.no_grad():
+            held = np.sum([[float(x) for x in loss_of(batch, 0.0)] for batch in test], 0)
+        curve.append((float(sums[0] / sums[1]), float(held[0] / held[1])))
+        say(f"reading, epoch {epoch + 1} of {config.epochs}: held-out loss {curve[-1][1]:.3f}")
+        if not math.isfinite(sum(curve[-1])):
+            raise TrainingError(
+                f"the reader diverged: loss {curve[-1]}. Lower router.cloning.reading.learning_rate "
+                f"(now {config.learning_rate:g})."
+            )
+        if curve[-1][1] < best:
+            best, kept = curve[-1][1], {k: v.clone() for k, v in reader.state_dict().items()}
+    assert kept is not None
+    reader.load_state_dict(kept)
+    return curve
