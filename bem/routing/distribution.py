@@ -74,7 +74,9 @@ class HeadsDistribution:
         Raises:
             ValueError: probabilities that are not finite.
         """
-        return modes(self._log_p, self.masks, self.names)
+        for name, p in zip(self.names, self.probs, strict=True):
+            _check_finite(name, p)
+        return torch.stack([log_p.argmax(-1) for log_p in self._log_p], -1)
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-probability (...) of actions, int64 (..., heads).
@@ -117,15 +119,17 @@ class HeadsDistribution:
         return torch.stack(parts).sum(0)
 
 
-def modes(logits: Sequence[Tensor], masks: Sequence[Tensor], names: Sequence[str]) -> Tensor:
-    """`HeadsDistribution.mode` straight from logits and masks: a decision needs no more."""
-    best = []
-    for name, z, mask in zip(names, logits, masks, strict=True):
-        top, option = z.masked_fill(~mask, -torch.inf).max(-1)
-        if not torch.isfinite(top).all():  # NaN counts as the largest of all
-            raise ValueError(f"head {name}: logits are not finite: the policy diverged.")
-        best.append(option)
-    return torch.stack(best, -1)
+def modes(logits: Tensor, possible: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`HeadsDistribution.mode` straight from logits and mask (batch, options of all heads): the forward
+    pass needs no more.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the router's logits are not finite: the policy diverged.")
+    heads = torch.where(possible, logits, -torch.inf).split(list(sizes), -1)
+    return torch.stack([head.argmax(-1) for head in heads], -1)
 
 
 def _masked_log_softmax(name: str, logits: Tensor, mask: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _why(mounted: Mounted, step: Step, before: int) -> str:
     if now != before:
         return f"Q of {space.name(now)} is {q[now] - q[before]:.2f} above {space.name(before)}, needs {threshold:.2f}"
     best = int(q.argmax())
-    if bool(rules.sticky[0]) and best != now and not bool(rules.masks[0][0, best]):
+    if best != now and not bool(rules.masks[0][0, best]):
         return f"hysteresis: {space.name(best)} is {q[best] - q[now]:.2f} better, needs {threshold:.2f}"
     likes = _likes(mounted, step)
     if likes != now and not bool(rules.masks[0][0, likes]):

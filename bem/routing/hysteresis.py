@@ -25,6 +25,7 @@ from bem.routing.action import (
     FLIPS,
     PLAN,
     RANK,
+    RECORD,
     SPAN_LEFT,
     STRENGTH,
     TURN,
@@ -58,12 +59,17 @@ class Limits:
 class Allowed:
     """What may be chosen, and why not more."""
 
-    masks: tuple[Tensor, ...]  # bool (batch, n_h) of each head
+    possible: Tensor  # bool (batch, options of all heads)
+    sizes: tuple[int, ...]  # options of each head
     hold: Tensor  # bool (batch,): the action before goes on
     running: Tensor  # bool (batch,): ... because its span is not over
     full: Tensor  # bool (batch,): ... because the plan is full
     spent: Tensor  # bool (batch,): no change of expert: the flip budget is spent
-    sticky: Tensor  # bool (batch,): hysteresis forbids an expert that is there
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Bool (batch, n_h) of each head."""
+        return self.possible.split(self.sizes, 1)
 
 
 def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor) -> Allowed:
@@ -84,19 +90,22 @@ def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor)
     hold = running | full
     own, rest = space.in_force(record).split([len(available), sum(space.sizes[1:])], 1)
     gain = at.q - at.q.gather(1, current[:, None])
-    worth = own | (gain > limits.switch_cost + limits.hysteresis) | ~stays[:, None]
-    fixed = hold | spent
-    sticky = (available & ~worth).any(1) & ~fixed
-    experts = available & (own | (worth & ~fixed[:, None]))
-    rest = rest | ~hold[:, None]
-    masks = (experts, *rest.split(space.sizes[1:], 1))
-    return Allowed(masks, hold, running, full, spent, sticky)
+    worth = (gain > limits.switch_cost + limits.hysteresis) | ~stays[:, None]
+    experts = available & (own | (worth & ~(hold | spent)[:, None]))
+    possible = torch.cat([experts, rest | ~hold[:, None]], 1)
+    return Allowed(possible, space.sizes, hold, running, full, spent)
 
 
 def in_span(at: Boundary, available: Tensor) -> Tensor:
     """Bool (batch,): the span of the action before is not over, so that nothing can be chosen."""
     there = available[at.record[:, EXPERT].long()]
     return (at.record[:, SPAN_LEFT] > 0) & ~at.turn & (at.number != 1) & there
+
+
+def go_on(record: Tensor) -> Tensor:
+    """`execute` where every row is inside a span: one chunk of it has passed."""
+    passed = tuple(float(column == SPAN_LEFT) for column in range(RECORD))
+    return record - constant(passed, record.device)
 
 
 def execute(at: Boundary, action: Tensor, hold: Tensor, fade: Tensor, space: ActionSpace) -> Tensor:

@@ -12,7 +12,6 @@ until something else is asked for, over any number of turns; it travels with the
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHUT = -2.0
@@ -22,30 +21,18 @@ SHUT = -2.0
 class Reader(nn.Module):
     """Hidden states in, a memory per chunk out. Learned by `bem.training.reading`, then frozen."""
 
-    centre: Tensor  # (d_model,): hidden states are read number by number on one scale
-    spread: Tensor
-
     def __init__(self, d_model: int, d_read: int, memory: int):
         """d_read: numbers heard of each token; memory: width of the memory."""
         super().__init__()
         self.d_read, self.width = d_read, memory
-        self.register_buffer("centre", torch.zeros(d_model))
-        self.register_buffer("spread", torch.ones(d_model))
         self.token = nn.Linear(d_model, 2 * d_read)
         self.gru = nn.GRU(d_read, memory, batch_first=True)
         with torch.no_grad():
             self.token.bias[d_read:] += SHUT
 
-    def hear(self, hidden: Tensor, dropout: float = 0.0) -> Tensor:
-        """Words (batch, tokens, d_read) of hidden states (batch, tokens, d_model), float32.
-
-        Args:
-            dropout: of the hidden states' numbers, while reading is learned.
-        """
-        scaled = (hidden.detach().float() - self.centre) / self.spread
-        if dropout:
-            scaled = F.dropout(scaled, dropout)
-        word, gate = self.token(scaled).chunk(2, -1)
+    def hear(self, hidden: Tensor) -> Tensor:
+        """Words (batch, tokens, d_read), float32, of hidden states (batch, tokens, d_model)."""
+        word, gate = self.token(hidden.detach().float()).chunk(2, -1)
         return torch.tanh(word) * torch.sigmoid(gate)
 
     def remember(self, heard: Tensor, before: Tensor) -> Tensor:
@@ -58,11 +45,10 @@ class Reader(nn.Module):
         return self.gru(heard, before[None].contiguous())[0]
 
     @torch.no_grad()
-    def standardise(self, hidden: Tensor) -> None:
-        """Take centre and scale from hidden states (n, d_model)."""
-        hidden = hidden.float()
-        self.centre.copy_(hidden.mean(0))
-        self.spread.copy_(hidden.std(0).clamp(min=1e-3))
+    def rescale(self, centre: Tensor, spread: Tensor) -> None:
+        """From weights for (hidden states - centre) / spread, both (d_model,), to weights for hidden states."""
+        self.token.weight /= spread
+        self.token.bias -= self.token.weight @ centre
 
     def flops(self, tokens: int) -> int:
         """Matrix FLOPs of one chunk of so many tokens."""

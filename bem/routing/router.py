@@ -24,7 +24,16 @@ from bem.adapters.controller import ChunkReader, Routed, first_tokens
 from bem.errors import AttachError
 from bem.routing.action import FADE, HEADS, PLAN, RECORD, SPAN_LEFT, ActionSpace
 from bem.routing.distribution import HeadsDistribution, modes
-from bem.routing.hysteresis import Allowed, Boundary, Limits, allowed, execute, fade_of, in_span
+from bem.routing.hysteresis import (
+    Allowed,
+    Boundary,
+    Limits,
+    allowed,
+    execute,
+    fade_of,
+    go_on,
+    in_span,
+)
 from bem.routing.policy import MacroPolicy, Observed
 
 
@@ -154,28 +163,30 @@ class AgenticRouter(ChunkReader):
         self, seen: _Seen | None, s: int, at: Boundary, real: Tensor, wanted: Tensor | None
     ) -> Tensor:
         """One decision of every row; returns the records afterwards."""
-        forced = torch.zeros_like(real) if wanted is None else wanted[:, 0] != -1
         if seen is None:
             assert wanted is not None
-            return execute(at, wanted.clamp(min=0), ~forced, self._unfaded(at), self.space)
+            nothing = torch.zeros_like(at.record[:, FADE])
+            return execute(at, wanted.clamp(min=0), wanted[:, 0] == -1, nothing, self.space)
         if self.tape is None and bool(in_span(at, self.available).all()):
-            held = at.record.new_zeros(len(at.record), 4, dtype=torch.long)  # spans go on
-            return execute(at, held, ~forced, at.record[:, FADE], self.space)
+            return go_on(at.record)
         options = allowed(at, self.space, self.limits, self.available)
         done = self._done(at.record)
-        logits = self.policy.actor.net.finish(seen.begun[:, s], done).split(self.space.sizes, -1)
-        known = None if self.tape is None else HeadsDistribution(logits, options.masks, HEADS)
-        if wanted is not None:
-            action, hold = wanted.clamp(min=0), ~forced
-        else:
-            choose, hold = self.chooser, options.hold
-            action = choose(known) if choose and known else modes(logits, options.masks, HEADS)
-        fade = torch.where(forced, 0.0, self._fade(logits[0], action))
+        logits = self.policy.actor.net.finish(seen.begun[:, s], done)
+        if self.tape is None:
+            action = modes(logits, options.possible, self.space.sizes)
+            return execute(at, action, options.hold, self._fade(logits, action), self.space)
+        known = HeadsDistribution(logits.split(self.space.sizes, -1), options.masks, HEADS)
+        forced = torch.zeros_like(real) if wanted is None else wanted[:, 0] != -1
+        hold = options.hold if wanted is None else ~forced
+        action = self._chosen(known) if wanted is None else wanted.clamp(min=0)
+        fade = torch.where(forced, 0.0, self._fade(logits, action))
         record = execute(at, action, hold, fade, self.space)
-        if self.tape is not None and known is not None:
-            observation = torch.cat([seen.read[:, s], done], -1)
-            self.tape.append(Step(observation, at, options, known, action, record, real, forced))
+        observation = torch.cat([seen.read[:, s], done], -1)
+        self.tape.append(Step(observation, at, options, known, action, record, real, forced))
         return record
+
+    def _chosen(self, distribution: HeadsDistribution) -> Tensor:
+        return distribution.mode() if self.chooser is None else self.chooser(distribution)
 
     def _done(self, record: Tensor) -> Tensor:
         """What was done before, as the policy reads it (batch, Observed.done)."""
@@ -189,14 +200,12 @@ class AgenticRouter(ChunkReader):
             -1,
         )
 
-    def _unfaded(self, at: Boundary) -> Tensor:
-        return torch.zeros_like(at.record[:, FADE])
-
     def _fade(self, logits: Tensor, action: Tensor) -> Tensor:
         """16ths that the chosen expert gives up: how sure the policy is, before any rule but loading."""
         if not self.confidence:
             return logits.new_zeros(len(logits))
-        probability = logits.masked_fill(~self.available, -torch.inf).softmax(-1)
+        experts = logits[:, : len(self.available)]
+        probability = experts.masked_fill(~self.available, -torch.inf).softmax(-1)
         fade = fade_of(probability.gather(1, action[:, :1])[:, 0], self.confidence)
         return torch.where(action[:, 0] == self.fallback, 0.0, fade)
 

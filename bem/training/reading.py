@@ -99,7 +99,9 @@ def learn_to_read(
     states, out = [torch.empty(0)] * len(rows), held.tolist()
     for i, found in hidden_states(mounted.base, rows, layer, pad_id):
         states[i] = found.to("cpu", torch.bfloat16)  # two bytes a number: they are kept
-    reader.standardise(torch.cat([h for h, o in zip(states, out, strict=True) if not o]))
+    seen = torch.cat([h for h, o in zip(states, out, strict=True) if not o]).float()
+    centre, spread = seen.mean(0), seen.std(0).clamp(min=1e-3)
+    states = [((h.float() - centre) / spread).to(torch.bfloat16) for h in states]
     chunks = [_chunks(row, pad_id, mounted.router.chunk_size) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     sides = [[i for i in order if out[i] == side] for side in (False, True)]
@@ -110,7 +112,10 @@ def learn_to_read(
         ]
         for part in sides
     )
-    return _descend(reader, mounted.router.space.sizes[0], train, test, config, seed, on_progress)
+    options = mounted.router.space.sizes[0]
+    curve = _descend(reader, options, train, test, config, seed, on_progress)
+    reader.rescale(centre.to(mounted.base.device), spread.to(mounted.base.device))
+    return curve
 
 
 def _chunks(row: Encoded, pad_id: int, chunk_size: int) -> Tensor:
@@ -137,7 +142,7 @@ def _descend(
     seed: int,
     say: Callable[[str], None],
 ) -> list[tuple[float, float]]:
-    device = reader.centre.device
+    device = reader.token.weight.device
     head = nn.Linear(reader.width, options).to(device)
     parameters = [*reader.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(
@@ -150,7 +155,8 @@ def _descend(
     )
 
     def loss_of(batch: _Batch, dropout: float) -> tuple[Tensor, int]:
-        words = reader.hear(batch.hidden.to(device), dropout)
+        hidden = batch.hidden.to(device).float()
+        words = reader.hear(F.dropout(hidden, dropout, training=dropout > 0))
         heard = torch.bmm(batch.member.to(device), words)
         before = heard.new_zeros(len(heard), reader.width)
         memory = F.dropout(reader.remember(heard, before), dropout, training=dropout > 0)
