@@ -186,11 +186,11 @@ class TrainingConfig(Section):
 class ReadingConfig(Section):
     """How the router's reader and its memory are trained, before anything is cloned."""
 
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=16, ge=1)
     """Passes over the traced conversations."""
     batch_size: int = Field(default=32, ge=1)
     """Conversations per optimiser step."""
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=5e-3, gt=0)
     """Peak learning rate of AdamW; falls to 0 along a cosine."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
@@ -257,6 +257,8 @@ class PolicyGradientConfig(Section):
     """Policy steps."""
     episodes: int = Field(default=128, ge=2)
     """Generated answers per step."""
+    samples: int = Field(default=4, ge=1)
+    """Answers to the same conversation among them; each is judged against the others."""
     batch_size: int = Field(default=32, ge=1)
     """Answers generated at once."""
     max_new_tokens: int = Field(default=48, ge=1)
@@ -282,6 +284,15 @@ class PolicyGradientConfig(Section):
     """Alarm: one expert governs more than this share of the chunks ..."""
     collapse_entropy: float = Field(default=0.02, ge=0)
     """... or the policy's mean entropy falls below this, in nats."""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> PolicyGradientConfig:
+        if self.episodes % self.samples:
+            raise ValueError(
+                f"episodes {self.episodes} must be a multiple of samples {self.samples}: every "
+                "conversation is answered equally often"
+            )
+        return self
 
 
 class RetrievalConfig(Section):

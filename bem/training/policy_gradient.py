@@ -2,6 +2,10 @@
 
     roll out episodes -> advantages (GAE) -> one TRPO step of the actor -> fit of the value
 
+Every conversation is answered several times, and what the other answers to it got is taken from an
+episode's last reward: some questions are hard whoever speaks, and that is most of the variance. The
+others' draws do not depend on this episode's, so the gradient stays unbiased (leave-one-out baseline,
+arXiv:1906.08312 for sequences).
 The value that advantages are measured against is a network of its own, which serving does not need.
 The critic inside the router stays as cloning left it: its value is part of what the actor sees and
 its Q is what hysteresis compares, and neither the state nor the rules may move under a policy whose
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bem.errors import TrainingError
@@ -48,7 +53,7 @@ class Iteration:
     reward: float
     """Mean return of the episodes."""
     reward_se: float
-    """Its standard error."""
+    """Its standard error; answers to one conversation count as one."""
     scores: dict[str, float]
     accepted: bool
     kl: float
@@ -58,7 +63,7 @@ class Iteration:
     reason: str
     """Why the step was refused; "" if it was not."""
     explained_variance: float
-    """Of the returns by the value, before it was fitted to them."""
+    """Of the returns, less what other answers got, by the value before it was fitted to them."""
     flip_rate: float
     plan_length: float
     longest_plan: int
@@ -126,7 +131,9 @@ class _Run:
     def iterate(self, examples: Sequence[Example], prompts: Sequence[Encoded]) -> Iteration:
         started, number = time.perf_counter(), len(self.done)
         rng = np.random.default_rng([self.seed, number])
-        rows = rng.choice(len(examples), self.config.episodes, len(examples) < self.config.episodes)
+        samples = self.config.samples
+        count = self.config.episodes // samples
+        rows = rng.choice(len(examples), count, len(examples) < count).repeat(samples)
         device = self.environment.mounted.base.device
         draws = torch.Generator(device).manual_seed(int(rng.integers(1 << 62)))
         self.environment.mounted.model.eval()
@@ -135,11 +142,12 @@ class _Run:
         )
         step, explained = self._learn(rollout, int(rng.integers(1 << 62)))
         use = rollout.expert_chunks / max(1, rollout.expert_chunks.sum())
-        n = len(rollout.returns)
+        means = rollout.returns.reshape(-1, samples).mean(1)
+        error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
         return Iteration(
             iteration=number + 1,
             reward=float(rollout.returns.mean()),
-            reward_se=float(rollout.returns.std(ddof=1) / n**0.5),
+            reward_se=float(error),
             scores=rollout.scores,
             accepted=step.accepted,
             kl=step.kl,
@@ -152,14 +160,16 @@ class _Run:
             longest_plan=rollout.longest_plan,
             expert_use=[round(float(u), 4) for u in use],
             alarm=_alarm(use, step, self.router.space.experts, self.config),
-            episodes=n,
+            episodes=len(rollout.returns),
             seconds=time.perf_counter() - started,
         )
 
     def _learn(self, rollout: Rollout, seed: int) -> tuple[StepResult, float]:
         none = np.zeros(len(rollout.rewards))
+        rewards = rollout.rewards.copy()
+        rewards[rollout.ends] -= leave_one_out(rollout.returns, self.config.samples)
         found = gae(
-            rollout.rewards,
+            rewards,
             self._values(rollout),
             rollout.durations,
             rollout.ends,
@@ -226,6 +236,18 @@ class _Run:
         self.policy.load_state_dict(state["policy"])
         self.value.load_state_dict(state["value"])
         self.done = [Iteration(**i) for i in json.loads(state["done"])][: self.config.iterations]
+
+
+def leave_one_out(returns: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
+    """What the other episodes of the same conversation returned on average (episodes,); 0 if there are none.
+
+    Args:
+        returns: (episodes,), `samples` in a row of each conversation.
+    """
+    if samples == 1:
+        return np.zeros_like(returns)
+    groups = returns.reshape(-1, samples)
+    return ((groups.sum(1, keepdims=True) - groups) / (samples - 1)).reshape(-1)
 
 
 def _alarm(use: Any, step: StepResult, experts: Sequence[str], config: PolicyGradientConfig) -> str:

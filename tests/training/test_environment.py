@@ -12,7 +12,7 @@ from bem.errors import TrainingError
 from bem.routing.action import EXPERT
 from bem.training.data import Example, encode
 from bem.training.environment import Environment
-from bem.training.policy_gradient import METRICS, improve
+from bem.training.policy_gradient import METRICS, improve, leave_one_out
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
 
@@ -21,7 +21,13 @@ EXAMPLES = [Example(str(n), "name the function. " * (1 + n % 3), ("that",)) for 
 PROMPTS = [encode(e, TOKENIZER, 256, with_answer=False) for e in EXAMPLES]
 REWARD = RewardConfig(quality=1.0, validity=0.0, flip_cost=0.25, rank_cost=0.125)
 CONFIG = PolicyGradientConfig(
-    iterations=3, episodes=6, batch_size=3, max_new_tokens=12, reward=REWARD, damping=0.01
+    iterations=3,
+    episodes=6,
+    samples=2,
+    batch_size=3,
+    max_new_tokens=12,
+    reward=REWARD,
+    damping=0.01,
 )
 
 
@@ -102,12 +108,21 @@ def test_a_reward_for_one_expert_makes_it_the_rule(tmp_path):
         return {"quality": chosen[-6:][order.index(int(row.id))]}
 
     env.score = score
-    config = CONFIG.model_copy(update={"iterations": 60, "episodes": 6, "delta": 0.05})
+    config = CONFIG.model_copy(update={"iterations": 60, "samples": 1, "delta": 0.05})
     done = improve(env, EXAMPLES, PROMPTS, config, tmp_path, seed=0)
     early = np.mean([i.reward for i in done[:5]])
     late = np.mean([i.reward for i in done[-5:]])
     assert late > early + 0.2
     assert all(i.kl <= 0.05 for i in done) and any(i.accepted for i in done)
+
+
+def test_every_answer_is_judged_against_the_others_to_its_question():
+    returns = np.array([1.0, 0.0, 0.5, 0.2, 0.2, 0.2])
+    expected = [0.25, 0.75, 0.5, 0.2, 0.2, 0.2]  # means of the two others
+    assert leave_one_out(returns, 3) == pytest.approx(expected)
+    assert (leave_one_out(returns, 1) == 0).all()
+    with pytest.raises(ValueError, match="multiple of samples"):
+        PolicyGradientConfig(episodes=6, samples=4)
 
 
 def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path):
