@@ -60,6 +60,7 @@ class Allowed:
     """What may be chosen, and why not more."""
 
     possible: Tensor  # bool (batch, options of all heads)
+    in_force: Tensor  # bool, of that shape: the options of the action before
     sizes: tuple[int, ...]  # options of each head
     hold: Tensor  # bool (batch,): the action before goes on
     running: Tensor  # bool (batch,): ... because its span is not over
@@ -88,12 +89,13 @@ def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor)
     budget = limits.flip_burst + limits.flip_rate_max * at.number
     spent = (record[:, FLIPS] + 1 > budget) & stays
     hold = running | full
-    own, rest = space.in_force(record).split([len(available), sum(space.sizes[1:])], 1)
+    in_force = space.in_force(record)
+    own, rest = in_force.split([len(available), sum(space.sizes[1:])], 1)
     gain = at.q - at.q.gather(1, current[:, None])
     worth = (gain > limits.switch_cost + limits.hysteresis) | ~stays[:, None]
     experts = available & (own | (worth & ~(hold | spent)[:, None]))
     possible = torch.cat([experts, rest | ~hold[:, None]], 1)
-    return Allowed(possible, space.sizes, hold, running, full, spent)
+    return Allowed(possible, in_force, space.sizes, hold, running, full, spent)
 
 
 def in_span(at: Boundary, available: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bem.adapters.compose import TrustRegion
 from bem.adapters.controller import ChunkReader, Routed, first_tokens
 from bem.errors import AttachError
-from bem.routing.action import FADE, HEADS, PLAN, RECORD, SPAN_LEFT, ActionSpace
+from bem.routing.action import FADE, HEADS, PLAN, RECORD, SPAN_LEFT, ActionSpace, constant
 from bem.routing.distribution import HeadsDistribution, modes
 from bem.routing.hysteresis import (
     Allowed,
@@ -170,7 +170,7 @@ class AgenticRouter(ChunkReader):
         if self.tape is None and bool(in_span(at, self.available).all()):
             return go_on(at.record)
         options = allowed(at, self.space, self.limits, self.available)
-        done = self._done(at.record)
+        done = self._done(at.record, options.in_force)
         logits = self.policy.actor.net.finish(seen.begun[:, s], done)
         if self.tape is None:
             action = modes(logits, options.possible, self.space.sizes)
@@ -188,17 +188,11 @@ class AgenticRouter(ChunkReader):
     def _chosen(self, distribution: HeadsDistribution) -> Tensor:
         return distribution.mode() if self.chooser is None else self.chooser(distribution)
 
-    def _done(self, record: Tensor) -> Tensor:
+    def _done(self, record: Tensor, in_force: Tensor) -> Tensor:
         """What was done before, as the policy reads it (batch, Observed.done)."""
-        span, plan = record[:, SPAN_LEFT, None], record[:, PLAN, None]
-        return torch.cat(
-            [
-                self.space.in_force(record).float(),
-                span / self.space.spans[-1],
-                plan / self.limits.plan_length,
-            ],
-            -1,
-        )
+        counts = record.index_select(1, constant((SPAN_LEFT, PLAN), record.device))
+        most = (float(self.space.spans[-1]), float(self.limits.plan_length))
+        return torch.cat([in_force, counts / constant(most, record.device)], -1)
 
     def _fade(self, logits: Tensor, action: Tensor) -> Tensor:
         """16ths that the chosen expert gives up: how sure the policy is, before any rule but loading."""

@@ -88,14 +88,20 @@ def trace(
                 return Traces(**{name: known[name] for name in Traces.__dataclass_fields__})
     space = mounted.router.space
     others = (0, 0) if experts_alone else space.sizes[2:]
-    counter = _Counter(space.sizes[0] + sum(others), on_progress)
+    counter = _Counter(space.sizes[0] + max(0, sum(others) - 1), on_progress)
     reader = _Reader(mounted, rows, pad_id, batch_size, counter)
     experts = np.stack([reader.losses(o, None, None) for o in range(space.sizes[0])], -1)
     oracle = best_path(experts, config.switch_cost, real=reader.real)
     path = np.where(reader.real, oracle.path, -1)
     plain = space.plain
-    ranks = [reader.losses(path, rank, plain[2]) for rank in range(others[0])]
-    strengths = [reader.losses(path, plain[1], s) for s in range(others[1])]
+    unchanged = None if experts_alone else reader.losses(path, *plain[1:])  # is in both lists
+    ranks = [
+        reader.losses(path, rank, plain[2]) if rank != plain[1] else unchanged
+        for rank in range(others[0])
+    ]
+    strengths = [
+        reader.losses(path, plain[1], s) if s != plain[2] else unchanged for s in range(others[1])
+    ]
     none = np.zeros((*path.shape, 0), np.float32)
     traces = Traces(
         experts=experts.astype(np.float32),
