@@ -222,8 +222,11 @@ class CloningConfig(Section):
     """Decoupled weight decay."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Of the policy's and the critic's inputs and hidden layer, while they are cloned."""
+    regret: float = Field(default=10.0, ge=0)
+    """Weight of the expected regret of the expert head, in nats, beside 1 for its cross-entropy: which
+    of two equally good experts the oracle took teaches nothing."""
     largest_regret: float = Field(default=1.0, gt=0)
-    """Q is learned as the regret against the best expert, in nats, down to this much."""
+    """Regret against the best expert counts, and Q is learned, up to this many nats."""
     other_heads: float = Field(default=0.3, ge=0)
     """Weight of span, rank budget and strength in the loss, beside 1 for the expert."""
     reading: ReadingConfig = ReadingConfig()

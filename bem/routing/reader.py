@@ -31,8 +31,9 @@ class Reader(nn.Module):
         self.gru = nn.GRU(d_read, memory, batch_first=True)
         with torch.no_grad():
             self.token.bias[d_read:] += SHUT
-            self.gru.bias_ih_l0[memory : 2 * memory] += KEPT  # of the update gate
-            self.gru.weight_ih_l0 *= LOUD
+            _, update, _ = self.gru.get_parameter("bias_ih_l0").chunk(3)
+            update += KEPT
+            self.gru.get_parameter("weight_ih_l0").mul_(LOUD)
 
     def hear(self, hidden: Tensor) -> Tensor:
         """Words (batch, tokens, d_read), float32, of hidden states (batch, tokens, d_model)."""
@@ -51,8 +52,8 @@ class Reader(nn.Module):
     @torch.no_grad()
     def rescale(self, centre: Tensor, spread: Tensor) -> None:
         """From weights for (hidden states - centre) / spread, both (d_model,), to weights for hidden states."""
-        self.token.weight /= spread
-        self.token.bias -= self.token.weight @ centre
+        self.token.weight.div_(spread)
+        self.token.bias.sub_(self.token.weight @ centre)
 
     def flops(self, tokens: int) -> int:
         """Matrix FLOPs of one chunk of so many tokens."""

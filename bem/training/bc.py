@@ -24,12 +24,13 @@ from bem.routing.action import EXPERT, HEADS, ActionSpace
 from bem.routing.router import Step
 from bem.training.data import Encoded, collate
 from bem.training.losses import answer_logits
-from bem.training.reading import learn_to_read
+from bem.training.reading import expected_regret, learn_to_read
 from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions
 
 if TYPE_CHECKING:
     from bem.config import CloningConfig
     from bem.routing.mounted import Mounted
+    from bem.routing.policy import MacroPolicy
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,13 @@ def clone(
     gather = _Gatherer(mounted, rows, traces, pad_id, config, batch_size)
     with torch.random.fork_rng(devices=[]), mounted.training("router"):
         torch.manual_seed(seed)
-        read = learn_to_read(mounted, rows, traces, out, pad_id, config.reading, seed, say)
-        found = gather.oracle()
+        read = learn_to_read(mounted, rows, traces, out, pad_id, config, seed, say)
+        found = teacher = gather.oracle()
         curve = _fit(mounted, found, out, config, seed)
         for number in range(config.rounds):
             say(f"cloning: states of the router's own, round {number + 1} of {config.rounds}")
             found = Decisions.join([found, gather.own()])
             curve = _fit(mounted, found, out, config, seed + number + 1)
-    teacher = gather.oracle()
     accuracy = _accuracies(mounted, teacher, out)
     return CloningResult(accuracy, curve, read, len(found), int(out[found.conversation].sum()))
 
@@ -218,7 +218,8 @@ def _fit(
     train, test = data.select((~held).nonzero()[:, 0]), data.select(held.nonzero()[:, 0])
     if not len(test) or not len(train):
         raise TrainingError("no decision on one side of the split: trace more conversations.")
-    critic, actor = mounted.router.policy.critic, mounted.router.policy.actor
+    policy = mounted.router.policy
+    critic, actor = policy.critic, policy.actor
     available, scales = mounted.router.available, (1.0, *[config.other_heads] * 3)
 
     spread = train.q.max(-1).values.var().clamp(min=1e-6)
@@ -231,24 +232,27 @@ def _fit(
         return F.mse_loss(q, regret) + 0.1 * F.mse_loss(v, best) / spread
 
     def action_loss(part: Decisions) -> Tensor:
-        with torch.no_grad():
-            value = critic(part.observations)[0]  # the critic is in eval mode
-        logits = actor.logits(actor.observed.valued(part.observations, value))
+        heads = _logits(policy, part.observations, available)
         losses = [
             scales[h]
             * (F.cross_entropy(z, part.targets[:, h], reduction="none") * part.weights[:, h]).sum()
             / part.weights[:, h].sum().clamp(min=1)
-            for h, z in enumerate(_masked(logits, available))
+            for h, z in enumerate(heads)
         ]
-        return torch.stack(losses).sum()
+        regret = expected_regret(heads[0], -part.q, config.largest_regret)
+        return torch.stack(losses).sum() + config.regret * regret.mean()
 
     critic.net.dropout.p = actor.net.dropout.p = config.dropout
     _descend(critic, value_loss, train, test, config, seed)
     return _descend(actor, action_loss, train, test, config, seed)
 
 
-def _masked(logits: Sequence[Tensor], available: Tensor) -> list[Tensor]:
-    return [logits[0].masked_fill(~available, -torch.inf), *logits[1:]]
+def _logits(policy: MacroPolicy, observations: Tensor, available: Tensor) -> list[Tensor]:
+    """Logits of every head; the value is the critic's as it is now, not as it was when this was seen."""
+    with torch.no_grad():
+        value = policy.critic(observations)[0]
+    expert, *rest = policy.actor.logits(policy.actor.observed.valued(observations, value))
+    return [expert.masked_fill(~available, -torch.inf), *rest]
 
 
 def _descend(
@@ -296,7 +300,7 @@ def _accuracies(mounted: Mounted, data: Decisions, out: Tensor) -> list[Accuracy
     held = out[data.conversation]
     train, test = data.select((~held).nonzero()[:, 0]), data.select(held.nonzero()[:, 0])
     policy, device = mounted.router.policy, mounted.base.device
-    logits = _masked(policy.actor.logits(test.observations.to(device)), mounted.router.available)
+    logits = _logits(policy, test.observations.to(device), mounted.router.available)
     found = []
     subsets = [(name, h, test.weights[:, h] > 0) for h, name in enumerate(HEADS)]
     subsets.append(("expert at answers", 0, test.answers))

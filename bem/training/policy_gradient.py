@@ -133,7 +133,8 @@ class _Run:
         rng = np.random.default_rng([self.seed, number])
         samples = self.config.samples
         count = self.config.episodes // samples
-        rows = rng.choice(len(examples), count, len(examples) < count).repeat(samples)
+        drawn = rng.choice(len(examples), count, len(examples) < count)
+        rows = drawn.repeat(samples).tolist()
         device = self.environment.mounted.base.device
         draws = torch.Generator(device).manual_seed(int(rng.integers(1 << 62)))
         self.environment.mounted.model.eval()

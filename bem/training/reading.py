@@ -1,5 +1,10 @@
 """The router learns to read: who should answer, from what was said before.
 
+    loss = cross-entropy of the oracle's expert + regret * E[what the drawn expert loses beyond the best]
+
+The oracle often has two experts that are as good as each other; which of them was better by a hair
+teaches nothing, and the second term does not ask for it.
+
 Over whole conversations, through the reader's memory, with a linear layer on top that is thrown away
 afterwards. What is read lies below every expert: it is what was said, whatever was done, so the hidden
 states are computed once.
@@ -24,7 +29,7 @@ from bem.training.data import IGNORED, Encoded, collate
 from bem.training.traces import Traces, chunk_numbers
 
 if TYPE_CHECKING:
-    from bem.config import ReadingConfig
+    from bem.config import CloningConfig
     from bem.routing.mounted import Mounted
     from bem.routing.reader import Reader
 
@@ -73,6 +78,7 @@ class _Batch:
         Tensor  # (batch, chunks, tokens): which chunk a token belongs to; the first one is empty
     )
     targets: Tensor  # int (batch, chunks): expert option by what was said before, IGNORED: any
+    losses: Tensor  # (batch, chunks, options) of every option
 
 
 def learn_to_read(
@@ -81,7 +87,7 @@ def learn_to_read(
     traces: Traces,
     held: Tensor,
     pad_id: int,
-    config: ReadingConfig,
+    config: CloningConfig,
     seed: int,
     on_progress: Callable[[str], None],
 ) -> list[tuple[float, float]]:
@@ -90,7 +96,7 @@ def learn_to_read(
     Args:
         held: bool (rows,), conversations that choose the epoch and teach nothing.
     Returns:
-        (training, held-out) cross-entropy of each epoch, nats; the weights of the best are kept.
+        (training, held-out) loss of each epoch; the weights of the best are kept.
     Raises:
         TrainingError: the loss was not finite.
     """
@@ -104,18 +110,27 @@ def learn_to_read(
     states = [((h.float() - centre) / spread).to(torch.bfloat16) for h in states]
     chunks = [_chunks(row, pad_id, mounted.router.chunk_size) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    size = config.reading.batch_size
     sides = [[i for i in order if out[i] == side] for side in (False, True)]
     train, test = (
-        [
-            _batch(part[at : at + config.batch_size], states, chunks, traces)
-            for at in range(0, len(part), config.batch_size)
-        ]
+        [_batch(part[at : at + size], states, chunks, traces) for at in range(0, len(part), size)]
         for part in sides
     )
     options = mounted.router.space.sizes[0]
     curve = _descend(reader, options, train, test, config, seed, on_progress)
     reader.rescale(centre.to(mounted.base.device), spread.to(mounted.base.device))
     return curve
+
+
+def expected_regret(logits: Tensor, losses: Tensor, largest: float) -> Tensor:
+    """What an expert drawn by logits (..., options) loses beyond the best one (...), in nats.
+
+    Args:
+        losses: of every option, (..., options).
+        largest: regrets are clipped here.
+    """
+    regret = (losses - losses.min(-1, keepdim=True).values).clamp(max=largest)
+    return (logits.softmax(-1) * regret).sum(-1)
 
 
 def _chunks(row: Encoded, pad_id: int, chunk_size: int) -> Tensor:
@@ -130,7 +145,8 @@ def _batch(rows: list[int], states: list[Tensor], chunks: list[Tensor], traces: 
         hidden[r, : len(states[i])] = states[i]
         member[r, chunks[i], torch.arange(len(chunks[i]))] = 1.0
     targets = np.where(traces.answers[rows, :n], traces.path[rows, :n], IGNORED)
-    return _Batch(hidden, member[:, :n], torch.from_numpy(targets))
+    losses = torch.from_numpy(traces.experts[rows, :n])
+    return _Batch(hidden, member[:, :n], torch.from_numpy(targets), losses)
 
 
 def _descend(
@@ -138,11 +154,11 @@ def _descend(
     options: int,
     train: list[_Batch],
     test: list[_Batch],
-    config: ReadingConfig,
+    cloning: CloningConfig,
     seed: int,
     say: Callable[[str], None],
 ) -> list[tuple[float, float]]:
-    device = reader.token.weight.device
+    config, device = cloning.reading, reader.token.weight.device
     head = nn.Linear(reader.width, options).to(device)
     parameters = [*reader.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(
@@ -160,11 +176,11 @@ def _descend(
         heard = torch.bmm(batch.member.to(device), words)
         before = heard.new_zeros(len(heard), reader.width)
         memory = F.dropout(reader.remember(heard, before), dropout, training=dropout > 0)
-        targets = batch.targets.to(device).flatten()
-        loss = F.cross_entropy(
-            head(memory).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
-        )
-        return loss, int((targets != IGNORED).sum())
+        answers = (batch.targets != IGNORED).to(device)
+        logits, targets = head(memory)[answers], batch.targets.to(device)[answers]
+        regret = expected_regret(logits, batch.losses.to(device)[answers], cloning.largest_regret)
+        each = F.cross_entropy(logits, targets, reduction="none") + cloning.regret * regret
+        return each.sum(), len(targets)
 
     rng = np.random.default_rng([seed, 13])
     best, kept, curve = math.inf, None, []

@@ -94,14 +94,15 @@ def trace(
     oracle = best_path(experts, config.switch_cost, real=reader.real)
     path = np.where(reader.real, oracle.path, -1)
     plain = space.plain
-    unchanged = None if experts_alone else reader.losses(path, *plain[1:])  # is in both lists
-    ranks = [
-        reader.losses(path, rank, plain[2]) if rank != plain[1] else unchanged
-        for rank in range(others[0])
-    ]
-    strengths = [
-        reader.losses(path, plain[1], s) if s != plain[2] else unchanged for s in range(others[1])
-    ]
+    known = {}  # the plain action is an option of both heads
+
+    def under(rank: int, strength: int) -> Floats:
+        if (rank, strength) not in known:
+            known[rank, strength] = reader.losses(path, rank, strength)
+        return known[rank, strength]
+
+    ranks = [under(rank, plain[2]) for rank in range(others[0])]
+    strengths = [under(plain[1], strength) for strength in range(others[1])]
     none = np.zeros((*path.shape, 0), np.float32)
     traces = Traces(
         experts=experts.astype(np.float32),

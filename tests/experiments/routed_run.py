@@ -196,7 +196,7 @@ def cloning(seed: int) -> CloningResult:
     rows = [("expert", 0.8, 0.25, 0.5), ("span", 0.7, 1 / 3, 0.65), ("rank", 0.9, 0.5, 0.9)]
     rows += [("strength", 0.6, 1 / 3, 0.55), ("expert at answers", 0.85, 0.25, 0.4)]
     accuracy = [Accuracy(h, a - 0.02 * seed, c, m, 120) for h, a, c, m in rows]
-    return CloningResult(accuracy, [(1.0, 1.1), (0.8, 0.9)], 900, 120)
+    return CloningResult(accuracy, [(1.0, 1.1), (0.8, 0.9)], [(0.5, 0.6)], 900, 120)
 
 
 def latency(arms: list[str], rng: np.random.Generator) -> dict[str, Any]:

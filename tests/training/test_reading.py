@@ -5,7 +5,7 @@ import torch
 
 from bem.config import CloningConfig, ReadingConfig
 from bem.training.data import Example, encode
-from bem.training.reading import hidden_states, learn_to_read
+from bem.training.reading import expected_regret, hidden_states, learn_to_read
 from bem.training.traces import trace
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
@@ -30,11 +30,19 @@ def test_a_cue_is_heard_and_remembered():
     path = np.repeat(1 + np.array(kinds)[:, None], traces.path.shape[1], 1)
     traces = type(traces)(**{**vars(traces), "path": path})
     held = torch.arange(96) % 6 >= 4
-    settings = ReadingConfig(epochs=80, batch_size=8, learning_rate=1e-2, dropout=0.0)
+    reading = ReadingConfig(epochs=80, batch_size=8, learning_rate=1e-2, dropout=0.0)
+    settings = CONFIG.model_copy(update={"reading": reading, "regret": 0.0})
     said: list[str] = []
     curve = learn_to_read(model, encoded, traces, held, 0, settings, 0, said.append)
     assert len(curve) == len(said) == 80
     assert curve[0][1] > 0.6 and min(held for _, held in curve) < 0.3  # chance: ln 2 = 0.69
+
+
+def test_expected_regret_is_what_the_drawn_expert_loses():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
+    losses = torch.tensor([[1.0, 1.5, 0.5], [0.2, 0.2, 9.2]])
+    found = expected_regret(logits, losses, largest=3.0)
+    torch.testing.assert_close(found, torch.tensor([0.75, 1.0]))  # (.5 + 1) / 2, 3 / 3
 
 
 def test_hidden_states_are_those_of_the_whole_model_and_of_no_expert():
