@@ -227,9 +227,10 @@ def _lively(mounted: Mounted) -> Mounted:
         for stack in mounted.stacks.values():
             stack.u.add_(0.05 * torch.randn(stack.u.shape, generator=generator))
             stack.canonicalise()
-        for net in (mounted.router.policy.actor.net, mounted.router.policy.critic.net):
-            shape = net.out.weight.shape
-            net.out.weight.copy_(1.5 * torch.randn(shape, generator=generator))
+        actor, critic = mounted.router.policy.actor, mounted.router.policy.critic
+        reader = mounted.router.policy.reader
+        for layer in (reader.token, actor.net.out, critic.net.out, actor.opinion):
+            layer.weight.copy_(1.5 * torch.randn(layer.weight.shape, generator=generator))
     mounted.model.eval()
     return mounted
 

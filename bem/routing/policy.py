@@ -2,7 +2,9 @@
 
     h = tanh(W [memory, evidence, turn, chunk number, value] + V [last action, span, plan] + b)
     logits of expert, span, rank budget and strength = heads(h)
+    logits of expert += opinion(memory)
 
+The opinion is linear and comes with the memory: learning to read is learning to hold it.
 What is read (W) is the same for all chunks of a prompt at once; only what was done before (V) must
 wait for the chunk before. The critic is a network of its own that sees what was read, and nothing of
 what was done: it gives the value of the state and Q of every expert, which hysteresis compares.
@@ -92,12 +94,26 @@ class Actor(nn.Module):
     def __init__(self, observed: Observed, hidden: int):
         super().__init__()
         self.observed, self.sizes = observed, observed.space.sizes
+        self.opinion = nn.Linear(observed.memory, self.sizes[0])
         self.net = Net(observed.read + 1, observed.done, hidden, sum(self.sizes), 0.01)
+        nn.init.zeros_(self.opinion.weight)
+        nn.init.zeros_(self.opinion.bias)
 
     def logits(self, observation: Tensor) -> tuple[Tensor, ...]:
         """Logits (..., n_h) of each head, for observations (..., width)."""
         read, done = observation.split([self.observed.read + 1, self.observed.done], -1)
-        return self.net(read, done).split(self.sizes, -1)
+        return self.finish(self.begin(read), done).split(self.sizes, -1)
+
+    def begin(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """What needs no action, from memory ... value (..., read + 1): feed it to `finish`."""
+        opinion = self.opinion(read[..., : self.observed.memory])
+        others = sum(self.sizes) - self.sizes[0]
+        return self.net.begin(read), nn.functional.pad(opinion, (0, others))
+
+    def finish(self, begun: tuple[Tensor, Tensor], done: Tensor) -> Tensor:
+        """Logits of all heads side by side (..., options of all heads)."""
+        hidden, opinion = begun
+        return opinion + self.net.finish(hidden, done)
 
     def distribution(self, observation: Tensor, masks: Sequence[Tensor]) -> HeadsDistribution:
         """Over actions, for observations (..., width)."""

@@ -57,7 +57,11 @@ class _Seen:
 
     read: Tensor  # (batch, slots, Observed.read + 1): the value is the last number
     q: Tensor  # (batch, slots, experts + 1)
-    begun: Tensor  # (batch, slots, hidden): the actor's half of it
+    begun: tuple[Tensor, Tensor]  # what the actor makes of it, (batch, slots, ...)
+
+    def begun_at(self, s: int) -> tuple[Tensor, Tensor]:
+        """The actor's half of a decision at one slot."""
+        return self.begun[0][:, s], self.begun[1][:, s]
 
 
 Chooser = Callable[[HeadsDistribution], Tensor]
@@ -157,7 +161,7 @@ class AgenticRouter(ChunkReader):
         read = torch.cat(parts, -1)
         value, q = self.policy.critic(read)
         read = torch.cat([read, value[..., None]], -1)
-        return _Seen(read, q, self.policy.actor.net.begin(read))
+        return _Seen(read, q, self.policy.actor.begin(read))
 
     def _step(
         self, seen: _Seen | None, s: int, at: Boundary, real: Tensor, wanted: Tensor | None
@@ -171,7 +175,7 @@ class AgenticRouter(ChunkReader):
             return go_on(at.record)
         options = allowed(at, self.space, self.limits, self.available)
         done = self._done(at.record, options.in_force)
-        logits = self.policy.actor.net.finish(seen.begun[:, s], done)
+        logits = self.policy.actor.finish(seen.begun_at(s), done)
         if self.tape is None:
             action = modes(logits, options.possible, self.space.sizes)
             return execute(at, action, options.hold, self._fade(logits, action), self.space)

@@ -244,7 +244,7 @@ def _fit(
 
     critic.net.dropout.p = actor.net.dropout.p = config.dropout
     _descend(critic, value_loss, train, test, config, seed)
-    return _descend(actor, action_loss, train, test, config, seed)
+    return _descend(actor.net, action_loss, train, test, config, seed)  # the opinion is learned
 
 
 def _logits(policy: MacroPolicy, observations: Tensor, available: Tensor) -> list[Tensor]:

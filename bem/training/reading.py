@@ -5,9 +5,9 @@
 The oracle often has two experts that are as good as each other; which of them was better by a hair
 teaches nothing, and the second term does not ask for it.
 
-Over whole conversations, through the reader's memory, with a linear layer on top that is thrown away
-afterwards. What is read lies below every expert: it is what was said, whatever was done, so the hidden
-states are computed once.
+It learns over whole conversations, through the reader's memory, with the actor's linear opinion on
+top. What is read lies below every expert: it is what was said, whatever was done, so the hidden states
+are computed once.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def learn_to_read(
         [_batch(part[at : at + size], states, chunks, traces) for at in range(0, len(part), size)]
         for part in sides
     )
-    options = mounted.router.space.sizes[0]
-    curve = _descend(reader, options, train, test, config, seed, on_progress)
+    opinion = mounted.router.policy.actor.opinion
+    curve = _descend(reader, opinion, train, test, config, seed, on_progress)
     reader.rescale(centre.to(mounted.base.device), spread.to(mounted.base.device))
     return curve
 
@@ -151,7 +151,7 @@ def _batch(rows: list[int], states: list[Tensor], chunks: list[Tensor], traces: 
 
 def _descend(
     reader: Reader,
-    options: int,
+    opinion: nn.Linear,
     train: list[_Batch],
     test: list[_Batch],
     cloning: CloningConfig,
@@ -159,8 +159,7 @@ def _descend(
     say: Callable[[str], None],
 ) -> list[tuple[float, float]]:
     config, device = cloning.reading, reader.token.weight.device
-    head = nn.Linear(reader.width, options).to(device)
-    parameters = [*reader.parameters(), *head.parameters()]
+    parameters = [*reader.parameters(), *opinion.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -177,7 +176,7 @@ def _descend(
         before = heard.new_zeros(len(heard), reader.width)
         memory = F.dropout(reader.remember(heard, before), dropout, training=dropout > 0)
         answers = (batch.targets != IGNORED).to(device)
-        logits, targets = head(memory)[answers], batch.targets.to(device)[answers]
+        logits, targets = opinion(memory)[answers], batch.targets.to(device)[answers]
         regret = expected_regret(logits, batch.losses.to(device)[answers], cloning.largest_regret)
         each = F.cross_entropy(logits, targets, reduction="none") + cloning.regret * regret
         return each.sum(), len(targets)
@@ -204,7 +203,9 @@ def _descend(
                 f"(now {config.learning_rate:g})."
             )
         if curve[-1][1] < best:
-            best, kept = curve[-1][1], {k: v.clone() for k, v in reader.state_dict().items()}
+            best, kept = curve[-1][1], [p.detach().clone() for p in parameters]
     assert kept is not None
-    reader.load_state_dict(kept)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
     return curve

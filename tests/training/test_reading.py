@@ -30,12 +30,13 @@ def test_a_cue_is_heard_and_remembered():
     path = np.repeat(1 + np.array(kinds)[:, None], traces.path.shape[1], 1)
     traces = type(traces)(**{**vars(traces), "path": path})
     held = torch.arange(96) % 6 >= 4
-    reading = ReadingConfig(epochs=80, batch_size=8, learning_rate=1e-2, dropout=0.0)
+    reading = ReadingConfig(epochs=20, batch_size=8, learning_rate=1e-2, dropout=0.0)
     settings = CONFIG.model_copy(update={"reading": reading, "regret": 0.0})
     said: list[str] = []
-    curve = learn_to_read(model, encoded, traces, held, 0, settings, 0, said.append)
-    assert len(curve) == len(said) == 80
-    assert curve[0][1] > 0.6 and min(held for _, held in curve) < 0.3  # chance: ln 2 = 0.69
+    with model.training("router"):
+        curve = learn_to_read(model, encoded, traces, held, 0, settings, 0, said.append)
+    assert len(curve) == len(said) == 20
+    assert curve[0][1] > 0.6 and min(held for _, held in curve) < 0.1  # chance: ln 2 = 0.69
 
 
 def test_expected_regret_is_what_the_drawn_expert_loses():
