@@ -23,8 +23,7 @@ from bem.errors import TrainingError
 from bem.routing.action import EXPERT, HEADS, ActionSpace
 from bem.routing.router import Step
 from bem.training.data import Encoded, collate
-from bem.training.losses import answer_logits
-from bem.training.reading import expected_regret, learn_to_read
+from bem.training.reading import expected_regret, learn_to_read, up_to
 from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions
 
 if TYPE_CHECKING:
@@ -161,8 +160,11 @@ class _Gatherer:
             batch["route"] = schedule.gather(1, at[..., None].expand(-1, -1, 4))
         training = model.training
         model.eval()
-        with router.watched() as tape:
-            answer_logits(model, {k: v.to(model.device) for k, v in batch.items()})
+        layer = self.mounted.router_config.router_layer
+        assert layer is not None
+        inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+        with router.watched() as tape, up_to(self.mounted.base, layer, decide=True):
+            model(**inputs, use_cache=False)  # what comes after the decisions changes none of them
         model.train(training)
         chunks = enumerate(
             tape[: self.targets.shape[1]]

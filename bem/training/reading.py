@@ -49,6 +49,22 @@ def hidden_states(
     Nothing from that layer on is computed.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for at in range(0, len(rows), batch_size):
+        chosen = order[at : at + batch_size]
+        batch = collate([replace(rows[i], route=[]) for i in chosen], pad_id)
+        inputs = {n: batch[n].to(base.device) for n in ("input_ids", "attention_mask")}
+        with up_to(base, layer, decide=False) as caught:
+            base(**inputs, use_cache=False)
+        yield from ((i, caught[0][r, -len(rows[i]) :]) for r, i in enumerate(chosen))
+
+
+@contextlib.contextmanager
+def up_to(base: Any, layer: int, decide: bool) -> Iterator[list[Tensor]]:
+    """A forward pass inside ends where the layer begins; gives the hidden states that entered it.
+
+    Args:
+        decide: an adapter that reads this layer's input has its turn before the end.
+    """
     caught: list[Tensor] = []
 
     def stop(_: Any, args: tuple, given: dict) -> None:
@@ -56,19 +72,12 @@ def hidden_states(
         raise _Enough
 
     block = base.get_submodule(find_sites(base).blocks[layer])
-    for at in range(0, len(rows), batch_size):
-        chosen = order[at : at + batch_size]
-        batch = collate([replace(rows[i], route=[]) for i in chosen], pad_id)
-        inputs = {n: batch[n].to(base.device) for n in ("input_ids", "attention_mask")}
-        # in front of an adapter's own hook, which would decide routes that nobody asked for
-        handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-        try:
-            with contextlib.suppress(_Enough):
-                base(**inputs, use_cache=False)
-        finally:
-            handle.remove()
-        states = caught.pop()
-        yield from ((i, states[r, -len(rows[i]) :]) for r, i in enumerate(chosen))
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=not decide)
+    try:
+        with contextlib.suppress(_Enough):
+            yield caught
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
