@@ -186,8 +186,10 @@ class TrainingConfig(Section):
 class ReadingConfig(Section):
     """How the router's reader and its memory are trained, before anything is cloned."""
 
-    epochs: int = Field(default=16, ge=1)
-    """Passes over the traced conversations."""
+    tries: int = Field(default=4, ge=1)
+    """Starts from different weights; the best on held-out conversations is kept."""
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the traced conversations, of each start."""
     batch_size: int = Field(default=32, ge=1)
     """Conversations per optimiser step."""
     learning_rate: float = Field(default=5e-3, gt=0)

@@ -96,8 +96,6 @@ class Actor(nn.Module):
         self.observed, self.sizes = observed, observed.space.sizes
         self.opinion = nn.Linear(observed.memory, self.sizes[0])
         self.net = Net(observed.read + 1, observed.done, hidden, sum(self.sizes), 0.01)
-        nn.init.zeros_(self.opinion.weight)
-        nn.init.zeros_(self.opinion.bias)
 
     def logits(self, observation: Tensor) -> tuple[Tensor, ...]:
         """Logits (..., n_h) of each head, for observations (..., width)."""

@@ -29,11 +29,17 @@ class Reader(nn.Module):
         self.d_read, self.width = d_read, memory
         self.token = nn.Linear(d_model, 2 * d_read)
         self.gru = nn.GRU(d_read, memory, batch_first=True)
-        with torch.no_grad():
-            self.token.bias[d_read:] += SHUT
-            _, update, _ = self.gru.get_parameter("bias_ih_l0").chunk(3)
-            update += KEPT
-            self.gru.get_parameter("weight_ih_l0").mul_(LOUD)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Draw new weights from torch's generator."""
+        self.token.reset_parameters()
+        self.gru.reset_parameters()
+        self.token.bias[self.d_read :] += SHUT
+        _, update, _ = self.gru.get_parameter("bias_ih_l0").chunk(3)
+        update += KEPT
+        self.gru.get_parameter("weight_ih_l0").mul_(LOUD)
 
     def hear(self, hidden: Tensor) -> Tensor:
         """Words (batch, tokens, d_read), float32, of hidden states (batch, tokens, d_model)."""

@@ -30,12 +30,12 @@ def test_a_cue_is_heard_and_remembered():
     path = np.repeat(1 + np.array(kinds)[:, None], traces.path.shape[1], 1)
     traces = type(traces)(**{**vars(traces), "path": path})
     held = torch.arange(96) % 6 >= 4
-    reading = ReadingConfig(epochs=20, batch_size=8, learning_rate=1e-2, dropout=0.0)
+    reading = ReadingConfig(tries=2, epochs=20, batch_size=8, learning_rate=1e-2, dropout=0.0)
     settings = CONFIG.model_copy(update={"reading": reading, "regret": 0.0})
     said: list[str] = []
     with model.training("router"):
         curve = learn_to_read(model, encoded, traces, held, 0, settings, 0, said.append)
-    assert len(curve) == len(said) == 20
+    assert len(curve) == 20 and len(said) == 40
     assert curve[0][1] > 0.6 and min(held for _, held in curve) < 0.1  # chance: ln 2 = 0.69
 
 
