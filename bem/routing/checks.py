@@ -229,7 +229,7 @@ def _lively(mounted: Mounted) -> Mounted:
             stack.canonicalise()
         actor, critic = mounted.router.policy.actor, mounted.router.policy.critic
         reader = mounted.router.policy.reader
-        for layer in (reader.token, actor.net.out, critic.net.out, actor.opinion):
+        for layer in (reader.token, actor.net.out, critic.net.out):
             layer.weight.copy_(1.5 * torch.randn(layer.weight.shape, generator=generator))
     mounted.model.eval()
     return mounted
