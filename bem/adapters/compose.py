@@ -17,10 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bem.adapters.projection import Norm, NormCache, Watch, scale_into_ball
+from bem.adapters.projection import Norm, NormCache, scale_into_ball
 from bem.errors import AttachError
-
-REMEMBERED = 256  # decisions per site
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,6 @@ class Decision:
                 f"a decision needs gates (..., experts), ranks (...) and strength (...), got {tuple(self.gates.shape)}, "
                 f"{tuple(self.ranks.shape)} and {tuple(self.strength.shape)}."
             )
-
-    @cached_property
-    def names(self) -> list[bytes]:
-        """What each chunk's decision is, exactly: equal names, equal decisions."""
-        gates = self.gates.reshape(-1, self.gates.shape[-1])
-        parts = (gates, self.ranks.reshape(-1, 1), self.strength.reshape(-1, 1))
-        rows = torch.cat([part.detach().double() for part in parts], dim=1)
-        return [row.tobytes() for row in rows.cpu().numpy()]
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, tuple[int, ...]]]:
@@ -105,10 +95,7 @@ class TrustRegion:
 
 
 class CompositionEngine:
-    """Composes the experts of one site: gate, rank budget, strength, trust region.
-
-    Routers choose among few actions: what was composed once is remembered until the weights change.
-    """
+    """Composes the experts of one site: gate, rank budget, strength, trust region."""
 
     def __init__(self, ranks: Sequence[int]):
         """ranks: of each expert at this site; their ranks lie side by side in this order."""
@@ -116,8 +103,6 @@ class CompositionEngine:
         owner = [expert for expert, n in enumerate(self.ranks) for _ in range(n)]
         self.owner = torch.tensor(owner, dtype=torch.long)
         self.norms = NormCache()
-        self._watch, self._setting = Watch(), None
-        self._known: dict[bytes, Tensor] = {}
         self._columns: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def __call__(
@@ -137,19 +122,9 @@ class CompositionEngine:
             raise AttachError(f"{decision.gates.shape[-1]} gates for {len(self.ranks)} experts.")
         shape = (*decision.gates.shape[:-1], len(self.owner))
         radius = None if region is None else region.limit(weight_norm)
-        if decision.gates.requires_grad or decision.strength.requires_grad:
+        learns = decision.gates.requires_grad or decision.strength.requires_grad
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return self._compose(decision, region, radius, u, v, importance).reshape(shape)
-        with torch.no_grad():
-            changed = self._watch.changed(u, v, importance)
-            if changed or self._setting != (region, radius) or len(self._known) > REMEMBERED:
-                self._known, self._setting = {}, (region, radius)
-            if not all(name in self._known for name in decision.names):
-                made = self._compose(decision, region, radius, u, v, importance)
-                for name, row in zip(decision.names, made, strict=True):
-                    if name not in self._known:
-                        self._known[name] = row.clone()
-            rows = [self._known[name] for name in decision.names]
-            return torch.stack(rows).reshape(shape) if rows else importance.new_zeros(shape)
 
     def _compose(
         self,

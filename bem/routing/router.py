@@ -23,6 +23,7 @@ from bem.adapters.compose import TrustRegion
 from bem.adapters.controller import ChunkReader, Routed, first_tokens
 from bem.errors import AttachError
 from bem.routing.action import FADE, HEADS, PLAN, RECORD, SPAN_LEFT, ActionSpace, constant
+from bem.routing.composer import Composer
 from bem.routing.distribution import HeadsDistribution, modes
 from bem.routing.hysteresis import (
     Allowed,
@@ -101,6 +102,7 @@ class AgenticRouter(ChunkReader):
         self.policy = MacroPolicy(d_model, self.observed, d_read, hidden)
         self.tail_width = RECORD + memory + n_evidence
         self.register_buffer("available", torch.ones(len(space.experts) + 1, dtype=torch.bool))
+        self.composer = Composer()
         self.chooser: Chooser | None = None  # None: the most likely possible option of each head
         self.tape: list[Step] | None = None
 
@@ -148,9 +150,8 @@ class AgenticRouter(ChunkReader):
             record = self._step(seen, s, at, real[:, s], want)
             records.append(record)
         kept = torch.stack(records, 1)
-        decision = self.space.decision(kept, self.fallback)
-        parts = [member.compose(decision, self.region) for member in members]
-        parts += [kept, memory]
+        control = self.composer(members, kept, self.space, self.fallback, self.region)
+        parts = [control, kept, memory]
         return torch.cat(parts if evidence is None else [*parts, evidence], -1)
 
     def _see(self, memory: Tensor, evidence: Tensor | None, pooled: Routed, turn: Tensor) -> _Seen:

@@ -6,7 +6,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bem.adapters.compose import (
-    REMEMBERED,
     CompositionEngine,
     Decision,
     TrustRegion,
@@ -192,32 +191,6 @@ def test_the_norms_follow_the_weights():
     assert norm(stack, stack.compose(decision, region), "frobenius") <= 1.0
     stack.half().float()  # other values, perhaps at the old address
     assert norm(stack, stack.compose(decision, region), "frobenius") <= 1.0
-
-
-def test_what_was_composed_once_is_remembered_and_what_is_returned_is_the_callers():
-    stack = stack_of([4, 4])
-    composed, real = [], stack.engine._compose
-    stack.engine._compose = lambda *args: composed.append(1) or real(*args)
-    first = stack.compose(decide([[1.0, 0.5], [0.0, 1.0]]), TrustRegion(1.0))
-    kept = first.clone()
-    first.zero_()
-    again = stack.compose(decide([[0.0, 1.0], [1.0, 0.5], [0.0, 1.0]]), TrustRegion(1.0))
-    assert len(composed) == 1 and torch.equal(again, kept[[1, 0, 1]])
-    stack.compose(decide([[1.0, 0.5]], ranks=3), TrustRegion(1.0))  # another decision
-    stack.compose(decide([[1.0, 0.5]]), TrustRegion(0.5))  # another region
-    stack.clear(0)
-    stack.compose(decide([[1.0, 0.5]]), TrustRegion(0.5))  # other weights
-    assert len(composed) == 4
-
-
-def test_no_more_decisions_are_remembered_than_fit():
-    stack = stack_of([2, 2])
-    many = decide(torch.linspace(1, 2, 3 * REMEMBERED)[:, None].expand(-1, 2))
-    for _ in range(3):
-        wanted = stack.compose(many, None)
-        assert torch.equal(wanted[:, 0], many.gates[:, 0])
-        stack.compose(decide([1.0, 1.0]), None)
-        assert len(stack.engine._known) <= REMEMBERED
 
 
 def test_gates_and_strength_have_gradients_and_the_scale_is_a_constant():
