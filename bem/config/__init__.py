@@ -1,0 +1,46 @@
+"""Every knob of BEM, with its unit.
+
+A config is frozen, refuses keys it does not know (and names the nearest one), and is loaded from YAML:
+
+    cfg = load("configs/quickstart.yaml", ["training.steps=50", "adapters.rank=8"])
+
+The classes here hold plain values only; modules take plain numbers, never a config object.
+"""
+
+from __future__ import annotations
+
+from bem.config.adapters import EVIDENCE_FEATURES, VARIANTS, AdapterConfig, TrainingConfig
+from bem.config.data import ConversationConfig, DataConfig, RetrievalConfig, TaskConfig
+from bem.config.experiment import ArmConfig, ExperimentConfig, GatesConfig, load
+from bem.config.routing import (
+    CloningConfig,
+    PolicyGradientConfig,
+    ReadingConfig,
+    RewardConfig,
+    RouterConfig,
+    RoutingConfig,
+)
+from bem.config.section import Section, parse
+
+__all__ = [
+    "EVIDENCE_FEATURES",
+    "VARIANTS",
+    "AdapterConfig",
+    "ArmConfig",
+    "CloningConfig",
+    "ConversationConfig",
+    "DataConfig",
+    "ExperimentConfig",
+    "GatesConfig",
+    "PolicyGradientConfig",
+    "ReadingConfig",
+    "RetrievalConfig",
+    "RewardConfig",
+    "RouterConfig",
+    "RoutingConfig",
+    "Section",
+    "TaskConfig",
+    "TrainingConfig",
+    "load",
+    "parse",
+]

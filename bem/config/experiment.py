@@ -1,0 +1,181 @@
+"""A whole experiment: arms, gates, and the YAML file that holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from bem.config.adapters import AdapterConfig, TrainingConfig
+from bem.config.data import DataConfig
+from bem.config.routing import RoutingConfig
+from bem.config.section import Section, parse
+from bem.errors import ConfigError
+
+
+class GatesConfig(Section):
+    """What a candidate must pass to be promoted."""
+
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    """Level of the intervals and of the false discovery rate."""
+    n_bootstrap: int = Field(default=10_000, ge=100)
+    """Bootstrap resamples."""
+    seed: int = 0
+    """Seed of the resampling."""
+    quality_margin: float = Field(default=0.0, ge=0)
+    """A gain counts only beyond this many points."""
+    regression_margin_points: float = Field(default=0.5, ge=0)
+    """No core metric's lower limit may lie further below the baseline, in points."""
+    slice_margin_points: float = Field(default=1.0, ge=0)
+    """Non-inferiority margin of each named slice, in points."""
+    budget_tolerance: float = Field(default=0.05, ge=0)
+    """Allowed relative difference in adapter parameters and in adapter FLOPs per token."""
+    allow_cheaper: bool = True
+    """A candidate below the tolerance passes the budget gate, with a note."""
+    latency_ratio_max: float = Field(default=1.15, gt=0)
+    """Largest upper limit of the p50 latency ratio to the baseline."""
+    memory_ratio_max: float = Field(default=1.05, gt=0)
+    """Largest peak-memory ratio to the baseline."""
+    kv_hit_margin_points: float = Field(default=0.5, ge=0)
+    """The KV-hit rate may fall by this many points."""
+    min_items: int = Field(default=20, ge=1)
+    """Fewer examples than this: INCONCLUSIVE."""
+    min_discordant: int = Field(default=10, ge=0)
+    """Fewer examples that differ than this: INCONCLUSIVE."""
+    fdr: Literal["bh", "by"] = "bh"
+    """Benjamini-Hochberg, or Benjamini-Yekutieli for arbitrary dependence."""
+    power: float = Field(default=0.8, gt=0, lt=1)
+    """Power for which the minimal detectable effect and 'n more' are stated."""
+    useful_gain_points: float = Field(default=1.0, gt=0)
+    """Smallest gain worth promoting, in points; once it can be excluded the candidate is rejected."""
+    reported_slices: tuple[str, ...] = ("A",)
+    """Slices that are reported only; every other named slice is a guard."""
+    waived: tuple[Literal["budget", "latency", "memory", "kv_hit", "router", "slices"], ...] = ()
+    """Cost gates that do not apply (score files alone have no costs); every verdict lists them."""
+
+
+class ArmConfig(Section):
+    """One arm of an experiment: a name and what it changes in `adapters` (or no adapter at all)."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name in the report and on disk."""
+    adapters: dict[str, Any] = {}
+    """Changes to the experiment's `adapters` section."""
+    route: (
+        Literal[
+            "ar0", "ar1", "oracle", "gold", "linear", "single", "random", "wrong", "xlora", "arrow"
+        ]
+        | None
+    ) = None
+    """Who chooses between the experts of `routing`: ar0 cloned router | ar1 improved by policy
+    gradient | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
+    hidden states | single best one expert | random, wrong controls | xlora, arrow PEFT's methods.
+    None: no experts, the adapter of this arm."""
+    match: Literal["parameters", "flops", "none"] = "parameters"
+    """What is held within the budget tolerance of the baseline by choosing the rank."""
+    role: Literal["baseline", "candidate", "control"] = "candidate"
+    """Controls are measured and shown, never promoted."""
+    compare_to: str | None = None
+    """Arm that this one is judged against; None: the baseline."""
+
+
+class ExperimentConfig(Section):
+    """A whole experiment: `bem run` trains, measures, judges and reports it."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Folder of the run under `output`."""
+    output: str = "runs"
+    """Folder that holds all runs."""
+    base: str = "bem-tiny"
+    """`bem-tiny`, a Hugging Face id or a local folder."""
+    data: DataConfig
+    adapters: AdapterConfig = AdapterConfig()
+    """Defaults of every arm."""
+    arms: list[ArmConfig] = Field(min_length=1)
+    """The arms; exactly one has the role baseline."""
+    seeds: list[int] = Field(default=[0, 1], min_length=1)
+    """Seeds of initial weights and data order; scores are averaged over them within an example."""
+    training: TrainingConfig = TrainingConfig()
+    gates: GatesConfig = GatesConfig()
+    routing: RoutingConfig | None = None
+    """Experts and their routers, for arms with a `route`."""
+    latency_rounds: int = Field(default=15, ge=1)
+    """Interleaved timing rounds per arm."""
+    eval_batch_size: int = Field(default=16, ge=1)
+    """Examples per batch while measuring."""
+    threads: int | None = Field(default=None, ge=1)
+    """Torch threads of a process; None: torch's own choice, or 1 with several workers."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that train and measure cells (arm x seed) side by side."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ... or auto."""
+
+    @model_validator(mode="after")
+    def _arms_make_sense(self) -> ExperimentConfig:
+        names = [arm.name for arm in self.arms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"arm names must be unique; used twice: {', '.join(twice)}")
+        baselines = [arm.name for arm in self.arms if arm.role == "baseline"]
+        if len(baselines) != 1:
+            raise ValueError(f"exactly one arm needs `role: baseline`, found {baselines or 'none'}")
+        unknown = [a.compare_to for a in self.arms if a.compare_to and a.compare_to not in names]
+        if unknown:
+            raise ValueError(
+                f"compare_to names no arm: {', '.join(unknown)}. Arms: {', '.join(names)}"
+            )
+        routed = [arm.name for arm in self.arms if arm.route]
+        if routed and self.routing is None:
+            raise ValueError(f"arms with a route need a `routing` section: {', '.join(routed)}")
+        for arm in self.arms:
+            parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, f"arms.{arm.name}")
+        return self
+
+    @property
+    def baseline(self) -> ArmConfig:
+        """The one arm that all others are compared with."""
+        return next(arm for arm in self.arms if arm.role == "baseline")
+
+    def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
+        """The adapter section of one arm: the shared defaults with the arm's changes."""
+        values = {**self.adapters.model_dump(), **arm.adapters}
+        if arm.route:
+            values["variant"] = "routed"
+        return parse(AdapterConfig, values, arm.name)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read an experiment from YAML and apply overrides such as `training.steps=50`.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest is named) or a bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"No config file at {path}. Shipped ones lie in configs/.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, found {type(values).__name__}.")
+    for override in overrides or []:
+        _override(values, override)
+    return parse(ExperimentConfig, values, str(path))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"Override {override!r} must look like section.key=value.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"Override {override!r}: {parent!r} is not a section.")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: the value is not valid YAML: {error}") from None
