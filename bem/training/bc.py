@@ -286,7 +286,7 @@ def _descend(
             held = float(loss_of(test))
         if not np.isfinite(held):
             raise TrainingError(
-                f"cloning diverged: held-out loss {held}. Lower router.cloning.learning_rate "
+                f"cloning diverged: held-out loss {held}. Lower routing.cloning.learning_rate "
                 f"(now {config.learning_rate:g})."
             )
         curve.append((total / len(train), held))

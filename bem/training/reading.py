@@ -82,9 +82,9 @@ def up_to(base: Any, layer: int, decide: bool) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class _Batch:
-    hidden: Tensor  # (batch, tokens, d_model)
+    hidden: Tensor  # bfloat16 (batch, tokens, d_model)
     member: (
-        Tensor  # (batch, chunks, tokens): which chunk a token belongs to; the first one is empty
+        Tensor  # (batch, chunks, tokens): 1 where a token belongs to the chunk; the first is empty
     )
     targets: Tensor  # int (batch, chunks): expert option by what was said before, IGNORED: any
     losses: Tensor  # (batch, chunks, options) of every option
@@ -109,26 +109,33 @@ def learn_to_read(
     Raises:
         TrainingError: the loss was not finite.
     """
-    reader, layer = mounted.router.policy.reader, mounted.router_config.router_layer
-    assert layer is not None
-    states, out = [torch.empty(0)] * len(rows), held.tolist()
-    for i, found in hidden_states(mounted.base, rows, layer, pad_id):
-        states[i] = found.to("cpu", torch.bfloat16)  # two bytes a number: they are kept
-    seen = torch.cat([h for h, o in zip(states, out, strict=True) if not o]).float()
-    centre, spread = seen.mean(0), seen.std(0).clamp(min=1e-3)
-    states = [((h.float() - centre) / spread).to(torch.bfloat16) for h in states]
-    chunks = [_chunks(row, pad_id, mounted.router.chunk_size) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    size = config.reading.batch_size
-    sides = [[i for i in order if out[i] == side] for side in (False, True)]
-    train, test = (
-        [_batch(part[at : at + size], states, chunks, traces) for at in range(0, len(part), size)]
-        for part in sides
-    )
-    opinion = mounted.router.policy.actor.opinion
-    curve = _best_of(reader, opinion, train, test, config, seed, on_progress)
-    reader.rescale(centre.to(mounted.base.device), spread.to(mounted.base.device))
+    router, device = mounted.router, mounted.base.device
+    states = _states(mounted, rows, pad_id)
+    learns = torch.cat([h for h, out in zip(states, held.tolist(), strict=True) if not out])
+    centre, spread = learns.float().mean(0), learns.float().std(0).clamp(min=1e-3)
+    states = [((h.float() - centre) / spread).to(h.dtype) for h in states]
+    numbers = [_numbers(row, pad_id, router.chunk_size) for row in rows]
+    order, size = sorted(range(len(rows)), key=lambda i: len(rows[i])), config.reading.batch_size
+    sides = []
+    for side in (False, True):
+        part = [i for i in order if bool(held[i]) == side]
+        parts = [part[at : at + size] for at in range(0, len(part), size)]
+        sides.append([_batch(chosen, states, numbers, traces) for chosen in parts])
+    train, test = sides
+    school = _School(router.policy.reader, router.policy.actor.opinion, train, test, config)
+    curve = school.best_of(config.reading.tries, seed, on_progress)
+    router.policy.reader.rescale(centre.to(device), spread.to(device))
     return curve
+
+
+def _states(mounted: Mounted, rows: Sequence[Encoded], pad_id: int) -> list[Tensor]:
+    """What the router reads of each row (tokens, d_model); two bytes a number, since all are kept."""
+    layer = mounted.router_config.router_layer
+    assert layer is not None
+    states = [torch.empty(0)] * len(rows)
+    for i, found in hidden_states(mounted.base, rows, layer, pad_id):
+        states[i] = found.to("cpu", torch.bfloat16)
+    return states
 
 
 def expected_regret(logits: Tensor, losses: Tensor, largest: float) -> Tensor:
@@ -142,106 +149,108 @@ def expected_regret(logits: Tensor, losses: Tensor, largest: float) -> Tensor:
     return (logits.softmax(-1) * regret).sum(-1)
 
 
-def _chunks(row: Encoded, pad_id: int, chunk_size: int) -> Tensor:
+def _numbers(row: Encoded, pad_id: int, chunk_size: int) -> Tensor:
     return chunk_numbers(collate([replace(row, route=[])], pad_id), chunk_size)[0]
 
 
-def _batch(rows: list[int], states: list[Tensor], chunks: list[Tensor], traces: Traces) -> _Batch:
+def _batch(rows: list[int], states: list[Tensor], numbers: list[Tensor], traces: Traces) -> _Batch:
     tokens, n = max(len(states[i]) for i in rows), int(traces.chunks[rows].max())
     hidden = torch.zeros(len(rows), tokens, states[rows[0]].shape[1], dtype=torch.bfloat16)
     member = torch.zeros(len(rows), n + 1, tokens)
     for r, i in enumerate(rows):
         hidden[r, : len(states[i])] = states[i]
-        member[r, chunks[i], torch.arange(len(chunks[i]))] = 1.0
+        member[r, numbers[i], torch.arange(len(numbers[i]))] = 1.0
     targets = np.where(traces.answers[rows, :n], traces.path[rows, :n], IGNORED)
     losses = torch.from_numpy(traces.experts[rows, :n])
     return _Batch(hidden, member[:, :n], torch.from_numpy(targets), losses)
 
 
-def _best_of(
-    reader: Reader,
-    opinion: nn.Linear,
-    train: list[_Batch],
-    test: list[_Batch],
-    config: CloningConfig,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[tuple[float, float]]:
-    """Several starts: some never come to hear the shortest cues. The best on held-out rows is kept."""
-    modules, tries = nn.ModuleList([reader, opinion]), config.reading.tries
-    best, kept, curve = math.inf, None, []
-    for number in range(tries):
-        reader.reset()
-        opinion.reset_parameters()
-        of = f"start {number + 1} of {tries}, "
-        found = _descend(
-            reader, opinion, train, test, config, seed + number, lambda text, of=of: say(of + text)
+class _School:
+    """Teaches one reader, and the opinion on top of it."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        opinion: nn.Linear,
+        train: list[_Batch],
+        test: list[_Batch],
+        config: CloningConfig,
+    ):
+        self.reader, self.opinion, self.config = reader, opinion, config
+        self.train, self.test, self.device = train, test, opinion.weight.device
+        self.modules = nn.ModuleList([reader, opinion])
+
+    def best_of(
+        self, tries: int, seed: int, say: Callable[[str], None]
+    ) -> list[tuple[float, float]]:
+        """Several starts: some never come to hear the shortest cues. The best on held-out rows is kept."""
+        best, kept, curve = math.inf, self._weights(), []
+        for number in range(tries):
+            self.reader.reset()
+            self.opinion.reset_parameters()
+            of = f"start {number + 1} of {tries}"
+            found = self._once(seed + number, lambda text, of=of: say(f"{of}, {text}"))
+            if (least := min(held for _, held in found)) < best:
+                best, kept, curve = least, self._weights(), found
+        self.modules.load_state_dict(kept)
+        return curve
+
+    def _once(self, seed: int, say: Callable[[str], None]) -> list[tuple[float, float]]:
+        settings, rng = self.config.reading, np.random.default_rng([seed, 13])
+        optimizer = torch.optim.AdamW(
+            self.modules.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
-        if (least := min(held for _, held in found)) < best:
-            best, curve = least, found
-            kept = {name: value.clone() for name, value in modules.state_dict().items()}
-    assert kept is not None
-    modules.load_state_dict(kept)
-    return curve
+        pace = torch.optim.lr_scheduler.LambdaLR(optimizer, self._pace)
+        best, kept, curve = math.inf, self._weights(), []
+        for epoch in range(settings.epochs):
+            curve.append((self._epoch(optimizer, pace, rng), self._held()))
+            say(f"reading {epoch + 1} of {settings.epochs}: held-out loss {curve[-1][1]:.3f}")
+            if not math.isfinite(sum(curve[-1])):
+                raise TrainingError(
+                    f"the reader diverged: loss {curve[-1]}. Lower routing.cloning.reading.learning_rate "
+                    f"(now {settings.learning_rate:g})."
+                )
+            if curve[-1][1] < best:
+                best, kept = curve[-1][1], self._weights()
+        self.modules.load_state_dict(kept)
+        return curve
 
+    def _pace(self, step: int) -> float:
+        """Factor on the learning rate: up in a line, down along a cosine."""
+        steps = self.config.reading.epochs * len(self.train)
+        return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-def _descend(
-    reader: Reader,
-    opinion: nn.Linear,
-    train: list[_Batch],
-    test: list[_Batch],
-    cloning: CloningConfig,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[tuple[float, float]]:
-    config, device = cloning.reading, reader.token.weight.device
-    parameters = [*reader.parameters(), *opinion.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    steps = config.epochs * len(train)
-    pace = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda n: min(1.0, (n + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * n / steps)),
-    )
-
-    def loss_of(batch: _Batch, dropout: float) -> tuple[Tensor, int]:
-        hidden = batch.hidden.to(device).float()
-        words = reader.hear(F.dropout(hidden, dropout, training=dropout > 0))
-        heard = torch.bmm(batch.member.to(device), words)
-        before = heard.new_zeros(len(heard), reader.width)
-        memory = F.dropout(reader.remember(heard, before), dropout, training=dropout > 0)
-        answers = (batch.targets != IGNORED).to(device)
-        logits, targets = opinion(memory)[answers], batch.targets.to(device)[answers]
-        regret = expected_regret(logits, batch.losses.to(device)[answers], cloning.largest_regret)
-        each = F.cross_entropy(logits, targets, reduction="none") + cloning.regret * regret
-        return each.sum(), len(targets)
-
-    rng = np.random.default_rng([seed, 13])
-    best, kept, curve = math.inf, None, []
-    for epoch in range(config.epochs):
-        sums = np.zeros(2)
-        for i in rng.permutation(len(train)):
-            loss, count = loss_of(train[i], config.dropout)
+    def _epoch(self, optimizer: Any, pace: Any, rng: np.random.Generator) -> float:
+        total, answers = 0.0, 0
+        for i in rng.permutation(len(self.train)):
+            loss, count = self._loss(self.train[int(i)], self.config.reading.dropout)
             optimizer.zero_grad()
             (loss / count).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             optimizer.step()
             pace.step()
-            sums += float(loss.detach()), count
-        with torch.no_grad():
-            held = np.sum([[float(x) for x in loss_of(batch, 0.0)] for batch in test], 0)
-        curve.append((float(sums[0] / sums[1]), float(held[0] / held[1])))
-        say(f"reading {epoch + 1} of {config.epochs}: held-out loss {curve[-1][1]:.3f}")
-        if not math.isfinite(sum(curve[-1])):
-            raise TrainingError(
-                f"the reader diverged: loss {curve[-1]}. Lower router.cloning.reading.learning_rate "
-                f"(now {config.learning_rate:g})."
-            )
-        if curve[-1][1] < best:
-            best, kept = curve[-1][1], [p.detach().clone() for p in parameters]
-    assert kept is not None
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
-    return curve
+            total, answers = total + float(loss.detach()), answers + count
+        return total / answers
+
+    @torch.no_grad()
+    def _held(self) -> float:
+        found = [self._loss(batch, 0.0) for batch in self.test]
+        return sum(float(loss) for loss, _ in found) / sum(count for _, count in found)
+
+    def _loss(self, batch: _Batch, dropout: float) -> tuple[Tensor, int]:
+        """(sum over the batch's answers, their number)."""
+        hidden = batch.hidden.to(self.device).float()
+        words = self.reader.hear(F.dropout(hidden, dropout))
+        heard = torch.bmm(batch.member.to(self.device), words)
+        memory = self.reader.remember(heard, heard.new_zeros(len(heard), self.reader.width))
+        answers = (batch.targets != IGNORED).to(self.device)
+        logits = self.opinion(F.dropout(memory, dropout))[answers]
+        targets, losses = (t.to(self.device)[answers] for t in (batch.targets, batch.losses))
+        regret = expected_regret(logits, losses, self.config.largest_regret)
+        each = F.cross_entropy(logits, targets, reduction="none") + self.config.regret * regret
+        return each.sum(), len(targets)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.modules.state_dict().items()}
