@@ -84,7 +84,7 @@ def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor)
     there = available[current]
     stays = there & ~first  # there is something to stay with
     goes_on = stays & ~at.turn
-    running = (record[:, SPAN_LEFT] > 0) & goes_on
+    running = in_span(at, available)
     full = (record[:, PLAN] >= limits.plan_length) & goes_on & ~running
     budget = limits.flip_burst + limits.flip_rate_max * at.number
     spent = (record[:, FLIPS] + 1 > budget) & stays
@@ -144,6 +144,3 @@ def fade_of(probability: Tensor, threshold: float) -> Tensor:
     if threshold == 0:
         return torch.zeros_like(probability)
     return (FADE_STEPS * (1 - probability / threshold).clamp(min=0.0)).ceil()
-
-
-__all__ = ["Allowed", "Boundary", "Limits", "allowed", "execute", "fade_of", "in_span"]
