@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bem.adapters.attach import Attached, attach, load
     from bem.adapters.checks import check_adapter
-    from bem.adapters.experts import read_expert
     from bem.adapters.peft_method import BemConfig
     from bem.bases import load_base
+    from bem.experts.expert import read_expert
     from bem.routing.mount import load_router, mount
     from bem.routing.mounted import Mounted
     from bem.stats import bca_bootstrap, benjamini_hochberg_correction, judge
@@ -31,7 +31,7 @@ _WHERE = {
     "load_base": "bem.bases",
     "load_router": "bem.routing.mount",
     "mount": "bem.routing.mount",
-    "read_expert": "bem.adapters.experts",
+    "read_expert": "bem.experts.expert",
 }
 
 __all__ = [

@@ -30,9 +30,9 @@ from bem.adapters.copies import with_shared_weights  # noqa: E402
 from bem.evidence.index import in_memory  # noqa: E402
 from bem.evidence.rerank import load_reranker  # noqa: E402
 from bem.evidence.retriever import Retriever  # noqa: E402
-from bem.experiments.latency import measure_latency  # noqa: E402
-from bem.experiments.tasks import load_task  # noqa: E402
+from bem.experiments.measuring.latency import measure_latency  # noqa: E402
 from bem.stats.latency import paired_ratio  # noqa: E402
+from bem.tasks.load import load_task  # noqa: E402
 
 QUESTIONS = 200
 SETTINGS = {

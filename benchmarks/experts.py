@@ -34,8 +34,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bem.adapters import stack as module  # noqa: E402
-from bem.adapters.stack import FEW_TOKENS, GATHER_ABOVE, ExpertStack  # noqa: E402
+from bem.experts import stack as module  # noqa: E402
+from bem.experts.stack import FEW_TOKENS, GATHER_ABOVE, ExpertStack  # noqa: E402
 
 SIZES = [(192, 192), (512, 192), (2048, 2048), (5632, 2048)]  # d_in -> d_out
 EXPERTS, RANKS = (1, 2, 4, 8, 16, 32, 64), (4, 8, 16, 32)

@@ -313,7 +313,7 @@ def _size(folder: Path) -> float:
 def _machine() -> str:
     from importlib.metadata import version
 
-    from bem.experiments.environment import cpu_name, usable_cores
+    from bem.runs.machine import cpu_name, usable_cores
 
     libraries = ("bm25s", "rank-bm25", "faiss-cpu", "sentence-transformers", "torch", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 import bem
-from bem.adapters.experts import write_lora
-from bem.adapters.stack import fixed_updates
 from bem.config import CloningConfig, DataConfig, TrainingConfig
-from bem.experiments.tasks import load_tasks
+from bem.experts.expert import write_lora
+from bem.experts.stack import fixed_updates
 from bem.routing.explain import explain
 from bem.routing.mount import blank_expert
+from bem.tasks.load import load_tasks
 from bem.training.answers import greedy_answers
 from bem.training.bc import clone
 from bem.training.data import encode

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bem.config import load
-from bem.experiments.tasks import TASKS
+from bem.tasks.load import TASKS
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bem.adapters.budget import Price, price_of
-from bem.adapters.controller import ChunkReader
-from bem.adapters.head_gate import HeadGate
 from bem.config import VARIANTS, AdapterConfig, parse
+from bem.control.controller import ChunkReader
 from bem.errors import AttachError
+from bem.variants.head_gate import HeadGate
 
 NAME = "default"  # the adapter's name inside PEFT
 

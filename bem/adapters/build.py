@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bem.adapters.base import Adapter
-from bem.adapters.controller import ChunkReader, Controller
-from bem.adapters.film import ResidualFiLMModule
-from bem.adapters.gate_shaping import GateShapingV2
-from bem.adapters.head_gate import HeadGate
-from bem.adapters.kronecker import KroneckerFactorization
-from bem.adapters.low_rank import LowRank
-from bem.adapters.rank_mask import MaskedLowRank, RankMask
 from bem.adapters.sites import ATTN_OUT, MLP_DOWN, Site, Sites
 from bem.config import EVIDENCE_FEATURES
+from bem.control.controller import ChunkReader, Controller
 from bem.errors import AttachError
+from bem.variants.base import Adapter
+from bem.variants.film import ResidualFiLMModule
+from bem.variants.gate_shaping import GateShapingV2
+from bem.variants.head_gate import HeadGate
+from bem.variants.kronecker import KroneckerFactorization
+from bem.variants.low_rank import LowRank
+from bem.variants.rank_mask import MaskedLowRank, RankMask
 
 if TYPE_CHECKING:
     from bem.config import AdapterConfig

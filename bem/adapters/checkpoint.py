@@ -26,10 +26,10 @@ from bem.adapters.lora import (
     readable,
     write_loras,
 )
-from bem.adapters.low_rank import LowRank
 from bem.adapters.sites import ATTN_OUT, MLP_DOWN, base_hash, find_sites
 from bem.config import AdapterConfig, parse
 from bem.errors import AttachError, BaseMismatch, CheckpointError
+from bem.variants.low_rank import LowRank
 
 if TYPE_CHECKING:
     from bem.adapters.attach import Attached

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bem.adapters.attach import Attached, load
 from bem.adapters.checks_models import ARCHITECTURES, VOCAB, tiny_model
-from bem.adapters.chunks import turns_from_labels
+from bem.control.chunks import turns_from_labels
 from bem.errors import AttachError, CheckpointError, TrainingError
 
 Make = Callable[[Any], Attached]

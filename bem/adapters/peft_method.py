@@ -20,11 +20,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from bem.adapters.build import Parts, build
-from bem.adapters.controller import ChunkReader
 from bem.adapters.queries import find_queries
-from bem.adapters.runtime import MarkedGenerate, Runtime, Wiring
 from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
 from bem.config import AdapterConfig, parse
+from bem.control.controller import ChunkReader
+from bem.control.runtime import MarkedGenerate, Runtime, Wiring
 from bem.errors import AttachError
 
 

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from bem.experiments.runner import Event
+    from bem.experiments.run import Event
 
 
 def quiet() -> None:

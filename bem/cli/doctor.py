@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bem.experiments.environment import cpu_flags, cpu_name, installed, usable_cores
+from bem.runs.machine import cpu_flags, cpu_name, installed, usable_cores
 
 NEEDED_DISK_GIB = 1.0
 """What a run of the shipped configs writes, with room to spare."""

@@ -33,7 +33,7 @@ def run(
     What is finished is skipped, what was interrupted is resumed: the same command again.
     """
     experiment = load(config, data, settings, base, name, output)
-    from bem.experiments import runner
+    from bem.experiments import run as runner
 
     console = Console()
     quiet()
@@ -71,7 +71,7 @@ def train_arm(
 ) -> int:
     """Train and measure one arm with one seed; `bem run` takes it over as it is."""
     experiment = load(config, data, settings, base, name, output)
-    from bem.experiments import runner
+    from bem.experiments import run as runner
 
     console, number = Console(), experiment.seeds[0] if seed is None else seed
     quiet()
@@ -96,7 +96,7 @@ def train_router(
 ) -> int:
     """Train the experts and the router of one seed; `bem run` takes them over as they are."""
     experiment = load(config, data, settings, base, name, output)
-    from bem.experiments import runner
+    from bem.experiments import run as runner
 
     console, number = Console(), experiment.seeds[0] if seed is None else seed
     quiet()
@@ -139,7 +139,7 @@ def evaluate(
     experiment = load(config, data, settings, base)
     import numpy as np
 
-    from bem.experiments import runner
+    from bem.experiments import run as runner
     from bem.stats import save
 
     console = Console()
@@ -158,7 +158,7 @@ def evaluate(
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run: runs/NAME.")]) -> int:
     """Write report.html and report.md of a finished run again."""
-    from bem.experiments import report as reports
+    from bem.report import page as reports
 
     Console().print(f"Report: [bold]{reports.write(run)}[/]", soft_wrap=True)
     return 0

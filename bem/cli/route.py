@@ -117,8 +117,8 @@ def export(
     mounted, _ = _mounted(router, base, device)
     import torch
 
-    from bem.adapters.experts import write_lora
-    from bem.adapters.stack import fixed_updates
+    from bem.experts.expert import write_lora
+    from bem.experts.stack import fixed_updates
 
     names = [e.name for e in mounted.experts]
     _check_names(wanted, names)
@@ -206,7 +206,7 @@ def _turns(text: str) -> list[tuple[str, str]]:
 
 def _read(mounted: Mounted, tokenizer: Any, row: Example, answered: bool, new_tokens: int) -> Read:
     """Route a conversation, and let the model answer it if `new_tokens` says so."""
-    from bem.experiments.measure import context_length
+    from bem.experiments.measuring.answers import context_length
     from bem.routing import explain as explaining
     from bem.training.answers import greedy_answers
     from bem.training.data import encode
@@ -290,9 +290,9 @@ def _distil(
     """Fit and save the student; KL of the bare base and of the student to the teacher, held-out."""
     from bem.adapters.copies import without_adapter
     from bem.bases import load_base
-    from bem.experiments.retrieval import with_evidence
-    from bem.experiments.runner import Event, device_of
-    from bem.experiments.tasks import load_tasks, training_mixture
+    from bem.experiments.run import Event, device_of
+    from bem.tasks.load import load_tasks, training_mixture
+    from bem.tasks.retrieval import with_evidence
     from bem.training.distill import distill, divergence
 
     display.show(Event("reading the data"))

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bem.config import GatesConfig, parse
 from bem.errors import ConfigError
-from bem.experiments import wording
+from bem.report import words as wording
 
 if TYPE_CHECKING:
     from bem.stats import Measurement, Verdict
@@ -41,7 +41,7 @@ def validate(
     Exit code: 0 PROMOTE, 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains.
     With several candidates: 0 if any is promoted, else 2 if any is inconclusive, else 1.
     """
-    from bem.experiments import store
+    from bem.runs import folder as store
     from bem.stats import judge, load
 
     opponent = load(baseline)
@@ -70,7 +70,7 @@ def promote(
     ] = None,
 ) -> int:
     """Put an arm's adapter into use; refused unless its verdict says PROMOTE and still holds."""
-    from bem.experiments import promotion
+    from bem.runs import promotion
 
     pointer = promotion.promote(run, arm, seed)
     console = Console()

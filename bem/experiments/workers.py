@@ -92,8 +92,8 @@ def _work(config: ExperimentConfig, todo: Any, said: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from transformers.utils import logging
 
-    from bem.experiments.runner import Work
-    from bem.experiments.store import RunFolder
+    from bem.experiments.run import Work
+    from bem.runs.folder import RunFolder
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bem.adapters.compose import Decision
+from bem.experts.compose import Decision
 
 HEADS = ("expert", "span", "rank", "strength")
 EXPERT, SPAN_LEFT, RANK, STRENGTH, PLAN, FLIPS, FADE, TURN = range(8)

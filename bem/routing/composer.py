@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bem.adapters.compose import TrustRegion
-from bem.adapters.projection import Watch
+from bem.experts.compose import TrustRegion
 from bem.routing.action import EXPERT, FADE, RANK, STRENGTH, ActionSpace, constant
+from bem.variants.projection import Watch
 
 REMEMBERED = 256  # actions
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bem.adapters.chunks import chunk_starts
+from bem.control.chunks import chunk_starts
 from bem.routing.action import EXPERT, FADE, FADE_STEPS, RANK, SPAN_LEFT, STRENGTH
 
 if TYPE_CHECKING:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from bem.adapters.attach import NAME
 from bem.adapters.build import Parts
-from bem.adapters.compose import TrustRegion
-from bem.adapters.experts import Expert, Update, from_updates, read_expert
 from bem.adapters.sites import Site, Sites, base_hash, find_sites
-from bem.adapters.stack import ExpertStack
-from bem.adapters.subspace import reserve
 from bem.config import EVIDENCE_FEATURES, AdapterConfig, RouterConfig, parse
 from bem.errors import AttachError, BaseMismatch, CheckpointError
+from bem.experts.compose import TrustRegion
+from bem.experts.expert import Expert, Update, from_updates, read_expert
+from bem.experts.stack import ExpertStack
+from bem.experts.subspace import reserve
 from bem.routing.action import ActionSpace
 from bem.routing.hysteresis import Limits
 from bem.routing.mounted import WEIGHTS, Mounted, check_files

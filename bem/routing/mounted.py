@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from bem.adapters.attach import NAME, Attached
 from bem.adapters.checkpoint import file_hash
-from bem.adapters.experts import Expert, Update, from_updates, write_lora
 from bem.adapters.lora import readable
 from bem.adapters.sites import base_hash
-from bem.adapters.stack import ExpertStack
 from bem.config import AdapterConfig, RouterConfig
 from bem.errors import CheckpointError
+from bem.experts.expert import Expert, Update, from_updates, write_lora
+from bem.experts.stack import ExpertStack
 from bem.routing.router import AgenticRouter
 
 MANIFEST = "manifest.json"

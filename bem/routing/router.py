@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bem.adapters.compose import TrustRegion
-from bem.adapters.controller import ChunkReader, Routed, first_tokens
+from bem.control.controller import ChunkReader, Routed, first_tokens
 from bem.errors import AttachError
+from bem.experts.compose import TrustRegion
 from bem.routing.action import FADE, HEADS, PLAN, RECORD, SPAN_LEFT, ActionSpace, constant
 from bem.routing.composer import Composer
 from bem.routing.distribution import HeadsDistribution, modes

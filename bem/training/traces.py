@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bem.adapters.chunks import chunk_starts
+from bem.control.chunks import chunk_starts
 from bem.routing.oracle import best_path
 from bem.training.data import IGNORED, Encoded, collate
 from bem.training.fit import write_atomically

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 
 import bem
-from bem.adapters.subspace import Loss
 from bem.config import ExperimentConfig
-from bem.experiments import environment, judging, peers
-from bem.experiments.measure import DECLARED
-from bem.experiments.routes import keep_facts
-from bem.experiments.store import RunFolder, write_json, write_text
+from bem.experiments.measuring.answers import DECLARED
+from bem.experiments.routing import peers
+from bem.experiments.routing.arms import keep_facts
+from bem.experts.subspace import Loss
 from bem.routing.explain import Explained
 from bem.routing.mount import blank_expert, mount
+from bem.runs import machine as environment
+from bem.runs import verdicts as judging
+from bem.runs.folder import RunFolder, write_json, write_text
 from bem.stats import files
 from bem.stats.measurement import Measurement
 from bem.training.bc import Accuracy, CloningResult

@@ -3,7 +3,7 @@
 import torch
 
 import bem
-from bem.adapters.experts import Expert, Update, from_updates
+from bem.experts.expert import Expert, Update, from_updates
 from bem.routing.mount import blank_expert
 
 

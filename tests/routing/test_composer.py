@@ -2,7 +2,7 @@
 
 import torch
 
-from bem.adapters.compose import TrustRegion
+from bem.experts.compose import TrustRegion
 from bem.routing.action import EXPERT, RANK, RECORD, STRENGTH, ActionSpace
 from bem.routing.composer import REMEMBERED, Composer
 from tests.conftest import make_llama

@@ -7,7 +7,7 @@ import torch
 
 import bem
 from bem.adapters.checks import check_adapter
-from bem.adapters.keys import chunk_keys
+from bem.control.keys import chunk_keys
 from bem.errors import AttachError, BaseMismatch, CheckpointError
 from tests.conftest import make_llama
 from tests.routing.mounted import expert, mounted

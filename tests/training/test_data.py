@@ -162,7 +162,7 @@ def test_answers_of_earlier_turns_are_labelled_when_asked(tokenizer):
 
 
 def test_turns_start_where_the_adapter_reads_them_from_the_labels(tokenizer):
-    from bem.adapters.chunks import turns_from_labels
+    from bem.control.chunks import turns_from_labels
 
     rows = [
         Example("1", "u2", ("a2",), history=(("u0", "a0"), ("u1", "a1"))),

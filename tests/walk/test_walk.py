@@ -8,7 +8,8 @@ import torch
 import bem
 from bem import config as configuration
 from bem.errors import NotAccepted
-from bem.experiments import promotion, runner
+from bem.experiments import run as runner
+from bem.runs import promotion
 
 
 @pytest.fixture(scope="module")

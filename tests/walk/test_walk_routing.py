@@ -8,9 +8,9 @@ import bem
 from bem import config as configuration
 from bem.bases import load_base
 from bem.errors import NotAccepted
-from bem.experiments import runner
-from bem.experiments.promotion import promote
+from bem.experiments import run as runner
 from bem.routing.explain import explain
+from bem.runs.promotion import promote
 
 ROUTES = (
     "ar1", "ar0", "oracle", "gold", "linear", "single", "random", "wrong", "arrow", "xlora",

@@ -1,0 +1,178 @@
+"""Experts: static low-rank updates with a name, from our own s0 checkpoints or from PEFT LoRAs.
+
+An expert is a set of updates, one for each site that it touches, and a digest of them. Where it came
+from matters no more after reading: an `ExpertStack` takes them side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bem.adapters import checkpoint
+from bem.adapters.build import build
+from bem.adapters.lora import (
+    CONFIG,
+    WEIGHTS,
+    Update,
+    check_finite,
+    check_sites,
+    read_json,
+    read_lora,
+    read_tensors,
+    write_lora,
+)
+from bem.adapters.sites import base_hash, find_sites
+from bem.config import AdapterConfig, parse
+from bem.errors import AttachError, BaseMismatch, CheckpointError
+from bem.variants.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from bem.adapters.attach import Attached
+
+__all__ = ["Expert", "Update", "expert_of", "from_updates", "read_expert", "write_lora"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A static adapter that can be stacked with others."""
+
+    name: str
+    updates: dict[str, Update]  # site name, as in `find_sites` -> update
+    digest: str  # sha256 over site names, shapes and float32 bytes
+    source: str  # where it was read from
+    about: str = ""
+
+
+def read_expert(source: str | Path, model: Any, name: str | None = None) -> Expert:
+    """Read an expert for `model`.
+
+    Args:
+        source: a folder, or the hub id of a PEFT LoRA. Of our own checkpoints only s0, with its
+            manifest and the hash of its base checked; any plain PEFT LoRA on W_O and W_down.
+        model: the base that it will act on.
+        name: what to call it; None: the folder's name.
+    Raises:
+        CheckpointError: missing, changed, or no static low-rank update that fits this model.
+        BaseMismatch: made for another base.
+    """
+    folder = _folder(source)
+    if hasattr(model, "get_base_model"):  # a PeftModel: site names are those of the model inside
+        model = model.get_base_model()
+    if read_json(folder / CONFIG).get("peft_type") == "LORA":
+        updates = {site: lora.update() for site, lora in read_lora(model, folder).items()}
+    else:
+        updates = _read_s0(folder, model)
+    return from_updates(name or Path(str(source)).name, updates, str(source))
+
+
+def expert_of(attached: Attached, name: str, about: str = "") -> Expert:
+    """An expert from a live s0; copies its weights.
+
+    Raises:
+        AttachError: the variant is not static, or no plain low-rank update.
+    """
+    from bem.adapters.attach import NAME
+    from bem.adapters.peft_method import adapters_of
+
+    parts = {site: part.update for site, part in adapters_of(attached.base, NAME)}
+    if attached.config.variant != "s0":
+        raise AttachError(_not_static(attached.config.variant, f"{name}: this adapter"))
+    updates = {site: _folded(part) for site, part in parts.items() if isinstance(part, LowRank)}
+    return from_updates(name, updates, "attached s0", about)
+
+
+def from_updates(
+    name: str, updates: dict[str, Update], source: str = "", about: str = ""
+) -> Expert:
+    """An expert from plain factors.
+
+    Raises:
+        CheckpointError: no update, factors that do not fit each other, NaN or inf.
+    """
+    if not updates:
+        raise CheckpointError(f"expert {name!r} has no update at all.")
+    for site, update in updates.items():
+        if update.u.dim() != 2 or update.v.dim() != 2 or update.u.shape[1] != len(update.v):
+            raise CheckpointError(
+                f"expert {name!r}, {site}: u {tuple(update.u.shape)} and v {tuple(update.v.shape)} have no product."
+            )
+        check_finite(update, f"expert {name!r}, {site}")
+    return Expert(name, dict(updates), _digest(updates), source, about)
+
+
+def _read_s0(folder: Path, model: Any) -> dict[str, Update]:
+    manifest = checkpoint.check(folder)
+    config = parse(AdapterConfig, manifest["adapter"], str(folder))
+    if config.variant != "s0":
+        raise CheckpointError(_not_static(config.variant, str(folder)))
+    if manifest["base"] != (found := base_hash(model)):
+        raise BaseMismatch(
+            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}: other "
+            "weights give another model. Train the expert on this base."
+        )
+    tensors = read_tensors(folder)
+    with torch.device("meta"):  # for the scales: build alone knows them
+        parts = build(find_sites(model, config.sites), config)
+    updates = {}
+    for site, part in parts.items():
+        assert isinstance(part.update, LowRank)
+        u, v = (tensors.pop(f"base_model.model.{site}.bem_update.{f}", None) for f in "uv")
+        if u is None or v is None:
+            raise CheckpointError(f"{folder}: {WEIGHTS} holds no update of {site}.")
+        updates[site] = Update(u.float() * part.update.scale, v.float())
+    if tensors:
+        raise CheckpointError(
+            f"{folder}: {len(tensors)} tensors fit no site, as {next(iter(tensors))}."
+        )
+    shapes = {site: (len(u.u), u.v.shape[1]) for site, u in updates.items()}
+    check_sites(model, shapes, str(folder), config.sites)
+    return updates
+
+
+def _folded(part: LowRank) -> Update:
+    u, v = part.u.detach().cpu().float(), part.v.detach().cpu().float()
+    return Update(u * part.scale, v.clone())
+
+
+def _not_static(variant: str, what: str) -> str:
+    why = (
+        "a Kronecker update, whose rank is that of the whole layer"
+        if variant == "v3"
+        else "its update changes from chunk to chunk"
+    )
+    return f"{what} is {variant}: {why}. Distil it into a static LoRA first; an expert is static and low-rank."
+
+
+def _folder(source: str | Path) -> Path:
+    """The local folder of a source; hub ids are downloaded, safetensors and config alone."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        raise CheckpointError(f"{source} is no folder, and no hub id (owner/name) either.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, ValueError) as error:  # offline, unknown, gated: all of the hub's errors
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source} is no folder here and could not be read from the hub ({type(error).__name__}: {reason})."
+        ) from None
+
+
+def _digest(updates: dict[str, Update]) -> str:
+    digest = hashlib.sha256()
+    for site in sorted(updates):
+        for factor in (updates[site].u, updates[site].v):
+            data = factor.detach().float().cpu().contiguous()
+            digest.update(f"{site} {tuple(data.shape)}".encode())
+            digest.update(data.numpy().tobytes())
+    return digest.hexdigest()

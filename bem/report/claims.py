@@ -1,0 +1,140 @@
+"""What may be claimed of a router: paired differences with their intervals, and plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from bem.config import ExperimentConfig, GatesConfig
+from bem.errors import DataError
+from bem.report import words as wording
+from bem.report.words import Difference
+from bem.stats.bootstrap import joint_bca
+from bem.stats.inputs import Floats, cluster_codes, finite, sum_by_cluster
+from bem.stats.latency import paired_ratio
+from bem.stats.measurement import Measurement
+from bem.stats.weights import Statistic, ratio
+from bem.tasks.scoring import QUALITY
+
+STICKY = "sticky"
+"""Slice of the conversations whose last turn shows no cue."""
+
+
+def gain(
+    arm: Measurement, other: Measurement, gates: GatesConfig, part: str | None = None
+) -> Difference | None:
+    """Paired difference in quality on the whole or one slice, with the interval that `judge` states.
+
+    None where it cannot be computed: other examples, an empty slice, NaN.
+    """
+    try:
+        mask = np.ones(other.n) if part is None else np.asarray(other.slices[part], dtype=float)
+        return _bca([_differences(arm, other) * mask, mask], ratio, other.clusters, gates)
+    except DataError:
+        return None
+
+
+def closed(
+    arm: Measurement, base: Measurement, oracle: Measurement, gates: GatesConfig
+) -> Difference:
+    """Share of the way from the baseline to the oracle that an arm has gone, in percent.
+
+    mean(arm - base) / mean(oracle - base), BCa over clusters: examples that both gain on count in
+    numerator and denominator of the same resample.
+    """
+    columns = [_differences(arm, base), _differences(oracle, base)]
+    return _bca(columns, _share, base.clusters, gates)
+
+
+def _bca(
+    columns: Sequence[Floats],
+    of: Callable[[Floats], Floats],
+    clusters: Sequence[str] | None,
+    gates: GatesConfig,
+) -> Difference:
+    """Interval of a function of sums over examples, times 100."""
+    table = np.stack(columns, axis=1)
+    table = sum_by_cluster(table, cluster_codes(clusters, len(table)))
+    statistic = Statistic("quality", table, of)
+    found = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
+    return Difference(100 * found.observed, 100 * found.lower, 100 * found.upper)
+
+
+def _share(sums: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def _differences(arm: Measurement, other: Measurement) -> Floats:
+    """Quality of the arm minus the other's, averaged over seeds: [examples] in the other's order."""
+    place = arm.aligned_to(other.example_ids)
+    new = finite(f"{arm.name}: {QUALITY}", arm.metrics[QUALITY], 2)[:, place].mean(0)
+    return new - finite(f"{other.name}: {QUALITY}", other.metrics[QUALITY], 2).mean(0)
+
+
+# ---------------------------------------------------------------------------------- plain sentences
+
+
+def sentences(config: ExperimentConfig, measured: Mapping[str, Measurement]) -> Iterator[str]:
+    """What the numbers say of the router (AR1, else AR0), and no more than their intervals show."""
+    by_route = {arm.route: measured[arm.name] for arm in reversed(config.arms) if arm.route}
+    main = by_route.get("ar1") or by_route.get("ar0")
+    if main is None:
+        return
+    base, gates = measured[config.baseline.name], config.gates
+    yield from _against(main, base, gates, paces=(main, base))
+    if "ar1" in by_route:
+        yield from _against(main, by_route.get("ar0"), gates)
+    yield from _gap(main, base, by_route.get("oracle"), gates)
+    if STICKY in base.slices:
+        yield from _against(main, by_route.get("linear"), gates, STICKY)
+    if peer := by_route.get("xlora"):
+        yield from _against(main, peer, gates, paces=(peer, main))
+
+
+def _against(
+    main: Measurement,
+    other: Measurement | None,
+    gates: GatesConfig,
+    part: str | None = None,
+    paces: tuple[Measurement, Measurement] | None = None,
+) -> Iterator[str]:
+    """One comparison; `paces`: whose time in whose is told with it."""
+    found = gain(main, other, gates, part) if other else None
+    if other is None or other is main or found is None:
+        return
+    place = " where the last turn shows no cue" if part == STICKY else ""
+    said = wording.compared(main.name, other.name, found, place)
+    yield said + (f"; {_paces(*paces, gates)}." if paces else ".")
+
+
+def _paces(arm: Measurement, other: Measurement, gates: GatesConfig) -> str:
+    """`ar1 takes ×1.02 (...) of the time of s0 in prefill, ×1.05 (...) in decode`."""
+    found = []
+    for phase in other.latency_ms:
+        r = paired_ratio(arm.latency_ms[phase], other.latency_ms[phase], gates.alpha)
+        whose = "" if found else f" of the time of {other.name}"
+        found.append(f"{wording.times(r.ratio, r.lower, r.upper)}{whose} in {phase}")
+    return f"{arm.name} takes {', '.join(found)}"
+
+
+def _gap(
+    main: Measurement, base: Measurement, oracle: Measurement | None, gates: GatesConfig
+) -> Iterator[str]:
+    whole = gain(oracle, base, gates) if oracle else None
+    if oracle is None or whole is None or gain(main, base, gates) is None:
+        return
+    if whole.low <= 0:
+        said = wording.compared(oracle.name, base.name, whole)
+        yield f"{said}: there is no certain gap that a router could close."
+        return
+    share = closed(main, base, oracle, gates)
+    yield (
+        f"{main.name} closes {_percent(share)} of the gap from {base.name} to {oracle.name}, "
+        f"which is {whole.value:.1f} points wide."
+    )
+
+
+def _percent(share: Difference) -> str:
+    return wording.minus(f"{share.value:.0f} % [{share.low:.0f}, {share.high:.0f}]")

@@ -1,0 +1,44 @@
+"""V4: residual FiLM, h <- gamma * h + beta on the output of a decoder block (arXiv:1709.07871)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bem.variants.base import Code, Flops
+
+
+class ResidualFiLMModule(nn.Module):
+    """Modulates the residual stream by gamma and beta, functions of the controller's code.
+
+    narrow: gamma = 1 + 0.2 tanh(.), beta = 0.1 tanh(.)
+    wide:   gamma in [0.5, 2] (2 ** tanh(.)), beta = 0.5 tanh(.)
+    Both are exactly (1, 0) at start.
+    """
+
+    def __init__(
+        self, d_model: int, d_control: int, film_range: Literal["narrow", "wide"] = "narrow"
+    ):
+        super().__init__()
+        self.head = nn.Linear(d_control, 2 * d_model)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.wide = film_range == "wide"
+        self.control_width = 2 * d_model
+
+    def control(self, code: Code) -> Tensor:
+        """gamma - 1 and beta, side by side: (batch, chunks, 2 * d_model)."""
+        gamma, beta = torch.tanh(self.head(code.z)).chunk(2, -1)
+        if self.wide:
+            return torch.cat([torch.exp2(gamma) - 1, 0.5 * beta], -1)
+        return torch.cat([0.2 * gamma, 0.1 * beta], -1)
+
+    def modulate(self, h: Tensor, control: Tensor) -> Tensor:
+        """h (batch, tokens, d_model), control (batch, tokens, 2 * d_model) -> h + (gamma - 1) h + beta."""
+        gamma_less_one, beta = control.chunk(2, -1)
+        return torch.addcmul(h + beta, gamma_less_one, h)
+
+    def flops(self) -> Flops:
+        return Flops(per_chunk=2 * self.head.weight.numel())

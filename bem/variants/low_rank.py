@@ -1,0 +1,39 @@
+"""S0: static LoRA, the baseline that every variant must beat at equal budget."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bem.variants.base import Adapter, Flops
+from bem.variants.projection import low_rank_norm
+
+
+class LowRank(Adapter):
+    """Adds (alpha / rank) * U V x to a frozen linear layer (LoRA, arXiv:2106.09685).
+
+    Equal to PEFT's LoRA with lora_A = V and lora_B = U, initialised as PEFT does it.
+    """
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, radius: float | None = None):
+        """radius: largest Frobenius norm of the whole update, kept after every step; None: free."""
+        super().__init__()
+        self.v = nn.Parameter(torch.empty(rank, d_in))
+        nn.init.kaiming_uniform_(self.v, a=5**0.5)
+        self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
+        self.scale = alpha / rank
+        self.radius = radius
+
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+        product = F.linear(F.linear(x, self.v.to(x.dtype)), self.u.to(x.dtype))
+        return torch.add(y, product, alpha=self.scale)
+
+    def flops(self) -> Flops:
+        return Flops(per_token=2 * (self.v.numel() + self.u.numel()))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.radius is not None:
+            norm = self.scale * low_rank_norm(self.u, self.v)
+            self.u.mul_((self.radius / norm).clamp(max=1.0))

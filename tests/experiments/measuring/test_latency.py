@@ -1,0 +1,133 @@
+"""Arms take turns; memory is what the tensors hold."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import bem
+from bem.adapters.copies import with_shared_weights
+from bem.errors import MeasurementError
+from bem.experiments.measuring import latency as module
+from bem.experiments.measuring.latency import (
+    measure_latency,
+    peak_memory,
+    weight_bytes,
+)
+
+
+@pytest.fixture
+def arms(micro_llama):
+    names = ("s0", "v1", "v4")
+    return {name: bem.attach(with_shared_weights(micro_llama), name, rank=2) for name in names}
+
+
+def test_every_round_times_every_arm_in_a_rotating_order(arms, monkeypatch):
+    order = []
+    real = module._round
+
+    def watched(model, *rest):
+        order.append(next(name for name, arm in arms.items() if arm.model is model))
+        return real(model, *rest)
+
+    monkeypatch.setattr(module, "_round", watched)
+    timings = measure_latency(arms, rounds=4, prompt_tokens=20, new_tokens=3)
+    warm_up, rounds = order[:3], [order[i : i + 3] for i in range(3, 15, 3)]
+    assert warm_up == ["s0", "v1", "v4"]
+    assert rounds == [
+        ["s0", "v1", "v4"],
+        ["v1", "v4", "s0"],
+        ["v4", "s0", "v1"],
+        ["s0", "v1", "v4"],
+    ]
+    for name in arms:
+        assert {p: len(v) for p, v in timings.latency_ms[name].items()} == {
+            "prefill": 4,
+            "decode": 4,
+        }
+        for phase in ("prefill", "decode"):
+            assert 0 < timings.p50_ms[name][phase] <= timings.p95_ms[name][phase]
+    assert (timings.clock, timings.threads, timings.rounds) == ("cpu", 1, 4)
+
+
+class Slow(nn.Module):
+    """Takes a known time: `spin` seconds of work and `sleep` seconds of waiting per call."""
+
+    def __init__(self, inner, spin=0.0, sleep=0.0):
+        super().__init__()
+        self.inner, self.config, self.spin, self.sleep = inner, inner.config, spin, sleep
+        self.device = inner.device
+
+    def forward(self, input_ids=None, past_key_values=None, use_cache=True):
+        until = time.process_time() + self.spin
+        while time.process_time() < until:
+            pass
+        time.sleep(self.sleep)
+        return self.inner(input_ids=input_ids, past_key_values=past_key_values, use_cache=True)
+
+
+def test_the_cpu_clock_counts_work_and_not_waiting(micro_llama):
+    arms = {
+        "plain": Slow(micro_llama),
+        "busy": Slow(micro_llama, spin=0.03),
+        "idle": Slow(micro_llama, sleep=0.03),
+    }
+    cpu = measure_latency(arms, rounds=2, prompt_tokens=8, new_tokens=2, clock="cpu").p50_ms
+    assert cpu["busy"]["decode"] > cpu["plain"]["decode"] + 25
+    assert cpu["idle"]["decode"] < cpu["plain"]["decode"] + 15
+    wall = measure_latency(arms, rounds=2, prompt_tokens=8, new_tokens=2, clock="wall").p50_ms
+    assert wall["idle"]["decode"] > 30
+
+
+def test_threads_and_mode_are_given_back(arms):
+    threads = torch.get_num_threads()
+    measure_latency(arms, rounds=1, prompt_tokens=8, new_tokens=1)
+    assert torch.get_num_threads() == threads
+
+
+def test_what_cannot_be_timed_is_refused(arms):
+    with pytest.raises(MeasurementError, match="No arms"):
+        measure_latency({})
+    with pytest.raises(
+        MeasurementError, match=r"510 \+ 3 tokens exceed the model's context of 512"
+    ):
+        measure_latency(arms, prompt_tokens=510, new_tokens=3)
+    with pytest.raises(MeasurementError, match="clock cuda needs a GPU"):
+        measure_latency(arms, clock="cuda")
+
+
+def test_copies_share_their_weights_and_carry_different_adapters(micro_llama, arms):
+    pointers = {p.data_ptr() for p in micro_llama.parameters()}
+    for arm in arms.values():
+        own = {id(p) for p in arm.parameters()}
+        frozen = [p for p in arm.base.parameters() if id(p) not in own]
+        assert {p.data_ptr() for p in frozen} == pointers
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        arms["s0"].parameters()[0].add_(1)
+        expected = micro_llama(input_ids=ids).logits
+        torch.testing.assert_close(arms["v1"].model(input_ids=ids).logits, expected)
+
+
+def test_live_bytes_by_hand():
+    with module._LiveBytes() as live:
+        a = torch.ones(1000)  # 4,000 bytes
+        b = a + a  # 8,000 at once
+        del a
+        assert live.now == 4000
+        b.add_(1)  # in place: nothing new
+        c = b.view(10, 100)[2:]  # a view: nothing new
+        assert (live.now, live.peak) == (4000, 8000)
+        del b, c
+    assert (live.now, live.peak) == (0, 8000)
+
+
+def test_peak_memory_is_repeatable_and_grows_with_the_batch(arms, micro_llama):
+    first = peak_memory(arms["s0"], prompt_tokens=64, new_tokens=4)
+    assert first == peak_memory(arms["s0"], prompt_tokens=64, new_tokens=4)
+    assert peak_memory(arms["s0"], prompt_tokens=64, new_tokens=4, batch_size=4) > first
+    adapter = sum(p.numel() * 4 for p in arms["s0"].parameters())
+    assert weight_bytes(arms["s0"].model) == weight_bytes(micro_llama) + adapter
+    cache = 2 * 4 * 68 * 2 * 8 * 4  # keys and values, layers, tokens, heads, head size, bytes
+    assert first > weight_bytes(arms["s0"].model) + cache
