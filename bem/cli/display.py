@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,8 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-if TYPE_CHECKING:
-    from bem.experiments.run import Event
+from bem.cli.lazy import Lazy
+from bem.experiments.events import Event
+
+logging = Lazy("transformers.utils.logging")
 
 
 def quiet() -> None:
@@ -30,8 +31,6 @@ def quiet() -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:transformers.modeling_utils")
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

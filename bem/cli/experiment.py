@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +13,17 @@ from rich.table import Table
 
 from bem.cli.conversation import show_routed
 from bem.cli.display import Display, quiet
+from bem.cli.lazy import Lazy
 from bem.cli.options import Base, ConfigFile, DataFolder, Name, Output, Settings, command, load
 from bem.cli.verdict import show_decision
+from bem.errors import CheckpointError
+from bem.files import read_json
+from bem.report import words
+
+numpy = Lazy("numpy")
+page = Lazy("bem.report.page")
+runner = Lazy("bem.experiments.run")
+score_files = Lazy("bem.stats.files")
 
 train_app = typer.Typer(help="Train one arm of a config, or its router.", no_args_is_help=True)
 
@@ -33,14 +41,14 @@ def run(
     What is finished is skipped, what was interrupted is resumed: the same command again.
     """
     experiment = load(config, data, settings, base, name, output)
-    from bem.experiments import run as runner
-
     console = Console()
     quiet()
     with Display(console) as display:
         result = runner.run(experiment, display.show, command=command())
     for verdict in result.verdicts.values():
         show_decision(console, verdict)
+    if changes := words.gate_changes(experiment.gates):
+        console.print(f"Gates other than the defaults: {escape(changes)}.", highlight=False)
     show_routed(console, result.folder, experiment)
     console.print(f"\nReport: [bold]{result.report}[/]", soft_wrap=True)
     return 0
@@ -71,8 +79,6 @@ def train_arm(
 ) -> int:
     """Train and measure one arm with one seed; `bem run` takes it over as it is."""
     experiment = load(config, data, settings, base, name, output)
-    from bem.experiments import run as runner
-
     console, number = Console(), experiment.seeds[0] if seed is None else seed
     quiet()
     with Display(console) as display:
@@ -96,8 +102,6 @@ def train_router(
 ) -> int:
     """Train the experts and the router of one seed; `bem run` takes them over as they are."""
     experiment = load(config, data, settings, base, name, output)
-    from bem.experiments import run as runner
-
     console, number = Console(), experiment.seeds[0] if seed is None else seed
     quiet()
     with Display(console, in_full={"policy gradient"}) as display:
@@ -113,13 +117,13 @@ def train_router(
 
 def _show_accuracy(console: Console, cloning: Path) -> None:
     """How well the cloned router repeats the oracle on conversations held out from its training."""
-    found = json.loads(cloning.read_text(encoding="utf-8"))
+    result = read_json(cloning, CheckpointError)
     console.print(
-        f"\nCloned from {found['decisions']:,} decisions of the oracle; on held-out ones it agrees:",
+        f"\nCloned from {result['decisions']:,} decisions of the oracle; on held-out ones it agrees:",
         highlight=False,
     )
     table = Table("head", "accuracy", "chance", "majority", "decisions", box=None, pad_edge=False)
-    for head in found["accuracy"]:
+    for head in result["accuracy"]:
         shares = (f"{head[key]:.1%}" for key in ("accuracy", "chance", "majority"))
         table.add_row(head["head"], *shares, f"{head['decisions']:,}")
     console.print(table)
@@ -137,28 +141,21 @@ def evaluate(
 ) -> int:
     """Measure one checkpoint on the held-out rows of a config's tasks."""
     experiment = load(config, data, settings, base)
-    import numpy as np
-
-    from bem.experiments import run as runner
-    from bem.stats import save
-
     console = Console()
     quiet()
     with Display(console) as display:
         measurement = runner.evaluate(experiment, checkpoint, display.show)
     table = Table("metric", "mean", "examples", box=None)
     for metric, scores in measurement.metrics.items():
-        table.add_row(metric, f"{np.asarray(scores).mean():.4g}", str(measurement.n))
+        table.add_row(metric, f"{numpy.mean(scores):.4g}", str(measurement.n))
     console.print(table)
     if out:
-        save(measurement, out)
+        score_files.save(measurement, out)
         console.print(f"Scores: [bold]{out}[/]", soft_wrap=True)
     return 0
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run: runs/NAME.")]) -> int:
     """Write report.html and report.md of a finished run again."""
-    from bem.report import page as reports
-
-    Console().print(f"Report: [bold]{reports.write(run)}[/]", soft_wrap=True)
+    Console().print(f"Report: [bold]{page.write(run)}[/]", soft_wrap=True)
     return 0

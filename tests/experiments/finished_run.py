@@ -9,9 +9,10 @@ import numpy as np
 
 import bem
 from bem.config import ExperimentConfig
+from bem.files import write_json
 from bem.runs import machine as environment
 from bem.runs import verdicts as judging
-from bem.runs.folder import RunFolder, write_json
+from bem.runs.folder import RunFolder
 from bem.stats import files
 from bem.stats.measurement import Measurement
 from tests.conftest import make_llama

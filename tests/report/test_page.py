@@ -8,8 +8,6 @@ import pytest
 
 from bem.errors import CheckpointError
 from bem.report import page as report
-from bem.report import words as wording
-from bem.report.plots import figures as plots
 from bem.runs.folder import RunFolder
 from tests.experiments.finished_run import make_run
 
@@ -105,20 +103,3 @@ def test_an_unfinished_run_has_no_report(run, tmp_path):
         report.write(copy.path)
     with pytest.raises(CheckpointError, match="is no run"):
         report.write(tmp_path)
-
-
-def test_effects_are_worded_in_their_own_units():
-    effect = {"metric": "em", "gain": 0.012, "ci_low": -0.004, "ci_high": 0.03}
-    assert wording.effect(effect | {"points_per_unit": 100.0}) == "em +1.2 points [−0.4, +3.0]"
-    assert wording.effect(effect | {"points_per_unit": None}) == "em +0.012 [−0.004, +0.030]"
-
-
-def test_an_interval_that_leaves_the_picture_ends_in_an_arrow():
-    rows = [plots.Effect("em", f"v{i}", 0.1 * i, -1, 1, i) for i in range(4)]
-    wide = plots.Effect("em", "wide", 0.0, -90, 1, 4)
-    assert plots.forest([*rows, wide]).count("<use") == plots.forest(rows).count("<use") + 2
-
-
-def test_smoothing_keeps_length_and_constants():
-    assert plots.smooth([2.0] * 7, share=0.3) == [2.0] * 7
-    assert plots.smooth([0.0, 3.0, 0.0], share=0.34) == [1.5, 1.0, 1.5]

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from bem.errors import CheckpointError, NotAccepted
-from bem.routing.mounted import is_router
-from bem.runs.folder import RunFolder, digest_of, read_json, write_json
+from bem.files import read_json, sha256_json, write_json
+from bem.runs.folder import RunFolder, checkpoint_kind
 from bem.runs.promotion import current, promote
 from tests.experiments import routed_run
 from tests.experiments.finished_run import make_run
@@ -105,14 +105,14 @@ def _edit_verdict(run: RunFolder, arm: str, sign: bool) -> None:
     values["candidates"][arm]["decision"] = "PROMOTE"
     if sign:
         values.pop("sha256")
-        values["sha256"] = digest_of(values)
+        values["sha256"] = sha256_json(values)
     write_json(run.verdicts, values)
 
 
 def test_an_accepted_router_is_pointed_at_and_a_changed_expert_is_refused(tmp_path):
     folder = routed_run.make_run(tmp_path, ("s0", "ar1"))
     pointer = promote(folder.path, "ar1")
-    assert is_router(pointer.checkpoint) and current(tmp_path) == pointer
+    assert checkpoint_kind(pointer.checkpoint) == "router" and current(tmp_path) == pointer
     weights = next(pointer.checkpoint.rglob("adapter_model.safetensors"))
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(CheckpointError, match="was changed"):
