@@ -22,7 +22,7 @@ from bem.experiments.events import Event, Show, ignore
 from bem.experiments.inputs import RunInputs, device_of, load_inputs, tell_search
 from bem.experiments.measuring.answers import context_length, measure
 from bem.experiments.measuring.latency import Budget, measure_latency, rounds_wanted
-from bem.experiments.measuring.memory import added_memory
+from bem.experiments.measuring.memory import added_memory, whole_memory
 from bem.experiments.plan import Plan, plan_arms, primary_metrics
 from bem.experiments.routing.arms import reopened
 from bem.experiments.workers import run_apart
@@ -227,6 +227,7 @@ class ExperimentRun:
         arms = {plan.arm.name: self._reopened(plan.arm) for plan in self.plans}
         prompt = min(PROMPT_TOKENS, context_length(self.inputs.model) - NEW_TOKENS)
         memory = added_memory(arms, self.inputs.model, prompt_tokens=prompt)
+        base = whole_memory(self.inputs.model, prompt_tokens=prompt)
         pairs = [(a.name, opponent_of(config, a)) for a in config.arms if a.role == "candidate"]
         judged = "latency" not in config.gates.waived
         timings = measure_latency(
@@ -239,7 +240,8 @@ class ExperimentRun:
             budget=Budget(config.most_latency_rounds, config.latency_seconds_max),
             on_progress=lambda done, of: self.show(Event("timing", done=done, total=of)),
         )
-        write_json(latency, {"key": key, **asdict(timings), "memory_bytes": memory})
+        facts = {"memory_bytes": memory, "base_memory_bytes": base}
+        write_json(latency, {"key": key, **asdict(timings), **facts})
         detail = f"{timings.rounds} rounds of all arms, interleaved"
         self.show(Event("timing", detail=detail, final=True))
 

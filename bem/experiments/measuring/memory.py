@@ -50,6 +50,15 @@ def added_memory(
     }
 
 
+def whole_memory(model: Any, **work: int) -> float:
+    """Bytes that a model needs in all at that moment, weights included.
+
+    Args:
+        work: as of `added_memory`.
+    """
+    return float(weight_bytes(model_of(model)) + peak_activations(model, **work))
+
+
 def peak_activations(
     arm: Any, *, prompt_tokens: int = 256, new_tokens: int = 16, batch_size: int = 1
 ) -> int:

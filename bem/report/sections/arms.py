@@ -58,6 +58,7 @@ def arms_of(
 ) -> list[Arm]:
     """Every arm with its price, and candidates with their verdict."""
     base, plans = measured[config.baseline.name], _plans(folder)
+    whole = read_json(folder.latency, CheckpointError).get("base_memory_bytes")
     arms = []
     for colour, arm in enumerate(ordered(config)):
         manifest = folder.cell(arm.name, config.seeds[0]).checkpoint / "manifest.json"
@@ -69,7 +70,10 @@ def arms_of(
                 arm.role,
                 colour,
                 _describe(config, arm, plans.get(arm.name, {})),
-                _price(measured[arm.name], base, rank, verdict),
+                [
+                    *_price(measured[arm.name], base, rank, verdict),
+                    _added(measured[arm.name], whole),
+                ],
                 **(_decided(verdict) if arm.role == "candidate" and verdict else {}),
             )
         )
@@ -149,7 +153,6 @@ def _price(m: Measurement, base: Measurement, rank: str, verdict: Verdict | None
         _against(m.adapter_parameters, base.adapter_parameters),
         _against(m.adapter_flops_per_token, base.adapter_flops_per_token),
         *(_latency(m, phase, ratios.get(phase)) for phase in base.latency_ms),
-        _bytes(m.memory_bytes),
     ]
 
 
@@ -167,7 +170,9 @@ def _latency(m: Measurement, phase: str, ratio: float | None) -> str:
     return p50 + (f" (×{ratio:.2f})" if ratio else "")
 
 
-def _bytes(value: float | None) -> str:
-    if value is None:
+def _added(m: Measurement, base_bytes: float | None) -> str:
+    """`0.54 MiB (+3.1%)`: what an arm adds, and how much that is of what the bare base needs."""
+    if m.memory_bytes is None:
         return "–"
-    return words.minus(f"{value / 2**20:.2f} MiB")
+    share = f" ({m.memory_bytes / base_bytes:+.1%})" if base_bytes else ""
+    return words.minus(f"{m.memory_bytes / 2**20:.2f} MiB{share}")

@@ -180,8 +180,8 @@ def test_what_cannot_be_measured_is_refused(attached, tokenizer, tmp_path):
         measure(attached, tokenizer, [task(), task()])
     with pytest.raises(MeasurementError, match="answers of 510 tokens leave 2 of the model's 512"):
         measure(attached, tokenizer, task(max_new_tokens=510))
+    (tmp_path / "file").touch()
     with pytest.raises(MeasurementError, match=r"p\.jsonl could not be written: "):
-        (tmp_path / "file").touch()
         measure(attached, tokenizer, task(1), predictions=tmp_path / "file" / "p.jsonl")
     assert context_length(attached.model) == 512
 

@@ -151,7 +151,7 @@ def test_rounds_end_with_the_budget_though_the_answer_is_open(arms, quick):
 def test_nothing_is_asked_without_pairs_and_unknown_arms_are_refused(arms, quick):
     alone = {**SHORT, "pairs": []}
     assert measure_latency(arms, **alone, undecided=lambda _: 99, budget=Budget(7)).rounds == 2
-    with pytest.raises(MeasurementError, match="No arm 'v9' to time. Arms: s0, v1, v4"):
+    with pytest.raises(MeasurementError, match=r"No arm 'v9' to time\. Arms: s0, v1, v4"):
         measure_latency(arms, **{**SHORT, "pairs": [("v9", "s0")]})
 
 
