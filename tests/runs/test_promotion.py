@@ -9,6 +9,7 @@ from bem.errors import CheckpointError, NotAccepted
 from bem.files import read_json, sha256_json, write_json
 from bem.runs.folder import RunFolder, checkpoint_kind
 from bem.runs.promotion import current, promote
+from bem.runs.verdicts import judge_run
 from tests.experiments import routed_run
 from tests.experiments.finished_run import make_run
 
@@ -98,6 +99,21 @@ def test_an_unfinished_run_is_refused(run):
     run.verdicts.unlink()
     with pytest.raises(CheckpointError, match=r"No verdicts.json .*`bem run` resumes it"):
         promote(run.path, "v1")
+
+
+def test_a_method_that_bem_cannot_serve_is_refused(run):
+    manifest = run.cell("v1", 0).checkpoint / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "kind": "peer"})
+    judge_run(run, run.config, ["em", "f1"])
+    with pytest.raises(NotAccepted, match="v1 is a method of PEFT's"):
+        promote(run.path, "v1")
+
+
+def test_a_checkpoint_that_mentions_a_router_is_none(run):
+    manifest = run.cell("v1", 0).checkpoint / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "extra": {"note": '"kind": "router"'}})
+    judge_run(run, run.config, ["em", "f1"])
+    assert promote(run.path, "v1").arm == "v1"
 
 
 def _edit_verdict(run: RunFolder, arm: str, sign: bool) -> None:
