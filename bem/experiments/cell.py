@@ -32,7 +32,7 @@ class CellRunner:
         self.inputs, self.show = inputs, show
         self._started = time.monotonic()
         self._worked = 0
-        """Cells that were not found finished."""
+        """Cells that were not finished before."""
         self._event = Event("")
         self._artifacts: dict[int, RoutingArtifacts] = {}
 

@@ -1,4 +1,4 @@
-"""Measure one adapted model on held-out rows: scores per example, answers kept, cache use counted.
+"""Measure one adapted model on held-out rows: scores per example, answers, cache use.
 
 Every metric is computed for every example (each form of answer has its own rules, see scoring), so
 that one Measurement holds several tasks. `quality` is each row's own primary metric on [0, 1]: em,

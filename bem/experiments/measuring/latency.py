@@ -98,7 +98,7 @@ def measure_latency(
         pairs: (candidate, opponent) names whose ratio is judged, in every phase.
         undecided: asked after `rounds` and then again: how many more rounds the pairs want; 0 ends.
         budget: of all rounds; None: `rounds` and no more.
-        on_progress: called with (rounds done, rounds as far as is known).
+        on_progress: called with (rounds done, rounds planned so far).
     Raises:
         MeasurementError: no arms, an unknown pair, or prompt and answer do not fit the context.
     """
@@ -110,9 +110,9 @@ def measure_latency(
     if clock == "cuda" and device.type != "cuda":
         raise MeasurementError(f"The clock cuda needs a GPU; the arms are on {device}.")
     stopwatch = _Stopwatch(models, work, clock, seed)
-    wanted = lambda: undecided(stopwatch.pairs(pairs)) if pairs else 0  # noqa: E731
+    more_rounds = lambda: undecided(stopwatch.pairs(pairs)) if pairs else 0  # noqa: E731
     with _threads(1 if clock == "cpu" else None) as threads, torch.inference_mode():
-        stopwatch.run(rounds, wanted, budget or Budget(rounds), on_progress)
+        stopwatch.run(rounds, more_rounds, budget or Budget(rounds), on_progress)
     return Timings(
         latency_ms=stopwatch.medians(),
         p50_ms=stopwatch.over_all(0.5),
@@ -188,11 +188,11 @@ class _Stopwatch:
     def run(
         self,
         rounds: int,
-        wanted: Callable[[], int],
+        more_rounds: Callable[[], int],
         budget: Budget,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        """`rounds`, and then as many more as are wanted while the budget lasts."""
+        """`rounds`, and then as many more as are asked for while the budget lasts."""
         started, goal = time.monotonic(), rounds
         for model in self.models.values():  # warm-up: allocator, lazily built buffers, kernels
             _round(model, self.ids, min(4, self.work.new_tokens), 1, self.clock)
@@ -203,7 +203,7 @@ class _Stopwatch:
             if self.rounds >= rounds and time.monotonic() - started >= budget.seconds:
                 return
             if self.rounds == goal < budget.rounds:
-                goal = min(goal + wanted(), budget.rounds)
+                goal = min(goal + more_rounds(), budget.rounds)
 
     def one_round(self) -> None:
         """Every arm once; who begins changes from round to round."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from bem.training.data import Encoded
@@ -24,26 +24,26 @@ from bem.training.reading import hidden_states
 class Linear:
     """Weights over standardised features."""
 
-    mean: Float[Tensor, d_model]
-    scale: Float[Tensor, d_model]
+    mean: Tensor  # (d_model,)
+    scale: Tensor  # (d_model,)
     weight: Float[Tensor, "classes d_model"]
-    bias: Float[Tensor, classes]
+    bias: Tensor  # (classes,)
 
-    def __call__(self, features: Float[Tensor, "turns d_model"]) -> Int[Tensor, turns]:
-        """Most likely class of each row, from 0."""
+    def __call__(self, features: Float[Tensor, "turns d_model"]) -> Tensor:
+        """Most likely class of each row, from 0: (turns,)."""
         return F.linear((features - self.mean) / self.scale, self.weight, self.bias).argmax(-1)
 
 
 def fit_linear(
     features: Float[Tensor, "turns d_model"],
-    labels: Int[Tensor, turns],
+    labels: Tensor,
     classes: int,
     decay: float = 1e-3,
 ) -> Linear:
     """Multinomial logistic regression with an L2 penalty, to convergence (L-BFGS).
 
     Args:
-        labels: from 0 to classes - 1.
+        labels: (turns,), from 0 to classes - 1.
         decay: weight of the penalty, sum of the squared weights.
     """
     mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
