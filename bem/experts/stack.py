@@ -22,7 +22,7 @@ from bem.errors import AttachError
 from bem.experts.compose import CompositionEngine, Decision, TrustRegion
 from bem.experts.subspace import orthogonality_error
 from bem.variants.base import Adapter, Code, Flops
-from bem.variants.projection import Watch
+from bem.variants.watch import Watch
 
 # Weights in U and V of all experts, from which on reading them all for each token takes longer than
 # looking up the blocks in use. What counts is their number and not their share of the frozen layer:
@@ -170,13 +170,15 @@ class ExpertStack(Adapter):
         """Control of each chunk, float32 (..., R)."""
         return self.engine(decision, region, self.u, self.v, self.importance, self.weight_norm)
 
-    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None
         if not self.control_width:
             return y
+        control = control if slot is None else control.index_select(0, slot)
+        control = control.expand(x.numel() // x.shape[-1], -1).view(*x.shape[:-1], -1)
         # a gate of zero has a gradient too, in the dense form alone
         if self.form == "gathered" or (self.gathered and not control.requires_grad):
-            return self._update_gathered(y, x, control.expand(*x.shape[:-1], -1))
+            return self._update_gathered(y, x, control)
         return _add(y, x, self.v, control, self.u)
 
     def _update_gathered(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bem.experts.compose import TrustRegion
 from bem.routing.action import EXPERT, FADE, RANK, STRENGTH, ActionSpace, constant
-from bem.variants.projection import Watch
+from bem.variants.watch import Watch
 
 REMEMBERED = 256  # actions
 

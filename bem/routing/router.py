@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bem.control.controller import ChunkReader, Routed, first_tokens
+from bem.control.controller import ChunkReader, Pooled
 from bem.errors import AttachError
 from bem.experts.compose import TrustRegion
 from bem.routing.action import FADE, HEADS, PLAN, RECORD, SPAN_LEFT, ActionSpace, constant
@@ -97,10 +97,10 @@ class AgenticRouter(ChunkReader):
         self.width, self.chunk_size = d_read, chunk_size
         self.space, self.limits = space, limits
         self.confidence, self.fallback, self.region = confidence, fallback, region
-        self.n_evidence = n_evidence
         self.observed = Observed(memory, n_evidence, space)
         self.policy = MacroPolicy(d_model, self.observed, d_read, hidden)
-        self.tail_width = RECORD + memory + n_evidence
+        self.tail_width = RECORD + memory
+        self.conditioning = {"evidence": n_evidence} if n_evidence else {}
         self.register_buffer("available", torch.ones(len(space.experts) + 1, dtype=torch.bool))
         self.composer = Composer()
         self.chooser: Chooser | None = None  # None: the most likely possible option of each head
@@ -124,20 +124,20 @@ class AgenticRouter(ChunkReader):
     def decide(
         self,
         members: Sequence[Any],
-        pooled: Routed,
+        pooled: Pooled,
         turns: Tensor | None,
-        evidence: Tensor | None,
+        conditioning: dict[str, Tensor],
         route: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        first, number = first_tokens(pooled), pooled.number[:, 1:]
+        evidence = conditioning.get("evidence")
+        first, number = pooled.first_tokens, pooled.number[:, 1:]
         real = pooled.count[:, 1:] > 0
         turn = torch.zeros_like(real) if turns is None else turns.gather(1, first) & real
         wanted = None if route is None else self._wanted(route, first)
         tail = pooled.before.control[:, pooled.before.control.shape[1] - self.tail_width :]
-        record, before = tail[:, : RECORD + self.observed.memory].split(
-            [RECORD, self.observed.memory], -1
-        )
-        memory = self.policy.reader.remember(pooled.sums[:, :-1], before)
+        record, before = tail.split([RECORD, self.observed.memory], -1)
+        memory = self.policy.reader.remember(pooled.sums[:, :-1].float(), before)
         seen = None
         if wanted is None or self.tape is not None:  # else nobody asks what the policy thinks
             seen = self._see(memory, evidence, pooled, turn)
@@ -151,10 +151,9 @@ class AgenticRouter(ChunkReader):
             records.append(record)
         kept = torch.stack(records, 1)
         control = self.composer(members, kept, self.space, self.fallback, self.region)
-        parts = [control, kept, memory]
-        return torch.cat(parts if evidence is None else [*parts, evidence], -1)
+        return torch.cat([control, kept, memory], -1)
 
-    def _see(self, memory: Tensor, evidence: Tensor | None, pooled: Routed, turn: Tensor) -> _Seen:
+    def _see(self, memory: Tensor, evidence: Tensor | None, pooled: Pooled, turn: Tensor) -> _Seen:
         """What the policy reads at every chunk; of what it does nothing is known yet."""
         anything = (pooled.before.done_count[:, None] + pooled.count[:, :-1].cumsum(1)) > 0
         numbers = [turn.float(), anything.float(), pooled.number[:, 1:].float().log() / 4]

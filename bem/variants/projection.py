@@ -13,12 +13,14 @@ norm it keeps the direction, where the nearest point would clip each singular va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from bem.variants.watch import Watch
 
 Norm = Literal["frobenius", "spectral"]
 # Rounding of c to float32 (2^-24 of each rank's own norm) and of the squared norm, whose root is
@@ -28,28 +30,9 @@ SETS_KEPT = 64  # sets of columns whose factors are remembered
 
 
 def gram(u: Tensor, v: Tensor) -> Tensor:
-    """(U^T U) * (V V^T) in float32: (out, R), (R, in) -> (R, R)."""
-    u, v = u.float(), v.float()
+    """(U^T U) * (V V^T) in float64: (out, R), (R, in) -> (R, R)."""
+    u, v = u.double(), v.double()
     return (u.t() @ u) * (v @ v.t())
-
-
-class GramCache:
-    """The Gram matrix of a site, computed anew only when a weight changed or a gradient is wanted."""
-
-    def __init__(self) -> None:
-        self._key: tuple[int, ...] = ()
-        self._matrix: Tensor | None = None
-
-    def __call__(
-        self, u: Tensor, v: Tensor, rows: Callable[[Tensor], Tensor] = lambda v: v
-    ) -> Tensor:
-        """Gram matrix of U and rows(V), where `rows` writes V as one (R, in) matrix."""
-        if torch.is_grad_enabled():
-            return gram(u, rows(v))
-        key = (u.data_ptr(), u._version, v.data_ptr(), v._version)
-        if self._matrix is None or key != self._key:
-            self._key, self._matrix = key, gram(u, rows(v))
-        return self._matrix
 
 
 def low_rank_norm(u: Tensor, v: Tensor) -> Tensor:
@@ -57,25 +40,33 @@ def low_rank_norm(u: Tensor, v: Tensor) -> Tensor:
     return gram(u, v).sum().clamp(min=0.0).sqrt()
 
 
-def controlled_norm(matrix: Tensor, c: Tensor) -> Tensor:
-    """||U diag(c) V||_F for each control: Gram (R, R), c (..., R) -> (...)."""
-    squared = ((c @ matrix) * c).sum(-1)
-    return squared.clamp(min=1e-30).sqrt()  # rounding may leave it just below zero
+class Ball:
+    """A norm ball around zero for the update U diag(c) V of one site."""
 
+    def __init__(self, radius: float, norm: Norm = "frobenius"):
+        """radius: in the units of the weights; must be > 0.
 
-def into_ball(matrix: Tensor, c: Tensor, radius: float) -> Tensor:
-    """Scale each control so that its update lies inside the Frobenius ball of `radius`.
+        Raises:
+            ValueError: radius is not positive.
+        """
+        if not radius > 0:
+            raise ValueError(
+                f"radius must be > 0, got {radius}. To drop an update, do not attach it."
+            )
+        self.radius, self.norm, self.cache = radius, norm, NormCache()
 
-    Args:
-        matrix: Gram matrix of the site (R, R), see `gram`.
-        c: controls (..., R).
-        radius: largest norm, in the units of the weights; must be > 0.
-    Raises:
-        ValueError: radius is not positive.
-    """
-    if not radius > 0:
-        raise ValueError(f"radius must be > 0, got {radius}. To drop an update, do not attach it.")
-    return c * (radius / controlled_norm(matrix, c)).clamp(max=1.0)[..., None]
+    def __call__(self, u: Tensor, v: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+        """Controls scaled inside the ball; the scale counts as a constant.
+
+        Args:
+            u, v: (out, R), (R, in).
+            c: float64 (..., R).
+            dtype: in which the update will be computed.
+        """
+        flat = c.reshape(-1, c.shape[-1])
+        columns = torch.arange(c.shape[-1], device=c.device)
+        bound = self.cache.bound(u, v, columns, "all", flat, self.norm)
+        return (flat * scale_into_ball(bound, self.radius)[:, None]).view(c.shape)
 
 
 def triangular(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,29 +80,6 @@ def triangular(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def spectral_norm(r_u: Tensor, r_v: Tensor, c: Tensor) -> Tensor:
     """sigma_1(U diag(c) V) for each control: triangular factors, c (..., R) float64 -> (...)."""
     return torch.linalg.matrix_norm((r_u * c[..., None, :]) @ r_v.t(), ord=2)
-
-
-class Watch:
-    """Says whether tensors are still those of the last look. For what is computed once per set of weights.
-
-    It goes by address and by torch's count of writes, and keeps the tensors alive, so that no address
-    is used for another. Writing through `.data` or in inference mode is not counted.
-    """
-
-    def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._held: list[Tensor] = []
-
-    def changed(self, *tensors: Tensor) -> bool:
-        """Other tensors, or written to, since the last call."""
-        key = tuple(
-            (t.data_ptr(), t.shape, t.dtype, -1 if t.is_inference() else t._version)
-            for t in tensors
-        )
-        if key == self._key:
-            return False
-        self._key, self._held = key, [t.detach() for t in tensors]
-        return True
 
 
 class NormCache:
