@@ -27,7 +27,7 @@ from bem.adapters.queries import find_queries
 from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
 from bem.config import AdapterConfig, parse
 from bem.control.controller import ChunkReader
-from bem.control.generation import MarkedGenerate
+from bem.control.generation import ADAPTER_NAMES, MarkedGenerate
 from bem.control.wiring import Wiring
 from bem.errors import AttachError
 from bem.variants.digest import weights_digest
