@@ -67,7 +67,7 @@ class Pooled:
     count: Int[Tensor, "batch slots"]
     before: Running
     """The state that the piece was read from."""
-    control: Float[Tensor, "batch slots width"]
+    control: Float[Tensor, "batch decided width"]
     """Control of each slot; before `with_control` of slot 0 alone."""
 
     @property

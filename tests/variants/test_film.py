@@ -13,7 +13,7 @@ def test_gamma_and_beta_stay_in_their_ranges_and_reach_them(kind, low, high, bet
     module.head.weight.data.fill_(100.0)
     z = torch.tensor([[[1.0, 1, 1], [-1, -1, -1]]])
     gamma_less_one, b = module.control(
-        Code(z, None, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
+        Code(z, None, torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
     ).chunk(2, -1)
     assert torch.allclose(gamma_less_one[0, 0] + 1, torch.full((4,), high).double())
     assert torch.allclose(gamma_less_one[0, 1] + 1, torch.full((4,), low).double())
