@@ -109,70 +109,63 @@ class Weights(Protocol):
 class CompositionEngine:
     """Composes the experts of one site: gate, rank budget, strength, trust region."""
 
-    def __init__(self, ranks: Sequence[int]):
+    def __init__(self, ranks: Sequence[int], device: torch.device | str = "cpu"):
         """ranks: of each expert at this site; their ranks lie side by side in this order."""
-        self.ranks = tuple(ranks)
+        self.ranks, self.device = tuple(ranks), torch.device(device)
         self.width, self.largest = sum(self.ranks), max(self.ranks, default=0)
-        owner = [expert for expert, n in enumerate(self.ranks) for _ in range(n)]
-        self.owner = torch.tensor(owner, dtype=torch.long)
-        ends = torch.tensor(self.ranks, dtype=torch.long).cumsum(0)
-        place = torch.arange(self.largest)
-        starts, own = ends - torch.tensor(self.ranks, dtype=torch.long), place < ends[:, None]
-        own = place < torch.tensor(self.ranks, dtype=torch.long)[:, None]
-        self.columns = torch.where(own, starts[:, None] + place, self.width)
-        """Int (experts, most ranks): the ranks of each expert; `width` where it has no more."""
-
-    def to(self, device: torch.device) -> CompositionEngine:
-        """The same with its tables on a device."""
-        if self.owner.device != device:
-            self.owner, self.columns = self.owner.to(device), self.columns.to(device)
-        return self
+        counts = torch.tensor(self.ranks, dtype=torch.long, device=device)
+        place = torch.arange(self.largest, device=device)
+        columns = (counts.cumsum(0) - counts)[:, None] + place
+        self.columns = torch.where(place < counts[:, None], columns, self.width)
+        """Int (experts, largest): the ranks of each expert; `width` where it has no more."""
+        experts = torch.arange(len(self.ranks), device=device)
+        self.owner = experts.repeat_interleave(counts, output_size=self.width)
+        """Int (R,): the expert that each rank belongs to."""
 
     def __call__(
         self, decision: Decision, region: TrustRegion | None, weights: Weights
     ) -> Float[Tensor, "*chunks R"]:
-        """The control of each chunk in the dtype that computes, to which it is rounded once.
+        """The control of each chunk, float64, rounded once to the dtype that computes.
 
         Differentiable in gates and strength; the choice of ranks and the scale count as constants.
 
         Raises:
-            AttachError: as many gates as there are experts are needed.
+            AttachError: not as many gates as experts, or a relative region without the weight's norm.
         """
         if decision.gates.shape[-1] != len(self.ranks):
             raise AttachError(f"{decision.gates.shape[-1]} gates for {len(self.ranks)} experts.")
-        radius = None if region is None else region.limit(weights.weight_norm)
-        gates = decision.gates.reshape(-1, len(self.ranks)).double()
-        gate, columns = self._gated(gates, decision.most)
-        inside = columns.clamp(max=max(0, self.width - 1))
+        chunks, radius = decision.gates.shape[:-1], None
+        if region is not None:
+            radius = region.limit(weights.weight_norm)
         if not self.width:
-            return gates.new_zeros((*decision.gates.shape[:-1], 0), dtype=weights.dtype)
-        score = gate.detach().abs() * weights.importance[inside]
-        score = torch.where(columns < self.width, score, -1.0)
-        c = gate * most_important(score, decision.ranks.reshape(-1, 1))
+            return decision.gates.new_zeros((*chunks, 0), dtype=torch.float64)
+        gates, columns = self._gated(decision)
+        inside = columns.clamp(max=self.width - 1)
+        score = gates.detach().abs() * weights.importance[inside]
+        score = torch.where(columns < self.width, score, -1.0)  # no rank at all: never kept
+        c = gates * most_important(score, decision.ranks.reshape(-1, 1))
         c = c * decision.strength.reshape(-1, 1).double()
         if region is not None and radius is not None:
-            chosen = weights.grams(region.norm)
-            if self._padded(decision.most):
-                chosen = chosen.select(inside)
-            c = c * ball_scale(chosen, c.detach(), radius, weights.dtype)[..., None]
-        spare = c.new_zeros(len(c), self.width + 1)  # the last one takes what no rank owns
-        control = spare.scatter(1, columns, c)[:, : self.width]
-        # no negative zeros: equal controls are equal bits
-        return (control.to(weights.dtype) + 0.0).unflatten(0, decision.gates.shape[:-1])
+            grams = weights.grams(region.norm)
+            grams = grams.select(inside) if self._subset(decision) else grams
+            c = c * ball_scale(grams, c.detach(), radius, weights.dtype)[:, None]
+        # one column more takes what is no rank; + 0.0: equal controls are equal bits
+        control = c.new_zeros(len(c), self.width + 1).scatter(1, columns, c)[:, : self.width]
+        return (control.to(weights.dtype).double() + 0.0).reshape(*chunks, self.width)
 
-    def _padded(self, most: int | None) -> bool:
-        return most is not None and most < len(self.ranks)
+    def _subset(self, decision: Decision) -> bool:
+        return decision.most is not None and decision.most < len(self.ranks)
 
-    def _gated(self, gates: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
-        """(gate of each rank, the rank it is) of the experts that may be on, both (chunks, n)."""
-        tables = self.to(gates.device)
-        if not self._padded(most):
+    def _gated(self, decision: Decision) -> tuple[Tensor, Tensor]:
+        """(gate, rank) of every rank of the experts that may be on, both (chunks, n)."""
+        gates = decision.gates.reshape(-1, len(self.ranks)).double()
+        if not self._subset(decision):
             columns = torch.arange(self.width, device=gates.device).expand(len(gates), -1)
-            return gates[:, tables.owner], columns
-        experts = gates.detach().abs().topk(most or 0, dim=-1).indices.sort(-1).values
-        columns = tables.columns[experts]
-        gate = gates.gather(1, experts)[..., None].expand(columns.shape)
-        return gate.flatten(1) * (columns < self.width).flatten(1), columns.flatten(1)
+            return gates[:, self.owner], columns
+        experts = gates.detach().abs().topk(decision.most or 0, dim=-1).indices.sort(-1).values
+        columns = self.columns[experts]
+        own = gates.gather(1, experts)[..., None] * (columns < self.width)
+        return own.flatten(1), columns.flatten(1)
 
 
 def most_important(score: Float[Tensor, "chunks n"], k: Int[Tensor, "chunks 1"]) -> Tensor:

@@ -145,7 +145,9 @@ def ball_scale(
     # below the smallest normal number rounding is absolute
     lost = info.tiny * info.eps * ((c != 0) * weights.sizes).sum(-1)
     scale = scale_into_ball(bound.detach(), (radius - lost.detach()).clamp(min=0.0))
-    if bound.requires_grad:  # the steps of the scale are flat: its gradient is that of radius / bound
+    if (
+        bound.requires_grad
+    ):  # the steps of the scale are flat: its gradient is that of radius / bound
         smooth = (radius / bound).clamp(max=1.0)
         scale = scale + (smooth - smooth.detach())
     return scale
