@@ -125,7 +125,8 @@ class CompositionEngine:
     def __call__(
         self, decision: Decision, region: TrustRegion | None, weights: Weights
     ) -> Float[Tensor, "*chunks R"]:
-        """The control of each chunk, float64, rounded once to the dtype that computes.
+        """The control of each chunk, float64, rounded once to the dtype that computes (of float64 weights
+        to float32, in which controls travel).
 
         Differentiable in gates and strength; the choice of ranks and the scale count as constants.
 
@@ -135,6 +136,7 @@ class CompositionEngine:
         if decision.gates.shape[-1] != len(self.ranks):
             raise AttachError(f"{decision.gates.shape[-1]} gates for {len(self.ranks)} experts.")
         chunks, radius = decision.gates.shape[:-1], None
+        dtype = torch.float32 if weights.dtype == torch.float64 else weights.dtype
         if region is not None:
             radius = region.limit(weights.weight_norm)
         if not self.width:
@@ -148,10 +150,10 @@ class CompositionEngine:
         if region is not None and radius is not None:
             grams = weights.grams(region.norm)
             grams = grams.select(inside) if self._subset(decision) else grams
-            c = c * ball_scale(grams, c.detach(), radius, weights.dtype)[:, None]
+            c = c * ball_scale(grams, c.detach(), radius, dtype)[:, None]
         # one column more takes what is no rank; + 0.0: equal controls are equal bits
         control = c.new_zeros(len(c), self.width + 1).scatter(1, columns, c)[:, : self.width]
-        return (control.to(weights.dtype).double() + 0.0).reshape(*chunks, self.width)
+        return (control.to(dtype).double() + 0.0).reshape(*chunks, self.width)
 
     def _subset(self, decision: Decision) -> bool:
         return decision.most is not None and decision.most < len(self.ranks)
