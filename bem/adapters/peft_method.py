@@ -136,7 +136,9 @@ class BemSite(nn.Module, BaseTunerLayer):
         update, index = live
         if index is None:
             return update.update(y, x, None, None)
-        return update.update(y, x, *self.runtime.ambient.current().control(index))
+        context = self.runtime.ambient.current()
+        control, slot = context.control(index)
+        return context.acting.members[index].update(y, x, control, slot)
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""

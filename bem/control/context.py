@@ -56,6 +56,8 @@ class StepContext:
     documents: Int[Tensor, "batch tokens"] | None = None
     """Positions, where they may tell packed documents apart."""
     packed: Documents | None = None
+    acting: Any = None
+    """The `Acting` of this pass; None until the router layer is entered."""
     head_input: Tensor | None = None
     """Input of the attention output projection below the router layer."""
     tables: tuple[Tensor, ...] | None = None

@@ -122,6 +122,12 @@ class ChunkReader(nn.Module, ABC):
     conditioning: dict[str, int]
     """Name -> width of what may be known of a sequence beside its tokens."""
     blind: bool = False  # all conditioning reads as zero
+    origin: object = None
+    """Of all that `acting` returns."""
+
+    def acting(self) -> Any:
+        """An `Acting` that will not change any more; None: this controller and its modules, as they are."""
+        return None
 
     def start(self, batch: int, control_width: int, device: torch.device) -> Running:
         """The state of a sequence of which nothing has been read."""
