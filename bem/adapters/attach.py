@@ -64,7 +64,8 @@ class Attached:
     @property
     def n_evidence(self) -> int:
         """Evidence features that the adapter reads; 0: it reads none."""
-        return next((m.n_evidence for m in self.modules() if isinstance(m, ChunkReader)), 0)
+        readers = (m for m in self.modules() if isinstance(m, ChunkReader))
+        return next((m.conditioning.get("evidence", 0) for m in readers), 0)
 
     def gate_magnitude(self) -> Tensor | None:
         """Mean gate over all head-gated sites, (batch, tokens), in the last forward pass.
@@ -72,10 +73,11 @@ class Attached:
         None if the variant has no head gates.
         """
         runtime = self.base.bem_runtime
-        if runtime.wiring is None:
+        last = runtime.ambient.last
+        if runtime.wiring is None or last is None:
             return None
         gates = [
-            m.magnitude(runtime.parts[i])
+            m.magnitude(last.control_per_token(i))
             for i, m in enumerate(runtime.wiring.members)
             if isinstance(m, HeadGate)
         ]

@@ -48,8 +48,7 @@ def price_of(parts: dict[str, Parts], tokens: int = 512) -> Price:
                 per_token = flops.per_token + flops.per_chunk * slots / tokens
                 rows.append((site, type(module).__name__, _count(module), per_token))
     if controller is not None:
-        pooling = 2 * (slots + 1) * controller.width
-        per_token = pooling + controller.flops_per_chunk() * slots / tokens
+        per_token = controller.flops_per_chunk() * slots / tokens
         rows.append(("router", "Controller", _count(controller), per_token))
     return Price(sum(r[2] for r in rows), sum(r[3] for r in rows), tuple(rows))
 

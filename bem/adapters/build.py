@@ -14,7 +14,7 @@ from bem.errors import AttachError
 from bem.variants.base import Adapter
 from bem.variants.film import ResidualFiLMModule
 from bem.variants.gate_shaping import GateShapingV2
-from bem.variants.head_gate import HeadGate
+from bem.variants.head_gate import Gating, HeadGate
 from bem.variants.kronecker import KroneckerFactorization
 from bem.variants.low_rank import LowRank
 from bem.variants.rank_mask import MaskedLowRank, RankMask
@@ -85,7 +85,7 @@ def build(
                 code_width(config),
                 config.chunk_size,
                 heads_read(sites, config),
-                evidence_read(config),
+                {"evidence": n} if (n := evidence_read(config)) else None,
                 config.blind,
             )
         parts[first] = replace(parts[first], controller=controller)
@@ -138,22 +138,17 @@ def _head_gate(
     groups = nearest_divisor(sites.n_heads, config.head_groups)
     rank = max(groups, round(rank / groups) * groups)  # every group gets the same number of ranks
     mask = _mask(config, rank) if config.variant == "v1" else None
-    alpha = config.alpha or 2.0 * rank
-    return HeadGate(
-        site.d_in,
-        site.d_out,
-        rank,
-        alpha,
+    gating = Gating(
         groups,
         config.d_control,
         sites.n_heads,
-        mask,
-        radius,
-        config.decorrelation,
         evidence_read(config),
+        config.decorrelation,
         config.alignment if config.variant == "v2" else 0.0,
         config.margin_scale,
     )
+    alpha = config.alpha or 2.0 * rank
+    return HeadGate(site.d_in, site.d_out, rank, alpha, gating, mask, radius)
 
 
 def _mask(config: AdapterConfig, rank: int) -> RankMask:

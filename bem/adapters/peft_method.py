@@ -11,6 +11,8 @@ of its own enum. We enter the three tables that it reads, under a string that lo
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field, make_dataclass
 from typing import Any, ClassVar
 
@@ -20,12 +22,16 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from bem.adapters.build import Parts, build
+from bem.adapters.hooks import Runtime
 from bem.adapters.queries import find_queries
 from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
 from bem.config import AdapterConfig, parse
 from bem.control.controller import ChunkReader
-from bem.control.runtime import MarkedGenerate, Runtime, Wiring
+from bem.control.generation import ADAPTER_NAMES, MarkedGenerate
+from bem.control.wiring import Wiring
 from bem.errors import AttachError
+from bem.variants.digest import weights_digest
+from bem.variants.watch import Watch
 
 
 class _MethodName(str):
@@ -96,7 +102,6 @@ class BemSite(nn.Module, BaseTunerLayer):
         self.indices: dict[
             str, int | None
         ] = {}  # adapter name -> place of its control; None: static
-        self._calls = (0, 0)
         self._refresh()
 
     def add(self, name: str, parts: Parts) -> None:
@@ -128,15 +133,12 @@ class BemSite(nn.Module, BaseTunerLayer):
         live = self.live
         if live is None:
             return y
-        if self.runtime.checkpointing:
-            self._calls = self.runtime.count_call(self._calls)
         update, index = live
         if index is None:
-            return update.update(y, x, None)
-        control = self.runtime.parts[index]
-        if x.dim() == 2:  # some MLPs flatten batch and tokens (OPT)
-            control = control.flatten(0, 1)
-        return update.update(y, x, control)
+            return update.update(y, x, None, None)
+        context = self.runtime.ambient.current()
+        control, slot = context.control(index)
+        return context.acting.members[index].update(y, x, control, slot)
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""
@@ -233,6 +235,13 @@ class BemModel(BaseTuner):
         super()._enable_adapter_layers(enabled)
         rewire(self.model)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here before a call, and takes `adapter_names` out of it."""
+        if kwargs.get("adapter_names") is not None:
+            raise AttachError(ADAPTER_NAMES)
+        yield
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Checkpoint keys name no adapter: PEFT's own rule only looks at a key's last two parts."""
@@ -276,7 +285,9 @@ def runtime_of(model: nn.Module) -> Runtime:
     if "bem_runtime" not in model.__dict__:
         model.__dict__["bem_runtime"] = Runtime()
         if hasattr(model, "generate"):
-            model.__dict__["generate"] = MarkedGenerate(model, model.__dict__["bem_runtime"])
+            model.__dict__["generate"] = MarkedGenerate(
+                model, model.__dict__["bem_runtime"].ambient
+            )
     return model.__dict__["bem_runtime"]
 
 
@@ -296,11 +307,10 @@ def rewire(model: nn.Module) -> None:
     runtime.plans, runtime.wiring = plans, wirings.get(active)
     runtime.remove()
     if plans:
-        known = next(iter(plans.values())).sites
+        sites_of = next(iter(plans.values())).sites
         modules = {clean_name(n): m for n, m in model.named_modules()}
-        blocks = [modules[name] for name in known.blocks]
-        attn_out = {s.layer: modules[s.name] for s in known.found if s.role == ATTN_OUT}
-        runtime.install(model, list(wirings.values()), blocks, attn_out)
+        attn_out = {s.layer: modules[s.name] for s in sites_of.found if s.role == ATTN_OUT}
+        runtime.install(model, list(wirings.values()), sites_of.blocks, attn_out)
     for site in sites.values():
         site._refresh()
 
@@ -332,7 +342,28 @@ def _wire(
     if controller is None:
         return None
     queries = find_queries(model, plan, list(shapings)) if shapings else {}
-    return Wiring(name, layer, len(plan.blocks), controller, controlled, films, shapings, queries)
+    owner = _Owner([*controlled, controller])
+    return Wiring(
+        name, layer, len(plan.blocks), controller, controlled, films, shapings, queries, owner
+    )
+
+
+class _Owner:
+    """Digest of an adapter's weights, made anew when one of them changed."""
+
+    def __init__(self, modules: list[nn.Module]):
+        tensors = {n: t for i, m in enumerate(modules) for n, t in _named(m, f"{i}.").items()}
+        self._names, self._tensors = list(tensors), list(tensors.values())
+        self._watch, self._digest = Watch(), ""
+
+    def __call__(self) -> str:
+        if self._watch.changed(*self._tensors) or not self._digest:
+            self._digest = weights_digest(dict(zip(self._names, self._tensors, strict=True)))
+        return self._digest
+
+
+def _named(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {prefix + n: t for n, t in module.state_dict(keep_vars=True).items()}
 
 
 def adapters_of(model: nn.Module, name: str) -> list[tuple[str, Parts]]:
