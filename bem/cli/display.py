@@ -18,10 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bem.cli.lazy import Lazy
 from bem.experiments.events import Event
-
-logging = Lazy("transformers.utils.logging")
 
 
 def quiet() -> None:
@@ -31,6 +28,8 @@ def quiet() -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:transformers.modeling_utils")
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -13,17 +13,11 @@ from rich.table import Table
 
 from bem.cli.conversation import show_routed
 from bem.cli.display import Display, quiet
-from bem.cli.lazy import Lazy
 from bem.cli.options import Base, ConfigFile, DataFolder, Name, Output, Settings, command, load
 from bem.cli.verdict import show_decision
 from bem.errors import CheckpointError
 from bem.files import read_json
 from bem.report import words
-
-numpy = Lazy("numpy")
-page = Lazy("bem.report.page")
-runner = Lazy("bem.experiments.run")
-score_files = Lazy("bem.stats.files")
 
 train_app = typer.Typer(help="Train one arm of a config, or its router.", no_args_is_help=True)
 
@@ -41,6 +35,8 @@ def run(
     What is finished is skipped, what was interrupted is resumed: the same command again.
     """
     experiment = load(config, data, settings, base, name, output)
+    from bem.experiments import run as runner
+
     console = Console()
     quiet()
     with Display(console) as display:
@@ -79,6 +75,8 @@ def train_arm(
 ) -> int:
     """Train and measure one arm with one seed; `bem run` takes it over as it is."""
     experiment = load(config, data, settings, base, name, output)
+    from bem.experiments import run as runner
+
     console, number = Console(), experiment.seeds[0] if seed is None else seed
     quiet()
     with Display(console) as display:
@@ -102,6 +100,8 @@ def train_router(
 ) -> int:
     """Train the experts and the router of one seed; `bem run` takes them over as they are."""
     experiment = load(config, data, settings, base, name, output)
+    from bem.experiments import run as runner
+
     console, number = Console(), experiment.seeds[0] if seed is None else seed
     quiet()
     with Display(console, in_full={"policy gradient"}) as display:
@@ -141,21 +141,28 @@ def evaluate(
 ) -> int:
     """Measure one checkpoint on the held-out rows of a config's tasks."""
     experiment = load(config, data, settings, base)
+    import numpy as np
+
+    from bem.experiments import run as runner
+    from bem.stats import save
+
     console = Console()
     quiet()
     with Display(console) as display:
         measurement = runner.evaluate(experiment, checkpoint, display.show)
     table = Table("metric", "mean", "examples", box=None)
     for metric, scores in measurement.metrics.items():
-        table.add_row(metric, f"{numpy.mean(scores):.4g}", str(measurement.n))
+        table.add_row(metric, f"{np.asarray(scores).mean():.4g}", str(measurement.n))
     console.print(table)
     if out:
-        score_files.save(measurement, out)
+        save(measurement, out)
         console.print(f"Scores: [bold]{out}[/]", soft_wrap=True)
     return 0
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run: runs/NAME.")]) -> int:
     """Write report.html and report.md of a finished run again."""
-    Console().print(f"Report: [bold]{page.write(run)}[/]", soft_wrap=True)
+    from bem.report import page as reports
+
+    Console().print(f"Report: [bold]{reports.write(run)}[/]", soft_wrap=True)
     return 0
