@@ -122,15 +122,19 @@ def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfi
 
     Of routes only those that a router must beat: the oracle and other methods are shown, not passed.
     """
-    variant = config.adapter_of(candidate).variant
-    shared = config.adapter_of(config.baseline).variant
+    kinds = {_kind(config, candidate), _kind(config, config.baseline)}
     return [
         arm
         for arm in config.arms
         if arm.role == "control"
-        and config.adapter_of(arm).variant in (variant, shared)
+        and _kind(config, arm) in kinds
         and arm.route in (None, "linear", "single", "random", "wrong")
     ]
+
+
+def _kind(config: ExperimentConfig, arm: ArmConfig) -> str:
+    """The arm's variant; arms with a route are one kind."""
+    return "routed" if arm.route else config.adapter_of(arm).variant
 
 
 # ------------------------------------------------------------------------------------ measurements
