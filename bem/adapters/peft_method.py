@@ -11,6 +11,8 @@ of its own enum. We enter the three tables that it reads, under a string that lo
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field, make_dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +27,7 @@ from bem.adapters.queries import find_queries
 from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
 from bem.config import AdapterConfig, parse
 from bem.control.controller import ChunkReader
-from bem.control.generation import MarkedGenerate
+from bem.control.generation import ADAPTER_NAMES, MarkedGenerate
 from bem.control.wiring import Wiring
 from bem.errors import AttachError
 from bem.variants.digest import weights_digest
@@ -232,6 +234,13 @@ class BemModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         rewire(self.model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here before a call, and takes `adapter_names` out of it."""
+        if kwargs.get("adapter_names") is not None:
+            raise AttachError(ADAPTER_NAMES)
+        yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -21,14 +21,18 @@ from bem.errors import CacheError
 class ControlLayer(CacheLayerMixin):
     """The state of one batch of sequences under one adapter."""
 
-    is_compileable = False
     is_croppable = True
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, wiring: Wiring, owner: str):
-        """owner: digest of the weights under which the cache is filled."""
+    def __init__(self, wiring: Wiring, owner: str, is_compileable: bool = False):
+        """owner: digest of the weights under which the cache is filled.
+
+        is_compileable: as the cache's other layers; a model masks the empty end of a static cache only
+            while every layer is.
+        """
         super().__init__()
+        self.is_compileable = is_compileable
         self.name, self.layout, self.widths = wiring.name, wiring.layout, wiring.widths
         self.owner = owner
         self.is_initialized = True  # nothing is allocated up front
@@ -226,7 +230,7 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
     grow = getattr(cache, "layer_class_to_replicate", None)
     while grow is not None and len(cache.layers) < wiring.depth:
         cache.layers.append(grow())
-    layer = ControlLayer(wiring, wiring.owner())
+    layer = ControlLayer(wiring, wiring.owner(), cache.is_compileable)
     layer.acting = wiring.acting()
     cache.layers.append(layer)
     return layer

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Bool, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from bem.control.chunks import Documents
@@ -49,7 +49,7 @@ class GenerateCall:
 class StepContext:
     """One forward pass."""
 
-    mask: Bool[Tensor, "batch columns"] | None
+    mask: Shaped[Tensor, "batch columns"] | None
     """False at padding, for these tokens or for all of the cache; None: no padding."""
     given: Given
     generating: GenerateCall | None = None
