@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(capsys, config, mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "measurement.json")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bem.experiments.run.save", full)
+        patch.setattr("bem.experiments.cell.save", full)
         assert "The disk is full: measurement.json" in problem(capsys, "run", config)
     code, _, _ = bem_command(capsys, "run", config)
     assert code == 0

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bem.config import GatesConfig, parse
 from bem.errors import ConfigError
+from bem.files import write_json
 from bem.report import words as wording
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ def validate(
     Exit code: 0 PROMOTE, 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains.
     With several candidates: 0 if any is promoted, else 2 if any is inconclusive, else 1.
     """
-    from bem.runs import folder as store
     from bem.stats import judge, load
 
     opponent = load(baseline)
@@ -56,7 +56,7 @@ def validate(
     for verdict in verdicts.values():
         _show(console, verdict)
     if out:
-        store.write_json(out, {name: verdict.to_dict() for name, verdict in verdicts.items()})
+        write_json(out, {name: verdict.to_dict() for name, verdict in verdicts.items()})
     decisions = [verdict.decision for verdict in verdicts.values()]
     best = next((d for d in ("PROMOTE", "INCONCLUSIVE") if d in decisions), "REJECT")
     return EXIT_CODES[best]
@@ -109,7 +109,7 @@ def _absent_costs(sides: list[Measurement]) -> list[str]:
 def show_decision(console: Console, verdict: Verdict) -> None:
     """One line: who, what was decided, and why."""
     name, colour = escape(verdict.candidate), COLOURS[verdict.decision]
-    said = escape(wording.sentence(verdict.to_dict()))
+    said = escape(wording.sentence(verdict))
     line = f"[bold]{name}[/] [{colour}]{verdict.decision}[/] {said}"
     console.print(line, soft_wrap=True, highlight=False)
 
@@ -118,7 +118,7 @@ def _show(console: Console, verdict: Verdict) -> None:
     show_decision(console, verdict)
     table = Table("", "check", "value", "limit", "why", box=None, pad_edge=False)
     marks = {"pass": "[green]pass[/]", "fail": "[red]fail[/]", "unknown": "[yellow]?[/]"}
-    for gate in wording.gates(verdict.to_dict()):
+    for gate in wording.gates(verdict):
         table.add_row(marks[gate.state], gate.name, gate.value, gate.limit, escape(gate.why))
     console.print(table)
     if verdict.waived:
