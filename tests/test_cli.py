@@ -244,8 +244,8 @@ def test_train_and_evaluate_one_arm(capsys, config, tmp_path):
     code, out, _ = bem_command(capsys, "evaluate", config, checkpoint, "--out", out_file)
     assert code == 0 and "quality" in out
     assert out_file.is_file()
-    code, _, _ = bem_command(capsys, "validate", out_file, out_file)
-    assert code == 2
+    code, _, err = bem_command(capsys, "validate", out_file, out_file)
+    assert code == 2, err
     assert "No arm 'v7'" in problem(capsys, "train", "arm", config, "--arm", "v7")
     assert "Seed 5 is none" in problem(capsys, "train", "arm", config, "--arm", "v4", "--seed", "5")
     assert "no `routing` section" in problem(capsys, "train", "router", config)

@@ -29,7 +29,7 @@ def with_shared_groups(baseline: Measurement, candidates: Mapping[str, Measureme
         if set(candidate.example_ids) != set(baseline.example_ids):
             continue
         place = candidate.aligned_to(baseline.example_ids)
-        groups = _with_clusters(groups, baseline, candidate, place)
+        groups = _with_clusters(groups, candidate, place)
         groups = _with_slices(groups, candidate, place)
         for metric in baseline.metrics.keys() & candidate.metrics.keys():
             _same_meaning(baseline, candidate, metric)
@@ -37,9 +37,7 @@ def with_shared_groups(baseline: Measurement, candidates: Mapping[str, Measureme
     return groups
 
 
-def _with_clusters(
-    groups: Measurement, baseline: Measurement, candidate: Measurement, place: np.ndarray
-) -> Measurement:
+def _with_clusters(groups: Measurement, candidate: Measurement, place: np.ndarray) -> Measurement:
     if candidate.clusters is None:
         return groups
     theirs = [str(candidate.clusters[int(i)]) for i in place]
@@ -48,10 +46,10 @@ def _with_clusters(
     for i, (one, other) in enumerate(zip(_first(groups.clusters), _first(theirs), strict=True)):
         if one != other:
             ids = groups.example_ids
-            where, partner = (groups, one) if one != i else (candidate, other)
+            partner, where = (one, "there") if one != i else (other, "here")
             raise DataError(
-                f"{candidate.name} and {baseline.name} (or another arm) have other clusters: {ids[i]!r} and "
-                f"{ids[partner]!r} are one in {where.name} alone. An example has one source document."
+                f"{candidate.name} has other clusters than the baseline {groups.name} or an arm before it: "
+                f"{ids[i]!r} and {ids[partner]!r} share one only {where}. An example has one source document."
             )
     return groups
 
@@ -70,8 +68,8 @@ def _with_slices(groups: Measurement, candidate: Measurement, place: np.ndarray)
         if (ours != theirs).any():
             example = groups.example_ids[int(np.argmax(ours != theirs))]
             raise DataError(
-                f"{candidate.name} and {groups.name} (or another arm) disagree whether {example!r} is in "
-                f"slice {name!r}: a slice holds the same examples in every arm."
+                f"{candidate.name} and the baseline {groups.name} or an arm before it disagree whether "
+                f"{example!r} is in slice {name!r}: a slice holds the same examples in every arm."
             )
     return replace(groups, slices=slices) if len(slices) > len(groups.slices) else groups
 
@@ -80,12 +78,12 @@ def _same_meaning(baseline: Measurement, candidate: Measurement, metric: str) ->
     one, other = baseline.metric(metric), candidate.metric(metric)
     if one != other:
         raise DataError(
-            f"{metric} means something else in {candidate.name} ({_said(other)}) than in {baseline.name} "
-            f"({_said(one)}): declare it alike in every file."
+            f"{metric} means something else in {candidate.name} ({_in_words(other)}) than in the baseline "
+            f"{baseline.name} ({_in_words(one)}): declare it alike in every file."
         )
 
 
-def _said(meaning: Metric) -> str:
+def _in_words(meaning: Metric) -> str:
     way = "higher" if meaning.higher_is_better else "lower"
     points = meaning.points_per_unit
     return f"{way} is better" + (f", {points:g} points in one unit" if points else ", no points")
@@ -96,14 +94,11 @@ def _same_unit(baseline: Measurement, candidate: Measurement, metric: str) -> No
     meaning = baseline.metric(metric)
     if not meaning.higher_is_better or meaning.limits[1] not in (100.0, float("inf")):
         return
-    sides = {m.name: np.abs(np.asarray(m.metrics[metric])) for m in (baseline, candidate)}
-    small, large = sorted(sides, key=lambda name: sides[name].max())
-    if (
-        0 < sides[small].max() <= 1 < sides[large].max() <= 100
-        and sides[large].mean() > ANOTHER_UNIT * sides[small].mean()
-    ):
+    own, theirs = (np.abs(np.asarray(m.metrics[metric])) for m in (baseline, candidate))
+    small, large = sorted((own, theirs), key=lambda scores: scores.max())
+    if 0 < small.max() <= 1 < large.max() <= 100 and large.mean() > ANOTHER_UNIT * small.mean():
         raise DataError(
-            f"{metric} is at most {sides[small].max():g} in {small} and up to {sides[large].max():g} in {large}: "
-            "is one of them in percent? Use one unit; if the scores are right, name the column "
-            f"'{metric}:higher:1' in every file."
+            f"{metric} is at most {own.max():g} in the baseline {baseline.name} and {theirs.max():g} in "
+            f"{candidate.name}: is one of them in percent? Use one unit; if the scores are right, name the "
+            f"column '{metric}:higher:1' in every file."
         )

@@ -34,7 +34,10 @@ def test_labels_may_differ_where_the_documents_are_the_same():
 @pytest.mark.parametrize("theirs", ["xxxy", "xyyy", "xyzz", "xyzu"])
 def test_other_clusters_are_refused_with_two_examples(theirs):
     baseline, candidate = arm("base", clusters=list("xxyy")), arm("new", clusters=list(theirs))
-    with pytest.raises(DataError, match=r"new and base .* other clusters: '.' and '.' are one in"):
+    with pytest.raises(
+        DataError,
+        match=r"new has other clusters than the baseline base .*: '.' and '.' share one only (there|here)",
+    ):
         with_shared_groups(baseline, {"new": candidate})
 
 
@@ -71,11 +74,17 @@ def test_shares_beside_percent_are_refused_where_the_range_cannot_tell(metric):
     declared = {"reward": Metric(True, None)} if metric == "reward" else {}
     make = lambda name, values: Measurement(name, {metric: values}, ids, declared=declared)  # noqa: E731
     for one, other in ((shares, 100 * shares), (100 * shares, shares)):
-        with pytest.raises(DataError, match=f"{metric} is at most .* is one of them in percent"):
+        with pytest.raises(
+            DataError, match=f"{metric} is at most .* in the baseline base and .* in new: is one"
+        ):
             with_shared_groups(make("base", one), {"new": make("new", other)})
     better = np.minimum(shares * 1.5, 1)
     with_shared_groups(make("base", shares), {"new": make("new", better)})
     with_shared_groups(make("base", np.zeros(50)), {"new": make("new", 100 * shares)})
+
+
+def test_two_files_of_one_name_can_be_compared():
+    assert with_shared_groups(arm("scores"), {"scores": arm("scores")}).n == 4
 
 
 def test_a_loss_that_explodes_is_no_percent():
