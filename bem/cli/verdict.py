@@ -26,24 +26,23 @@ COLOURS = {"PROMOTE": "green", "REJECT": "red", "INCONCLUSIVE": "yellow"}
 EXIT_CODES = {"PROMOTE": 0, "REJECT": 1, "INCONCLUSIVE": 2}
 
 
+GatesFile = Annotated[Path | None, typer.Option("--gates", help="YAML with the gates to change.")]
+Primary = Annotated[
+    list[str] | None,
+    typer.Option("--primary", metavar="METRIC", help="Judge by this metric; may be repeated."),
+]
+Ignored = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", metavar="COLUMN", help="Leave this column out; may be repeated."),
+]
+
+
 def validate(
     baseline: Annotated[Path, typer.Argument(help="Scores of the baseline.")],
     candidates: Annotated[list[Path], typer.Argument(help="Scores of the candidates.")],
-    gates: Annotated[
-        Path | None, typer.Option("--gates", help="YAML with the gates to change.")
-    ] = None,
-    primary: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--primary", metavar="METRIC", help="Judge by this metric; may be given several times."
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--ignore", metavar="COLUMN", help="Leave this column out; may be given several times."
-        ),
-    ] = None,
+    gates: GatesFile = None,
+    primary: Primary = None,
+    ignore: Ignored = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the verdicts here.")] = None,
 ) -> int:
     """Judge score files from any source.
@@ -57,18 +56,15 @@ def validate(
     Exit code: 0 PROMOTE, 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains.
     With several candidates: 0 if any is promoted, else 2 if any is inconclusive, else 1.
     """
-    from bem.stats import judge, load, with_shared_groups
+    from bem.stats import judge, with_shared_groups
 
     _keep_the_inputs(out, [baseline, *candidates])
-    opponent = load(baseline, ignore=ignore or ())
-    measured = {name: load(path, ignore=ignore or ()) for name, path in _names(candidates).items()}
-    sides = [opponent, *measured.values()]
-    _check_ignored(ignore or (), sides)
-    family = _family(primary, opponent)
+    opponent, measured = _read(baseline, candidates, ignore or ())
     limits = _gates(gates)
-    waived = tuple(sorted({*limits.waived, *_absent_costs(sides)}))
-    shared = with_shared_groups(opponent, measured)
-    verdicts = judge(shared, measured, limits.model_copy(update={"waived": waived}), family)
+    waived = {*limits.waived, *_absent_costs([opponent, *measured.values()])}
+    limits = limits.model_copy(update={"waived": tuple(sorted(waived))})
+    family = _family(primary, opponent)
+    verdicts = judge(with_shared_groups(opponent, measured), measured, limits, family)
     if out:
         write_json(out, {name: verdict.to_dict() for name, verdict in verdicts.items()})
     console = Terminal()
@@ -102,6 +98,23 @@ def _keep_the_inputs(out: Path | None, inputs: Sequence[Path]) -> None:
         raise ConfigError(f"--out {out} would replace a file of scores: name another one.")
 
 
+def _read(
+    baseline: Path, candidates: Sequence[Path], ignore: Sequence[str]
+) -> tuple[Measurement, dict[str, Measurement]]:
+    """The baseline, and the candidates by name."""
+    from bem.stats import load
+    from bem.stats.columns import canonical
+
+    opponent = load(baseline, ignore=ignore)
+    measured = {name: load(path, ignore=ignore) for name, path in _names(candidates).items()}
+    sides = (opponent, *measured.values())
+    present = {canonical(name) for side in sides for name in side.meta.get("ignored", ())}
+    for name in ignore:
+        if canonical(name) not in present:
+            raise ConfigError(f"--ignore {name}: no file has a column of that name.")
+    return opponent, measured
+
+
 def _names(paths: Sequence[Path]) -> dict[str, Path]:
     """A name for each candidate: its file's; with its folder where two files are called alike."""
     from bem.stats.score_table import stem
@@ -112,16 +125,6 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"Two candidates are called {twice}: give each file once, or rename one.")
     return dict(zip(names, paths, strict=True))
-
-
-def _check_ignored(ignore: Sequence[str], sides: Sequence[Measurement]) -> None:
-    """What no file has was misspelt."""
-    from bem.stats.columns import canonical
-
-    present = {canonical(name) for side in sides for name in side.meta.get("ignored", ())}
-    for name in ignore:
-        if canonical(name) not in present:
-            raise ConfigError(f"--ignore {name}: no file has a column of that name.")
 
 
 def _family(primary: Sequence[str] | None, opponent: Measurement) -> list[str] | None:

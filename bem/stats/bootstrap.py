@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 
 from bem.errors import DataError
-from bem.stats import normal
 from bem.stats.engines import Engine, function_law, law_of, mean_of, resampled_laws
 from bem.stats.inputs import ROUNDING, Floats, cluster_codes, over_seeds, sum_by_cluster
 from bem.stats.laws import Law
+from bem.stats.normal import cdf, quantile
 from bem.stats.scale import Scale, ScaledLaw, standardised
 from bem.stats.weights import Statistic, ratio
 
@@ -209,7 +209,7 @@ def _jackknifed(observed: float, left_out: Floats) -> _Parts:
 def _clamped(parts: _Parts, law: Law, n_bootstrap: int) -> _Parts:
     share = law.mid(parts.observed)
     clamp = 0.5 / n_bootstrap
-    return replace(parts, z0=normal.quantile(min(max(share, clamp), 1 - clamp)))
+    return replace(parts, z0=quantile(min(max(share, clamp), 1 - clamp)))
 
 
 def _degenerate(parts: _Parts, alpha: float, margin: float) -> Bca:
@@ -229,11 +229,11 @@ def _read(
     if min(1 - a * (z0 + z), 1 - a * (z0 - z)) <= 0:
         a = 0.0  # one unit dominates: the correction would leave the range of the data
         flags.append("acceleration_dropped")
-    low, high = (normal.cdf(z0 + (z0 + s) / (1 - a * (z0 + s))) for s in (z, -z))
+    low, high = (cdf(z0 + (z0 + s) / (1 - a * (z0 + s))) for s in (z, -z))
     if min(low, 1 - high) < law.floor:
         flags.append("few_resamples")
-    w_below = normal.quantile(_clip(law.at_most(margin), law.floor))
-    w_above = -normal.quantile(_clip(law.at_least(margin), law.floor))
+    w_below = quantile(_clip(law.at_most(margin), law.floor))
+    w_above = -quantile(_clip(law.at_least(margin), law.floor))
     p_greater = max(widen.cdf(_inverted(w_below, z0, a)), law.floor)
     p_less = max(widen.cdf(-_inverted(w_above, z0, a)), law.floor)
     lower, upper = (_snap(end, margin, law.eps) for end in (law.lower(low), law.upper(high)))
@@ -266,12 +266,12 @@ class _Widening:
 
     def quantile(self, p: float) -> float:
         if not self.active:
-            return normal.quantile(p)
+            return quantile(p)
         return self.factor * float(stdtrit(self.df, p))
 
     def cdf(self, z: float) -> float:
         if not self.active or np.isinf(z):
-            return normal.cdf(z)
+            return cdf(z)
         return float(stdtr(self.df, z / self.factor))
 
 
