@@ -17,7 +17,7 @@ CELLS = 1 << 20
 BUFFER_ROWS = 1024
 """Resamples whose sums are held at once before the statistics are taken."""
 PIECE = 1 << 16
-"""Weights that are converted and multiplied at once: a quarter MiB, inside the second-level cache."""
+"""Weights that are converted and multiplied at once: a quarter MiB of float32."""
 SMALL = 200
 """Below this many units index draws are as fast as Poisson counts, and simpler."""
 TOP_UP = 2.0
@@ -68,9 +68,7 @@ def _resampled_sums(columns: Floats, n_bootstrap: int, seed: int) -> Iterator[Fl
     """Blocks [rows, k] of column sums over resamples; n_bootstrap rows in all."""
     n = len(columns)
     centre, spread = columns.mean(axis=0), columns.std(axis=0)
-    live = np.flatnonzero(
-        spread > ROUNDING * np.abs(centre)
-    )  # the others sum to n * centre, always
+    live = np.flatnonzero(spread > ROUNDING * np.abs(centre))  # others always sum to n * centre
     scaled = np.ascontiguousarray((columns - centre)[:, live] / spread[live], dtype=np.float32)
     buffer, held = np.tile(n * centre, (BUFFER_ROWS, 1)), 0
     for weights in weight_blocks(n, n_bootstrap, seed):
