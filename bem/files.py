@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bem.errors import BemError, DataError
 
@@ -247,18 +247,22 @@ def read_text(path: Path) -> str:
     return _decoded(raw, path)
 
 
+def _encoding(start: bytes) -> str:
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
 def _decoded(raw: bytes, path: Path) -> str:
     for magic, kind in NOT_TEXT.items():
         if raw.startswith(magic):
             raise DataError(f"{path} is {kind}, not text. Export it as CSV or JSON Lines in UTF-8.")
-    encoding = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "utf-8")
+    encoding = _encoding(raw[:4])
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as failed:
         line = raw.count(b"\n", 0, failed.start) + 1
         raise DataError(
-            f"{path}:{line} is not {encoding.upper()} text (byte "
+            f"{path}:{line} is not {encoding.upper().removesuffix('-SIG')} text (byte "
             f"0x{raw[failed.start]:02x}). Save it as UTF-8."
         ) from None
     if "\0" in text:
@@ -292,22 +296,42 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line of a JSON Lines file; blank lines are skipped.
+    """(line number, value) of every line of a JSON Lines file, plain or gzipped; blank lines are skipped.
+
+    Lines end at LF, CR LF or CR: U+2028, U+2029 and U+0085 are text, which `str.splitlines` forgets.
+    One line is held at a time.
 
     Raises:
-        DataError: not readable, or a line that is not JSON; names file and line.
+        DataError: missing, unreadable, damaged, not text, or a line that is not JSON; names the line.
     """
-    yield from parse_json_lines(read_text(path), path)
+    number = 0
+    try:
+        with _open_text(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, parse_json(line, f"{path}:{number}")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing.") from None
+    except UnicodeError as failed:
+        raise DataError(f"{path}:{number + 1}: is not UTF-8 text: {failed}.") from None
+    except (OSError, EOFError, zlib.error, ValueError) as failed:
+        reason = getattr(failed, "strerror", None) or failed
+        raise DataError(f"{path}:{number + 1}: cannot be read: {reason}.") from None
+
+
+def _open_text(path: Path) -> IO[str]:
+    with open(path, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    opened = gzip.open if packed else open
+    with opened(path, "rb") as start:
+        encoding = _encoding(start.read(4))
+    return opened(path, "rt", encoding=encoding)
 
 
 def parse_json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """`json_lines` of text that was read already; `path` is what messages name.
-
-    Lines end at LF, CR LF or CR alone, which JSON strings cannot hold: U+2028, U+2029 and U+0085 are
-    text, which `str.splitlines` forgets.
-    """
+    """`json_lines` of text that was read already; `path` is what messages name."""
     for number, line in enumerate(LINE_END.split(text), 1):
-        if line.strip(" \t"):
+        if line.strip():
             yield number, parse_json(line, f"{path}:{number}")
 
 

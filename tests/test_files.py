@@ -86,3 +86,22 @@ def test_a_json_text_names_where_it_came_from():
     assert parse_json('{"a": [1]}', "here") == {"a": [1]}
     with pytest.raises(DataError, match="here: not JSON"):
         parse_json("", "here")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_lines_are_read_as_their_mark_says_plain_or_packed(tmp_path, encoding, pack):
+    path = written(tmp_path, pack('{"a": "é"}\n[1]\n'.encode(encoding)))
+    assert list(json_lines(path)) == [(1, {"a": "é"}), (2, [1])]
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]\n\xff", b"\x1f\x8b\x08", gzip.compress(b"[1]\n" * 999)[:-9], b"\xff\xfea"]
+)
+def test_lines_that_cannot_be_read_are_named(tmp_path, content):
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: (is not UTF-8 text|cannot be read)"):
+        list(json_lines(written(tmp_path, content)))
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        list(json_lines(tmp_path))
+    with pytest.raises(DataError, match=r"none.jsonl is missing"):
+        list(json_lines(tmp_path / "none.jsonl"))

@@ -77,13 +77,13 @@ def _statistics(
         raise DataError(
             f"{len(predictions)} predictions but {len(references)} lists of references."
         )
-    if any(isinstance(refs, str) for refs in references):
-        raise DataError("Every prediction needs a list of reference strings, got one string.")
+    if any(isinstance(refs, str) or not refs for refs in references):
+        raise DataError("Every prediction needs a non-empty list of reference strings.")
     metric = sacrebleu_metric(name)
     rows = []
     for prediction, refs in zip(predictions, references, strict=True):
         # sacrebleu's own per-segment extractor: the only way to its counts short of copying it
-        streams = [[ref] for ref in refs or [""]]  # none: the right answer is empty
+        streams = [[ref] for ref in refs]
         rows.append(metric._extract_corpus_statistics([prediction], streams)[0])
     width = CORPUS[f"corpus_{name}"][0]
     return np.array(rows, dtype=np.float64).reshape(len(rows), width)

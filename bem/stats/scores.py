@@ -105,21 +105,18 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals any normalised reference, else 0.0 (SQuAD).
-
-    No reference at all: the right answer is empty (the unanswerable questions of SQuAD 2.0).
-    """
+    """1.0 if the normalised prediction equals any normalised reference, else 0.0 (SQuAD)."""
     answer = normalize_answer(prediction)
-    return float(any(answer == normalize_answer(ref) for ref in _acceptable(references)))
+    return float(any(answer == normalize_answer(ref) for ref in _nonempty(references)))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """Best token F1 over the references, in [0, 1] (SQuAD).
 
     Tokens are counted with multiplicity. If either side is empty after normalisation, F1 is 1 when
-    both are and 0 otherwise (the rule of SQuAD 2.0). No reference at all is an empty one."""
+    both are and 0 otherwise (the rule of SQuAD 2.0)."""
     answer = normalize_answer(prediction).split()
-    return max(_f1(answer, normalize_answer(ref).split()) for ref in _acceptable(references))
+    return max(_f1(answer, normalize_answer(ref).split()) for ref in _nonempty(references))
 
 
 def _f1(answer: list[str], gold: list[str]) -> float:
@@ -135,32 +132,21 @@ def json_validity(prediction: str) -> float:
     A bare number or word would parse too, but is no structured answer.
     """
     try:
-        # a number of any length is JSON, though Python converts no more than 4,300 digits
-        value = json.loads(prediction, parse_constant=_refuse_constant, parse_int=str)
+        value = json.loads(prediction, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return 0.0
     return float(isinstance(value, dict | list))
 
 
 def sentence_chrf(prediction: str, references: Sequence[str]) -> float:
-    """Sentence chrF in [0, 100] as sacrebleu computes it (chrF2, character order 6, no words).
-
-    Where no reference holds a character, 100 for an answer that holds none either, else 0.
-    """
-    return _sentence_score("chrf", prediction, references)
+    """Sentence chrF in [0, 100] as sacrebleu computes it (chrF2, character order 6, no words)."""
+    return float(sacrebleu_metric("chrf").sentence_score(prediction, _nonempty(references)).score)
 
 
 def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
     """Sentence BLEU in [0, 100] as sacrebleu computes it (13a tokens, exp smoothing, effective
-    order); without references as `sentence_chrf`."""
-    return _sentence_score("bleu", prediction, references)
-
-
-def _sentence_score(metric: str, prediction: str, references: Sequence[str]) -> float:
-    acceptable = _acceptable(references)
-    if not any(ref.strip() for ref in acceptable):
-        return 0.0 if prediction.strip() else 100.0
-    return float(sacrebleu_metric(metric).sentence_score(prediction, acceptable).score)
+    order)."""
+    return float(sacrebleu_metric("bleu").sentence_score(prediction, _nonempty(references)).score)
 
 
 @cache
@@ -173,8 +159,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _acceptable(references: Sequence[str]) -> list[str]:
-    """The references; the empty answer if there is none."""
+def _nonempty(references: Sequence[str]) -> list[str]:
     if isinstance(references, str):
         raise TypeError(f"references must be a list of strings, got the string {references!r:.60}")
-    return list(references) or [""]
+    if not references:
+        raise ValueError("references is empty: an answer can only be scored against at least one.")
+    return list(references)

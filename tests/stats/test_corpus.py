@@ -102,11 +102,5 @@ def test_jackknife_subtracts_what_sacrebleu_would_count_anew():
 def test_lists_must_match():
     with pytest.raises(DataError, match="2 predictions but 1"):
         bleu_statistics(["a", "b"], [["a"]])
-    with pytest.raises(DataError, match="got one string"):
-        chrf_statistics(["a"], ["a"])
-
-
-@pytest.mark.parametrize("statistics", [bleu_statistics, chrf_statistics])
-def test_no_reference_counts_like_an_empty_one(statistics):
-    answers = ["a b", ""]
-    assert (statistics(answers, [[], []]) == statistics(answers, [[""], [""]])).all()
+    with pytest.raises(DataError, match="non-empty"):
+        chrf_statistics(["a"], [[]])
