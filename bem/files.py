@@ -57,6 +57,21 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Write a large file or a new folder piece by piece: the draft gets the name once it is complete.
+
+    The draft, NAME.part, stays after a failure and is begun anew by the next call; one writer at a time.
+    """
+    draft = path.with_name(path.name + ".part")
+    if draft.is_dir():
+        shutil.rmtree(draft)
+    yield draft
+    _sync_tree(draft)
+    draft.replace(path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -153,9 +168,10 @@ def _usual_rights(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
-        with open(path, "rb") as file:
+def _sync_tree(path: Path) -> None:
+    """Every file of a folder, or one file."""
+    for part in [p for p in (path, *path.rglob("*")) if p.is_file()]:
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
 
 

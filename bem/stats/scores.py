@@ -105,18 +105,20 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals any normalised reference, else 0.0 (SQuAD)."""
+    """1.0 if the normalised prediction equals any normalised reference, else 0.0 (SQuAD).
+
+    No references say that the right answer is empty (the unanswerable questions of SQuAD 2.0)."""
     answer = normalize_answer(prediction)
-    return float(any(answer == normalize_answer(ref) for ref in _nonempty(references)))
+    return float(any(answer == normalize_answer(ref) for ref in _or_empty(references)))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """Best token F1 over the references, in [0, 1] (SQuAD).
 
     Tokens are counted with multiplicity. If either side is empty after normalisation, F1 is 1 when
-    both are and 0 otherwise (the rule of SQuAD 2.0)."""
+    both are and 0 otherwise; no references say that the right answer is empty (SQuAD 2.0)."""
     answer = normalize_answer(prediction).split()
-    return max(_f1(answer, normalize_answer(ref).split()) for ref in _nonempty(references))
+    return max(_f1(answer, normalize_answer(ref).split()) for ref in _or_empty(references))
 
 
 def _f1(answer: list[str], gold: list[str]) -> float:
@@ -132,7 +134,8 @@ def json_validity(prediction: str) -> float:
     A bare number or word would parse too, but is no structured answer.
     """
     try:
-        value = json.loads(prediction, parse_constant=_refuse_constant)
+        # numbers stay text: Python refuses integers of more than 4,300 digits, JSON does not
+        value = json.loads(prediction, parse_int=str, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return 0.0
     return float(isinstance(value, dict | list))
@@ -159,9 +162,14 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _nonempty(references: Sequence[str]) -> list[str]:
+def _or_empty(references: Sequence[str]) -> list[str]:
+    """The references; the empty answer if there are none."""
     if isinstance(references, str):
         raise TypeError(f"references must be a list of strings, got the string {references!r:.60}")
+    return list(references) or [""]
+
+
+def _nonempty(references: Sequence[str]) -> list[str]:
     if not references:
         raise ValueError("references is empty: an answer can only be scored against at least one.")
-    return list(references)
+    return _or_empty(references)

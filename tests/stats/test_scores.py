@@ -39,11 +39,17 @@ def test_empty_answers_agree_only_with_empty_references():
     assert exact_match("", [""]) == 1.0
 
 
-def test_references_must_be_a_list_with_something_in_it():
+def test_no_references_mean_that_the_right_answer_is_empty():
+    """SQuAD 2.0: 1 for an empty answer to an unanswerable question, 0 for any other."""
+    assert exact_match("", []) == token_f1("", []) == exact_match(" The. ", []) == 1.0
+    assert exact_match("x", []) == token_f1("x", []) == 0.0
+
+
+def test_references_must_be_a_list():
     with pytest.raises(TypeError, match="list"):
         exact_match("a", "a")
     with pytest.raises(ValueError, match="empty"):
-        token_f1("a", [])
+        sentence_chrf("a", [])
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
@@ -55,7 +61,9 @@ def test_f1_is_symmetric_bounded_and_one_for_exact_matches(a, b):
         assert f1 == 1.0
 
 
-@pytest.mark.parametrize("text", ['{"a": [1, null]}', "[]", ' {"a": {}} \n'])
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, null]}', "[]", ' {"a": {}} \n', '{"a": ' + "1" * 5000 + "}"]
+)
 def test_objects_and_arrays_are_valid(text):
     assert json_validity(text) == 1.0
 
