@@ -118,7 +118,7 @@ class AgenticRouter(ChunkReader):
 
     @torch.no_grad()
     def features(self, hidden: Tensor, head_input: Tensor | None) -> Tensor:
-        return self.policy.reader.hear(hidden)
+        return self.policy.reader.embed(hidden)
 
     @torch.no_grad()
     def decide(
@@ -137,7 +137,7 @@ class AgenticRouter(ChunkReader):
         record, before = tail[:, : RECORD + self.observed.memory].split(
             [RECORD, self.observed.memory], -1
         )
-        memory = self.policy.reader.remember(pooled.sums[:, :-1], before)
+        memory = self.policy.reader.update_memory(pooled.sums[:, :-1], before)
         seen = None
         if wanted is None or self.tape is not None:  # else nobody asks what the policy thinks
             seen = self._see(memory, evidence, pooled, turn)
