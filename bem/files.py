@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bem.errors import BemError, DataError
 
@@ -52,6 +52,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """`write_text` of JSON with a newline at its end."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Write a large file or a new folder piece by piece: the draft gets the name once it is complete.
+
+    The draft, NAME.part, stays after a failure and is begun anew by the next call; one writer at a time.
+    """
+    draft = path.with_name(path.name + ".part")
+    if draft.is_dir():
+        shutil.rmtree(draft)
+    yield draft
+    _sync_tree(draft)
+    draft.replace(path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -150,9 +165,10 @@ def _usual_rights(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
-        with open(path, "rb") as file:
+def _sync_tree(path: Path) -> None:
+    """Every file of a folder, or one file."""
+    for part in [p for p in (path, *path.rglob("*")) if p.is_file()]:
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
 
 
@@ -231,19 +247,39 @@ def read_text(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line of a JSON Lines file; blank lines are skipped.
+    """(line number, value) of every line of a JSON Lines file, plain or .gz; blank lines are skipped.
 
-    Lines end at a newline alone: U+2028, U+2029 and U+0085 are text, which `str.splitlines` forgets.
+    Lines end at LF, CR LF or CR: U+2028, U+2029 and U+0085 are text, which `str.splitlines` forgets.
+    One line is held at a time.
 
     Raises:
-        DataError: not readable, or a line that is not JSON; names file and line.
+        DataError: missing, unreadable, damaged, not UTF-8, or a line that is not JSON; names the line.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError, ValueError) as failed:
-                raise DataError(f"{path}:{number}: not JSON: {failed}.") from None
+    number = 0
+    try:
+        with _open_text(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _json_line(line, f"{path}:{number}")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing.") from None
+    except UnicodeDecodeError as failed:
+        raise DataError(f"{path}:{number + 1}: is not UTF-8 text: {failed}.") from None
+    except (OSError, EOFError, zlib.error) as failed:
+        raise DataError(f"{path}:{number + 1}: cannot be read: {failed}.") from None
+
+
+def _open_text(path: Path) -> IO[str]:
+    with open(path, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    return (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig")
+
+
+def _json_line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as failed:
+        raise DataError(f"{where}: not JSON: {failed}.") from None
 
 
 def read_json(path: Path, error: type[BemError] = DataError) -> Any:
