@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from bem.config.adapters import AdapterConfig, TrainingConfig
 from bem.config.data import DataConfig
+from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
 from bem.config.section import Section, parse
 from bem.errors import ConfigError
@@ -179,7 +180,7 @@ def _refuse_without_effect(arm: ArmConfig) -> None:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read an experiment from YAML and apply overrides such as `training.steps=50`.
+    """Read an experiment from YAML and apply overrides such as `training.steps=50` (see `overrides`).
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the nearest is named) or a bad value.
@@ -194,20 +195,6 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, found {type(values).__name__}.")
     for override in overrides or []:
-        _override(values, override)
-    return parse(ExperimentConfig, values, str(path))
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"Override {override!r} must look like section.key=value.")
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"Override {override!r}: {parent!r} is not a section.")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: the value is not valid YAML: {error}") from None
+        apply_override(values, override)
+    where = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+    return parse(ExperimentConfig, values, where)
