@@ -245,9 +245,11 @@ def test_coverage_of_the_exact_engine_is_near_nominal():
     assert misses <= 34  # 20 expected; P(more than 34 | 5 %) < 0.1 %
 
 
-def test_importing_bem_stats_loads_neither_scipy_nor_torch():
+def test_importing_bem_stats_does_not_load_torch():
     import subprocess
 
-    code = "import sys, bem.stats; print([m for m in {'scipy', 'torch'} if m in sys.modules])"
+    code = (
+        "import sys, bem.stats; print([m for m in {'torch', 'transformers'} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
