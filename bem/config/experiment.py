@@ -29,8 +29,16 @@ class GatesConfig(Section):
     """A gain counts only beyond this many points."""
     regression_margin_points: float = Field(default=0.5, ge=0)
     """No core metric's lower limit may lie further below the baseline, in points."""
+    relative_margin: float = Field(default=0.1, ge=0)
+    """The same for metrics without points (loss, seconds), as a share of the baseline's mean."""
     slice_margin_points: float = Field(default=1.0, ge=0)
     """Non-inferiority margin of each named slice, in points."""
+    severe_loss_points: float = Field(default=5.0, gt=0)
+    """A loss that alike slices or metrics cannot excuse: a part of at least `severe_loss_examples`
+    must exclude it by its own scores, one-sided at `alpha`; so a part that has truly lost so much is
+    promoted with probability `alpha` at most. Never less than the margin of the part."""
+    severe_loss_examples: int = Field(default=200, ge=1)
+    """Smaller parts cannot exclude it, however alike they are; they rest on the others."""
     budget_tolerance: float = Field(default=0.05, ge=0)
     """Allowed relative difference in adapter parameters and in adapter FLOPs per token."""
     allow_cheaper: bool = True
@@ -53,8 +61,13 @@ class GatesConfig(Section):
     """Smallest gain worth promoting, in points; once it can be excluded the candidate is rejected."""
     reported_slices: tuple[str, ...] = ("A",)
     """Slices that are reported only; every other named slice is a guard."""
-    waived: tuple[Literal["budget", "latency", "memory", "kv_hit", "router", "slices"], ...] = ()
-    """Cost gates that do not apply (score files alone have no costs); every verdict lists them."""
+    reported_metrics: tuple[str, ...] = ()
+    """Metrics that no guard looks at; every verdict lists them."""
+    waived: tuple[
+        Literal["budget", "latency", "memory", "kv_hit", "router", "index_swap", "slices"], ...
+    ] = ()
+    """Gates that do not apply (score files alone have no costs, tasks without retrieval no index to
+    swap); every verdict lists them."""
 
 
 class ArmConfig(Section):
