@@ -43,6 +43,7 @@ from bem.training.state import (
     METRICS,
     STATE,
     check_same_run,
+    check_same_start,
     disk,
     read_state,
     tensors_digest,
@@ -286,19 +287,16 @@ class _Run:
             return
         state = read_state(path, self.environment.mounted.base.device, LABEL)
         check_same_run(path, json.loads(state["fingerprint"]), self.fingerprint, LABEL)
-        if self.start not in (state["start"], tensors_digest(state["policy"])):
-            raise TrainingError(
-                f"{path} was begun from another router than this one. Mount that one, or delete "
-                f"{self.folder} to begin anew."
-            )
+        start, policy = state["start"], state["policy"]
+        check_same_start(path, start, policy, self.policy.state_dict(), LABEL)
         done = [Iteration(**i) for i in json.loads(state["done"])]
         if len(done) > self.config.iterations:
             raise TrainingError(
                 f"{path} holds the weights after {len(done)} iterations, {self.config.iterations} are asked "
                 f"for: they cannot be taken back. Ask for {len(done)}, or delete {self.folder} to begin anew."
             )
-        self.start, self.done = state["start"], done
-        self.finished = state["policy"], state["value"]
+        self.start, self.done = start, done
+        self.finished = policy, state["value"]
         self.rewind()
         with disk(LABEL, "the metrics", self.folder, ""):
             self._write_metrics()  # a kill may have come between state and metrics

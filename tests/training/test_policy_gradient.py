@@ -260,7 +260,7 @@ def other_expert():
         (lambda: {"env": other_base()}, "base was"),
         (lambda: {"env": other_rules()}, "rules was"),
         (lambda: {"env": other_expert()}, "experts was"),
-        (lambda: {"env": other_start()}, "begun from another router"),
+        (lambda: {"env": other_start()}, "begun from other weights"),
     ],
 )
 def test_a_state_of_another_run_is_refused_with_what_differs(tmp_path, changes, message):
