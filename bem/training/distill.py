@@ -66,13 +66,8 @@ def distill(
     Raises:
         As `fit`.
     """
-    settings = AdapterConfig(
-        variant="s0",
-        rank=rank,
-        router_layer=teacher.config.router_layer,
-        sites=teacher.config.sites,
-        seed=seed,
-    )
+    layer, sites = teacher.config.router_layer, teacher.config.sites
+    settings = AdapterConfig(variant="s0", rank=rank, router_layer=layer, sites=sites, seed=seed)
     student = attach(without_adapter(teacher), settings)
     with mode(teacher.model, training=False):
         result = fit(

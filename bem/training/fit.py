@@ -83,8 +83,7 @@ def fit(
         KeyboardInterrupt: passed on; the state is saved, call again to go on.
         Whatever is raised while it trains, the adapter holds the last saved state.
     """
-    folder = Path(folder)
-    label = label or folder.name
+    label = label or Path(folder).name
     if not examples:
         raise TrainingError(f"{label}: no training examples.")
     trainer = Trainer(attached, tokenizer, config, seed, objective, label)
@@ -92,7 +91,7 @@ def fit(
     shown = sorted({i for batch in order for i in batch})
     encoded = {i: encode(examples[i], tokenizer, config.max_length) for i in shown}
     check_fits(attached.model, tokenizer, list(encoded.values()))
-    run = _Run(trainer, folder, _fingerprint(trainer, examples, encoded))
+    run = _Run(trainer, Path(folder), _fingerprint(trainer, examples, encoded))
     run.begin()
     run.go_on([[encoded[i] for i in batch] for batch in order], on_progress)
     return run.result()
@@ -155,8 +154,8 @@ class _Run:
         except Exception as error:
             self._restore(self._read())
             if isinstance(error, Diverged):
-                kept = f"{error} Kept the state after step {self.saved_step}."
-                raise Diverged(kept) from error
+                message = f"{error} Kept the state after step {self.saved_step}."
+                raise Diverged(message) from error
             raise
         finally:
             model.eval()

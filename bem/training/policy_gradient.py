@@ -25,17 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bem.adapters.sites import base_hash
 from bem.config import PolicyGradientConfig
 from bem.errors import TrainingError
 from bem.files import sha256_json, write_text
-from bem.routing.modes import mode, seeded
-from bem.routing.policy import Net
-from bem.routing.router import AgenticRouter
+from bem.routing.modes import mode
+from bem.training.baseline import fit_value, leave_one_out, value_like
 from bem.training.data import Encoded, Example, data_hash
 from bem.training.environment import Environment, Rollout
 from bem.training.gae import gae, span_rewards
@@ -49,7 +47,7 @@ from bem.training.state import (
     tensors_digest,
     write_state,
 )
-from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer, fit_value
+from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer
 
 LABEL = "policy gradient"
 
@@ -112,13 +110,13 @@ def improve(
     with environment.mounted.training("router"):
         while len(run.done) < config.iterations:
             try:
-                found = run.iterate()
+                iteration = run.iterate()
             except BaseException:
                 run.rewind()
                 raise
-            run.finish(found)
+            run.finish(iteration)
             if on_progress:
-                on_progress(found)
+                on_progress(iteration)
     return run.done
 
 
@@ -143,7 +141,7 @@ class _Run:
         self.folder, self.seed = folder, seed
         self.router = environment.mounted.router
         self.policy = self.router.policy
-        self.value = _value_like(self.router, seed)
+        self.value = value_like(self.router, seed)
         self.done: list[Iteration] = []
         self.start = tensors_digest(self.policy.state_dict())
         self.fingerprint = self._fingerprint()
@@ -320,18 +318,6 @@ class _Run:
         write_text(self.folder / METRICS, lines)
 
 
-def leave_one_out(returns: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
-    """What the other episodes of the same conversation returned on average (episodes,); 0 if there are none.
-
-    Args:
-        returns: (episodes,), `samples` in a row of each conversation.
-    """
-    if samples == 1:
-        return np.zeros_like(returns)
-    groups = returns.reshape(-1, samples)
-    return ((groups.sum(1, keepdims=True) - groups) / (samples - 1)).reshape(-1)
-
-
 def _decision_rewards(rollout: Rollout, config: PolicyGradientConfig) -> NDArray[np.float64]:
     """Reward of each decision, discounted to it, less what other answers to the conversation got."""
     rewards = rollout.rewards.copy()
@@ -353,21 +339,3 @@ def _alarm(
     if step.entropy < config.collapse_entropy:
         return f"mean entropy {step.entropy:.3f} nats: the policy no longer explores"
     return ""
-
-
-class _Value(nn.Module):
-    """Value of an observation; starts near zero."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.net = Net(width, 0, hidden, 1, 0.01)
-
-    def forward(self, observation: Float[Tensor, "n width"]) -> Float[Tensor, " n"]:
-        return self.net(observation)[:, 0]
-
-
-def _value_like(router: AgenticRouter, seed: int) -> _Value:
-    """A value network of the actor's size: the critic stays as it is, hysteresis rests on it."""
-    read = router.policy.actor.net.read
-    with seeded(seed):
-        return _Value(router.observed.width, read.out_features).to(read.weight.device)

@@ -27,9 +27,7 @@ from bem.errors import Diverged, TrainingError
 from bem.routing.modes import mode, seeded
 from bem.training.data import Encoded, check_fits, collate
 from bem.training.losses import answer_logits, answer_nll, labelled_tokens
-
-FINAL_LR = 0.1
-"""Share of the peak learning rate that is left in the last step, and in every one after it."""
+from bem.training.optimizer import adamw, learning_rate, trained
 
 
 class Trainable(Protocol):
@@ -125,9 +123,9 @@ class Trainer:
         """
         self.attached, self.tokenizer, self.config, self.seed = attached, tokenizer, config, seed
         self.objective, self.label = objective, label
-        self.parameters = _trained(attached, label)
+        self.parameters = trained(dict(attached.named_parameters()), label)
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = _adamw(self.parameters.values(), config)
+        self.optimizer = adamw(self.parameters.values(), config)
         self.steps = 0
         """Steps done."""
         self.is_whole = True
@@ -279,45 +277,3 @@ class Trainer:
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Rate of the step after `step` done ones: linear warm-up, then cosine to a tenth."""
-    warmup = math.ceil(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - 1 - warmup)
-    share = FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return config.learning_rate * share
-
-
-def _trained(attached: Trainable, label: str) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name."""
-    named = dict(attached.named_parameters())
-    if not named:
-        raise TrainingError(f"{label}: the adapter has no trainable parameters.")
-    trained = {name: p for name, p in named.items() if p.requires_grad}
-    if not trained:
-        raise TrainingError(
-            f"{label}: all {len(named)} parameters of the adapter are frozen, so nothing can be trained. Load it "
-            "with bem.load(model, folder, trainable=True), or train what was mounted inside "
-            "`with mounted.training('experts')`."
-        )
-    if odd := [name for name, p in trained.items() if p.is_inference()]:
-        raise TrainingError(
-            f"{label}: {odd[0]} was made under torch.inference_mode(), which no gradient can pass: attach or "
-            "load the adapter outside of it."
-        )
-    return trained
-
-
-def _adamw(parameters: Any, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; vectors and scalars do not decay."""
-    everything = list(parameters)
-    matrices = [p for p in everything if p.ndim > 1]
-    vectors = [p for p in everything if p.ndim <= 1]
-    groups = ((matrices, config.weight_decay), (vectors, 0.0))
-    return torch.optim.AdamW(
-        [{"params": group, "weight_decay": decay} for group, decay in groups if group],
-        lr=config.learning_rate,
-    )

@@ -17,7 +17,8 @@ from bem.training.data import Example, collate, encode
 from bem.training.fit import example_order, fit
 from bem.training.losses import answer_nll, labelled_tokens
 from bem.training.metrics import MetricsLog
-from bem.training.trainer import StepResult, Trainer, learning_rate
+from bem.training.optimizer import learning_rate
+from bem.training.trainer import StepResult, Trainer
 
 WORDS = ["name", "the", "function", "that", "this", "docstring", "describes", "return", "value"]
 
