@@ -10,9 +10,10 @@ import torch
 from bem.config import CloningConfig
 from bem.errors import TrainingError
 from bem.routing.action import ActionSpace
+from bem.training.chunk_losses import chunk_numbers
 from bem.training.data import Example, collate, encode
 from bem.training.losses import answer_logits
-from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions, trace
+from bem.training.traces import Traces, best_expert, target_actions, trace
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
 
