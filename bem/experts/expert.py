@@ -109,9 +109,9 @@ def _read_s0(folder: Path, model: Any) -> dict[str, Update]:
     config = parse(AdapterConfig, manifest["adapter"], str(folder))
     if config.variant != "s0":
         raise CheckpointError(_not_static(config.variant, str(folder)))
-    if manifest["base"] != (found := base_hash(model)):
+    if manifest["base"] != (actual := base_hash(model)):
         raise BaseMismatch(
-            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}: other "
+            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {actual[:12]}: other "
             "weights give another model. Train the expert on this base."
         )
     tensors = read_tensors(folder)
