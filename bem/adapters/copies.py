@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from bem.adapters.attach import Attached
+from bem.adapters.attached import Attached
+from bem.adapters.peft_method import BemSite, rewire
+
+ADDED = ("generate", "forward", "bem_runtime", "bem_lesson", "peft_config")
+"""What attaching adds to a model's own attributes."""
 
 
 def with_shared_weights(model: nn.Module) -> nn.Module:
@@ -18,24 +21,21 @@ def with_shared_weights(model: nn.Module) -> nn.Module:
 
 def without_adapter(attached: Attached) -> Any:
     """A copy of the base as it was before the adapter, on the same weights; the adapter stays."""
-    from bem.adapters.peft_method import BemSite, rewire
-
     base, memo = attached.base, _tensors(attached.base)
     sites = [m for m in base.modules() if isinstance(m, BemSite)]
     memo |= {id(site): with_shared_weights(site.get_base_layer()) for site in sites}
-    mine = ("generate", "bem_runtime", "peft_config")  # what attaching has added to the model
-    memo |= {id(base.__dict__[name]): None for name in mine if name in base.__dict__}
+    memo |= {id(base.__dict__[name]): None for name in ADDED if name in base.__dict__}
     base.bem_runtime.remove()  # its hooks would be copied
     try:
         plain = copy.deepcopy(base, memo)
     finally:
         rewire(base)
-    for name in mine:
+    for name in ADDED:
         plain.__dict__.pop(name, None)
     return plain
 
 
 def _tensors(model: nn.Module) -> dict[int, Any]:
-    """What `deepcopy` is not to copy."""
+    """Tensors that deepcopy shares."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     return memo | {id(b): b for b in model.buffers()}

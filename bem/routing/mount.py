@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bem.adapters.attach import NAME
+from bem.adapters.attach import attach_parts
 from bem.adapters.build import Parts
 from bem.adapters.sites import Site, Sites, base_hash, find_sites
 from bem.config import EVIDENCE_FEATURES, AdapterConfig, RouterConfig, parse
@@ -214,15 +214,10 @@ def _region(config: RouterConfig) -> TrustRegion | None:
 def _inject(
     model: Any, parts: dict[str, Parts], config: RouterConfig, experts: Sequence[Expert]
 ) -> Mounted:
-    from peft import get_peft_model
-
-    from bem.adapters.peft_method import BemConfig
-
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     adapter = AdapterConfig(
         variant="routed", router_layer=config.router_layer, chunk_size=config.chunk_size
     )
-    method = BemConfig(**adapter.model_dump(), task_type="CAUSAL_LM")
-    method.prebuilt = parts
-    peft_model = get_peft_model(model, method, adapter_name=NAME)
+    assert config.router_layer is not None
+    peft_model = attach_parts(model, parts, config.router_layer)
     return Mounted(peft_model, adapter, trainable, config, experts)
