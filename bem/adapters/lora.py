@@ -110,7 +110,7 @@ def write_loras(loras: Mapping[str, Lora], folder: Path, base_name: str | None =
         tensors[f"base_model.model.{site}.lora_B.weight"] = _plain(lora.b)
         ranks[site] = len(lora.a)
         alphas[site] = alpha_of(lora.scale, len(lora.a))
-    first = next(iter(ranks))
+    first = max(ranks, key=ranks.__getitem__)  # servers size their buffers by r
     # "^": PEFT reads the keys of patterns as regular expressions over the end of a name
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -133,6 +133,7 @@ class ExperimentConfig(Section):
         return self
 
     def _adapters_make_sense(self) -> None:
+        parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")
         own = [arm for arm in self.arms if not arm.route]
         used = {knob for arm in own for knob in KINDS[self.adapter_of(arm).variant].model_fields}
         for arm in self.arms:

@@ -72,6 +72,7 @@ def test_shared_knobs_go_to_the_arms_that_have_them():
     ("adapters", "arms", "reason"),
     [
         ({"film_range": "wide"}, ARMS, "'film_range' is a knob of no arm's variant"),
+        ({"variant": "v9"}, [{**ARMS[1], "role": "baseline"}], r"adapters\.variant: unknown"),
         ({"rnak": 3}, ARMS, "Did you mean 'rank'"),
         ({}, [ARMS[0], {"name": "b", "adapters": {"mask": "fixed"}}], "arms.b.adapters: 'mask'"),
         ({}, [ARMS[0], {"name": "b", "adapters": {"variant": 3}}], "unknown variant 3"),
