@@ -34,7 +34,7 @@ from bem.config.adapters import StaticConfig
 from bem.errors import AttachError, CheckpointError
 from bem.variants.low_rank import LowRank
 
-__all__ = ["NAME", "Attached", "attach", "attach_parts", "from_peft", "load"]
+__all__ = ["NAME", "Attached", "attach", "attach_parts", "attach_plan", "from_peft", "load"]
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,15 @@ def attach_parts(model: Any, parts: Mapping[str, Parts], router_layer: int) -> P
     """
     plan = Plan(find_sites(model), router_layer, parts)
     return _inject(model, ReadyConfig(plan, task_type="CAUSAL_LM"))
+
+
+def attach_plan(model: Any, plan: Plan, config: AdapterConfig, name: str = NAME) -> Attached:
+    """Attach modules that were made already, as `config` would have made them."""
+    model = _bare(model)
+    trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+    method = BemConfig(**config.model_dump(), task_type="CAUSAL_LM")
+    method.made = plan
+    return Attached(_inject(model, method, name), config, trainable, name)
 
 
 def load(model: Any, folder: str | Path, trainable: bool = False) -> Attached:
@@ -155,10 +164,10 @@ def _bare(model: Any) -> Any:
     return model
 
 
-def _inject(model: Any, method: Any) -> PeftModel:
+def _inject(model: Any, method: Any, name: str = NAME) -> PeftModel:
     model = _bare(model)
     with rolled_back(model):
-        return get_peft_model(model, method, adapter_name=NAME)
+        return get_peft_model(model, method, adapter_name=name)
 
 
 def _load_ours(model: Any, folder: Path) -> Attached:

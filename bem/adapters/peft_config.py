@@ -79,6 +79,8 @@ class BemConfig(PeftConfig):
         )
         self.site_sizes = {s: _size(z) for s, z in site_sizes.items()} if site_sizes else None
         self._base_name: str | None = None
+        self.made: Plan | None = None
+        """Modules that were made already, for the next model."""
         for knob, value in self._parsed(values).model_dump().items():
             setattr(self, knob, value)
         self._knobs = tuple(VARIANTS[variant].config.model_fields)
@@ -89,7 +91,8 @@ class BemConfig(PeftConfig):
 
     def plan(self, model: nn.Module) -> Plan:
         """What goes where on a model."""
-        return plan_of(model, self.adapter_config(), self.selection, self.site_sizes)
+        made, self.made = self.made, None
+        return made or plan_of(model, self.adapter_config(), self.selection, self.site_sizes)
 
     def about_to_be_saved(self) -> None:
         """Hide the base's name until the config is written: PEFT would ask the hub for its vocabulary,

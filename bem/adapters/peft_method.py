@@ -85,7 +85,9 @@ class BemSite(nn.Module, BaseTunerLayer):
         update, index = live
         if index is None:
             return update.update(y, x, None, None)
-        return update.update(y, x, *self.runtime.ambient.current().control(index))
+        context = self.runtime.ambient.current()
+        control, slot = context.control(index)
+        return context.acting.members[index].update(y, x, control, slot)
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""
@@ -176,6 +178,7 @@ class BemModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here before a call, and takes `adapter_names` out of it."""
         names = kwargs.get("adapter_names")
         if names is not None and set(names) != set(self.active_adapters):
             raise AttachError(ADAPTER_NAMES)

@@ -33,7 +33,8 @@ class AdapterConfig(Section):
     """
 
     def __new__(cls, *args: Any, **knobs: Any) -> AdapterConfig:
-        return super().__new__(KINDS.get(knobs.get("variant", ""), cls))
+        kind = KINDS.get(knobs.get("variant", "s0"), cls) if cls is AdapterConfig else cls
+        return super().__new__(kind)
 
     acting: ClassVar[tuple[str, ...]] = ()
     """Knobs on which outputs depend once weights, ranks and scales are given: part of a `Version`."""

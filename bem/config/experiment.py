@@ -102,7 +102,11 @@ class ExperimentConfig(Section):
     routing: RoutingConfig | None = None
     """Experts and their routers, for arms with a `route`."""
     latency_rounds: int = Field(default=15, ge=1)
-    """Interleaved timing rounds per arm."""
+    """Interleaved timing rounds per arm, before any answer is looked at."""
+    latency_rounds_max: int | None = Field(default=None, ge=1)
+    """Most rounds, while a candidate's latency gate is open. None: six times `latency_rounds`."""
+    latency_seconds_max: float = Field(default=600.0, gt=0)
+    """Further rounds begin only within this time, in seconds, of all timing."""
     eval_batch_size: int = Field(default=16, ge=1)
     """Examples per batch while measuring."""
     threads: int | None = Field(default=None, ge=1)
@@ -129,23 +133,32 @@ class ExperimentConfig(Section):
         routed = [arm.name for arm in self.arms if arm.route]
         if routed and self.routing is None:
             raise ValueError(f"arms with a route need a `routing` section: {', '.join(routed)}")
+        for arm in self.arms:
+            _refuse_without_effect(arm)
         self._adapters_make_sense()
         return self
 
     def _adapters_make_sense(self) -> None:
         parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")
-        own = [arm for arm in self.arms if not arm.route]
-        used = {knob for arm in own for knob in KINDS[self.adapter_of(arm).variant].model_fields}
-        for arm in self.arms:
-            if arm.route and arm.adapters:
-                raise ConfigError(
-                    f"arms.{arm.name}: it has a route, so that experts act and `adapters` is not used. Leave "
-                    "it out; the experts' rank is routing.expert_rank."
-                )
+        own = [self.adapter_of(arm) for arm in self.arms if not arm.route]
+        used = {knob for adapter in own for knob in type(adapter).model_fields}
         if own and (unused := sorted(self.adapters.keys() - used)):
             raise ConfigError(
                 f"adapters: {unused[0]!r} is a knob of no arm's variant. Leave it out."
             )
+
+    @model_validator(mode="after")
+    def _rounds_make_sense(self) -> ExperimentConfig:
+        if self.latency_rounds_max is not None and self.latency_rounds_max < self.latency_rounds:
+            raise ValueError(
+                f"latency_rounds_max {self.latency_rounds_max} is below latency_rounds {self.latency_rounds}"
+            )
+        return self
+
+    @property
+    def most_latency_rounds(self) -> int:
+        """Rounds after which timing ends, whatever is open."""
+        return self.latency_rounds_max or 6 * self.latency_rounds
 
     @property
     def baseline(self) -> ArmConfig:
@@ -168,6 +181,20 @@ class ExperimentConfig(Section):
     def variant_of(self, arm: ArmConfig) -> str:
         """Kind of the arm's adapter, or `routed`."""
         return "routed" if arm.route else self.adapter_of(arm).variant
+
+
+def _refuse_without_effect(arm: ArmConfig) -> None:
+    """An arm's setting that something else decides would be dropped without a word."""
+    if arm.route and arm.adapters:
+        raise ValueError(
+            f"arms.{arm.name}: {', '.join(arm.adapters)} has no effect with a route: its experts are those of "
+            "`routing`. Remove it"
+        )
+    if arm.role != "baseline" and arm.match != "none" and "rank" in arm.adapters:
+        raise ValueError(
+            f"arms.{arm.name}: rank {arm.adapters['rank']} has no effect under `match: {arm.match}`, which chooses "
+            "the rank. Remove it, or set `match: none`"
+        )
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:

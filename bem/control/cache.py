@@ -14,21 +14,25 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bem.control.controller import Pooled, Running
 from bem.control.state import ControlState
-from bem.control.wiring import Wiring
+from bem.control.wiring import Acting, Wiring
 from bem.errors import CacheError
 
 
 class ControlLayer(CacheLayerMixin):
     """The state of one batch of sequences under one adapter."""
 
-    is_compileable = False
     is_croppable = True
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, wiring: Wiring, owner: str):
-        """owner: digest of the weights under which the cache is filled."""
+    def __init__(self, wiring: Wiring, owner: str, is_compileable: bool = False):
+        """owner: digest of the weights under which the cache is filled.
+
+        is_compileable: as the cache's other layers; a model masks the empty end of a static cache only
+            while every layer is.
+        """
         super().__init__()
+        self.is_compileable = is_compileable
         self.name, self.layout, self.widths = wiring.name, wiring.layout, wiring.widths
         self.owner = owner
         self.is_initialized = True  # nothing is allocated up front
@@ -36,6 +40,7 @@ class ControlLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.refusal = ""  # why this cache cannot be continued
+        self.acting: Acting | None = None  # under what it goes on
         self.state: ControlState | None = None
         self.tables: tuple[Tensor, ...] | None = None  # the running chunk's control, per member
         self.counts: list[int] | None = (
@@ -99,6 +104,12 @@ class ControlLayer(CacheLayerMixin):
         assert self.state is not None and self.counts is not None
         self.state.append_token(self.slots, features)
         self.counts = [c + 1 for c in self.counts]
+
+    def goes_on(self, wiring: Wiring) -> bool:
+        """Is it bound to what acted when it began, on this very adapter?"""
+        if self.state is None or self.acting is None or self.acting.origin is None:
+            return False
+        return self.acting.origin is wiring.controller.origin
 
     # --- looking ----------------------------------------------------------------------------------
 
@@ -198,8 +209,10 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
     Raises:
         CacheError: the cache was filled under another adapter, or under other weights of this one.
     """
-    owner = wiring.owner()
     if cache.layers and isinstance(layer := cache.layers[-1], ControlLayer):
+        if layer.goes_on(wiring):
+            return layer
+        owner = wiring.owner()
         if layer.name != wiring.name:
             raise CacheError(
                 f"this cache was filled under adapter {layer.name!r}, now {wiring.name!r} is active: its keys "
@@ -212,10 +225,12 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
                     "values belong to the former. Start with a new cache."
                 )
             layer.owner = owner
+        layer.acting = wiring.acting()
         return layer
     grow = getattr(cache, "layer_class_to_replicate", None)
     while grow is not None and len(cache.layers) < wiring.depth:
         cache.layers.append(grow())
-    layer = ControlLayer(wiring, owner)
+    layer = ControlLayer(wiring, wiring.owner(), cache.is_compileable)
+    layer.acting = wiring.acting()
     cache.layers.append(layer)
     return layer

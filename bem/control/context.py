@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Bool, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from bem.control.chunks import Documents
@@ -49,13 +49,15 @@ class GenerateCall:
 class StepContext:
     """One forward pass."""
 
-    mask: Bool[Tensor, "batch columns"] | None
+    mask: Shaped[Tensor, "batch columns"] | None
     """False at padding, for these tokens or for all of the cache; None: no padding."""
     given: Given
     generating: GenerateCall | None = None
     documents: Int[Tensor, "batch tokens"] | None = None
     """Positions, where they may tell packed documents apart."""
     packed: Documents | None = None
+    acting: Any = None
+    """The `Acting` of this pass; None until the router layer is entered."""
     head_input: Tensor | None = None
     """Input of the attention output projection below the router layer."""
     tables: tuple[Tensor, ...] | None = None

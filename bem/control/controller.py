@@ -23,12 +23,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bem.control.chunks import places, sums_by_chunk
-from bem.variants.base import Code
+from bem.variants.base import Code, linear64
 
-CODE_GRID, HEAD_GRID = 64, 128
-"""Steps per unit of z and of the head statistics. What differs between two ways of computing the same
-float32 hidden states reaches them at about 1e-7, so that one code in a thousand crosses a step; finer
-grids name more chunks twice."""
+CODE_GRID, HEAD_GRID = 8, 32
+"""Steps per unit of z and of the head statistics. Two ways of computing the same float32 hidden states
+move z by some 1e-8 to 1e-7 on average; the probability that one of its numbers crosses a step, so that a
+chunk gets two names, is that times the steps, summed over the numbers: 1e-5 to 1e-4 a chunk."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Pooled:
     count: Int[Tensor, "batch slots"]
     before: Running
     """The state that the piece was read from."""
-    control: Float[Tensor, "batch slots width"]
+    control: Float[Tensor, "batch decided width"]
     """Control of each slot; before `with_control` of slot 0 alone."""
 
     @property
@@ -122,6 +122,12 @@ class ChunkReader(nn.Module, ABC):
     conditioning: dict[str, int]
     """Name -> width of what may be known of a sequence beside its tokens."""
     blind: bool = False  # all conditioning reads as zero
+    origin: object = None
+    """Of all that `acting` returns."""
+
+    def acting(self) -> Any:
+        """An `Acting` that will not change any more; None: this controller and its modules, as they are."""
+        return None
 
     def start(self, batch: int, control_width: int, device: torch.device) -> Running:
         """The state of a sequence of which nothing has been read."""
@@ -239,8 +245,8 @@ class Controller(ChunkReader):
         sums, count = pooled.sums[:, :-1], pooled.count[:, :-1]
         all_sums = pooled.before.done_sums[:, None] + sums.cumsum(1)
         all_count = pooled.before.done_count[:, None] + count.cumsum(1)
-        last = (sums / count.clamp(min=1)[..., None]).float()
-        past = (all_sums / all_count.clamp(min=1)[..., None]).float()
+        last = sums / count.clamp(min=1)[..., None]
+        past = all_sums / all_count.clamp(min=1)[..., None]
         seen = (all_count > 0)[..., None]
         d = self.d_model
         read = torch.cat([_scale(last[..., :d]), _scale(past[..., :d])], -1)
@@ -256,15 +262,15 @@ class Controller(ChunkReader):
         )
 
     def _mlp(self, x: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        hidden = F.linear(x, self.read.weight.float(), self.read.bias.float())
+        hidden = linear64(self.read, x)
         for name, value in conditioning.items():
-            hidden = hidden + F.linear(value, self.informs[name].weight.float())
-        return F.linear(F.gelu(hidden), self.write.weight.float(), self.write.bias.float())
+            hidden = hidden + linear64(self.informs[name], value)  # type: ignore[arg-type]
+        return linear64(self.write, F.gelu(hidden))
 
     def _first(self, conditioning: dict[str, Tensor]) -> Tensor:
-        prior = self.prior.float()
+        prior = self.prior.double()
         for name, value in conditioning.items():
-            prior = prior + F.linear(value, self.hints[name].weight.float())
+            prior = prior + linear64(self.hints[name], value)  # type: ignore[arg-type]
         return prior
 
     def _head_statistics(self, mean: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class MarkedGenerate:
         if kwargs.pop("adapter_names", None) is not None:
             raise AttachError(ADAPTER_NAMES)
         given = Given(turn_starts, conditioning_of(conditioning, evidence), route)
+        kwargs.setdefault("disable_compile", True)  # chunk boundaries are decided between two steps
         before, self.ambient.generating = self.ambient.generating, _call(args, kwargs, given)
         try:
             return type(self.model).generate(self.model, *args, **kwargs)

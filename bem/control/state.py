@@ -236,27 +236,37 @@ class ControlState:
         rows, columns = self._index(slots), self.columns[slots[0]]
         chunk = self._chunk_of(rows, keep - 1)
         ends = self._ends(rows, chunk)
-        lost = (ends - max(keep, columns - KEPT_FEATURES)) < (ends - keep)
-        if bool((lost & (ends > keep)).any()):
+        lost = (ends > keep) & (max(keep, columns - KEPT_FEATURES) > keep)
+        if bool(lost.any()):
             raise CacheError(
                 f"cannot crop to {keep} tokens: that lies inside a chunk and more than {KEPT_FEATURES} tokens "
                 f"back. Crop to a chunk boundary (row 0: {self.boundaries(slots[0])}) or less far."
             )
-        begins = self.starts[rows, chunk]
+        state = self._at(rows, keep, chunk, self._features_between(rows, keep, ends))
+        for name, array in vars(self.running).items():
+            array[rows] = getattr(state, name)
+        self.valid[rows, keep:] = True
+        for slot in slots:
+            self.columns[slot] = keep
+
+    def _features_between(self, rows: Tensor, keep: int, ends: Tensor) -> Tensor:
+        """Sum of the newest features from column `keep` to the end of a chunk (rows, features)."""
+        columns = self.columns[int(rows[0])]
         at = torch.arange(max(0, columns - KEPT_FEATURES), columns, device=self.device)
         cut = (at >= keep) & (at[None] < ends[:, None])
         cut = (cut & self.valid[rows][:, at])[..., None]
-        gone = (self.recent[rows][:, at % KEPT_FEATURES] * cut).sum(1, dtype=torch.float64)
+        return (self.recent[rows][:, at % KEPT_FEATURES] * cut).sum(1, dtype=torch.float64)
+
+    def _at(self, rows: Tensor, keep: int, chunk: Tensor, gone: Tensor) -> Running:
+        """What was running when column `keep` was the next one."""
         done = self.chunk_sums[rows, chunk]
-        total = torch.where(
-            (chunk == self.running.number[rows])[:, None],
-            self.running.sums[rows],
-            self._sums_before_next(rows, chunk) - done,
-        )
-        columns_now = torch.arange(keep, device=self.device)
+        is_last = (chunk == self.running.number[rows])[:, None]
+        following = self.chunk_sums[rows, chunk + 1]
+        total = torch.where(is_last, self.running.sums[rows], following - done)
         held = self.valid[rows][:, :keep]
-        inside = columns_now[None] >= begins[:, None]
-        state = Running(
+        at = torch.arange(keep, device=self.device)
+        inside = at[None] >= self.starts[rows, chunk][:, None]
+        return Running(
             sums=total - gone,
             count=(held & inside).sum(1),
             done_sums=done,
@@ -264,11 +274,6 @@ class ControlState:
             number=chunk,
             control=self.controls[rows, chunk],
         )
-        for name, array in vars(self.running).items():
-            array[rows] = getattr(state, name)
-        self.valid[rows, keep:] = True
-        for slot in slots:
-            self.columns[slot] = keep
 
     def _chunk_of(self, rows: Tensor, column: int) -> Tensor:
         """Chunk number of a column of each sequence."""
@@ -281,9 +286,6 @@ class ControlState:
         columns = torch.tensor([self.columns[r] for r in rows.tolist()], device=self.device)
         following = self.starts[rows, chunk + 1]
         return torch.where(chunk < self.running.number[rows], following, columns)
-
-    def _sums_before_next(self, rows: Tensor, chunk: Tensor) -> Tensor:
-        return self.chunk_sums[rows, chunk + 1]
 
     # --- looking ----------------------------------------------------------------------------------
 

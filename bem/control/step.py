@@ -25,6 +25,7 @@ def enter(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache | N
     """
     context.shape = (hidden.shape[0], hidden.shape[1])
     if cache is None:
+        context.acting = wiring.acting()
         _route_piece(context, wiring, hidden, None)
     else:
         _route_cached(context, wiring, hidden, cache)
@@ -33,6 +34,7 @@ def enter(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache | N
 @torch.compiler.disable
 def _route_cached(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache) -> None:
     layer = control_layer(cache, wiring)
+    context.acting = layer.acting
     if layer.refusal:
         raise CacheError(layer.refusal)
     held = cached_length(cache, wiring.layer)
@@ -44,7 +46,7 @@ def _route_cached(context: StepContext, wiring: Wiring, hidden: Tensor, cache: C
     if _stays_in_chunk(context, hidden, layer):
         context.tables, context.slot = layer.running_tables(hidden.dtype), None
         with torch.autocast(hidden.device.type, enabled=False):
-            layer.append_token(wiring.controller.features(hidden, context.head_input))
+            layer.append_token(context.acting.controller.features(hidden, context.head_input))
     else:
         _route_piece(context, wiring, hidden, layer)
 
@@ -81,7 +83,7 @@ def _stays_in_chunk(context: StepContext, hidden: Tensor, layer: ControlLayer) -
 def _route_piece(
     context: StepContext, wiring: Wiring, hidden: Tensor, layer: ControlLayer | None
 ) -> None:
-    controller, (batch, tokens) = wiring.controller, hidden.shape[:2]
+    controller, (batch, tokens) = context.acting.controller, hidden.shape[:2]
     offset = 0 if layer is None else layer.columns
     valid = _valid(context, batch, tokens, offset, hidden.device)
     turns = _turn_starts(context, batch, tokens, offset, valid)
@@ -128,7 +130,8 @@ def _decide(
     hidden: Tensor,
 ) -> Pooled:
     """Pool the piece and decide its chunks; the cache's layer, if there is one, takes both over."""
-    controller, (rows, tokens) = wiring.controller, features.shape[:2]
+    acting, (rows, tokens) = context.acting, features.shape[:2]
+    controller = acting.controller
     if layer is None:
         before = controller.start(rows, sum(wiring.widths), hidden.device)
     else:
@@ -136,7 +139,7 @@ def _decide(
     begun = slots_needed(tokens, turns, controller.chunk_size)
     pooled = controller.pool(features, valid, turns, before, begun)
     known = _conditioning(context, wiring, pooled, layer, hidden.shape[1])
-    control = controller.decide(wiring.members, pooled, turns, known, route, _compute_dtype(hidden))
+    control = controller.decide(acting.members, pooled, turns, known, route, _compute_dtype(hidden))
     # rounded once, to what is applied; the tail is the controller's own and stays float32
     applied, tail = control.split(
         [wiring.layout.applied, control.shape[-1] - wiring.layout.applied], -1
@@ -230,7 +233,7 @@ def _conditioning(
 
     What is given holds from now on; it is kept once per sequence.
     """
-    controller, call = wiring.controller, context.generating
+    controller, call = context.acting.controller, context.generating
     rows, new = len(pooled.slot), pooled.sums.shape[1] - 1
     known: dict[str, Tensor] = {}
     for name, width in controller.conditioning.items():

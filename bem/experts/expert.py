@@ -6,7 +6,6 @@ from matters no more after reading: an `ExpertStack` takes them side by side.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from bem.adapters.lora import (
     write_lora,
 )
 from bem.errors import AttachError, CheckpointError
+from bem.variants.digest import weights_digest
 from bem.variants.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Expert", "Update", "expert_of", "from_updates", "read_expert", "write_lora"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LONGEST_NAME = 100  # bytes; file systems take 255
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Expert:
 
     name: str
     updates: dict[str, Update]  # site name, as in `find_sites` -> update
-    digest: str  # sha256 over site names, shapes and float32 bytes
+    digest: str  # see `weights_digest`
     source: str  # where it was read from
     about: str = ""
 
@@ -121,12 +122,12 @@ def _not_static(variant: str, what: str) -> str:
 
 
 def _folder(source: str | Path) -> Path:
-    """The local folder of a source; hub ids are downloaded, safetensors and config alone."""
+    """The local folder of a source; of a hub id safetensors and config alone are downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source} is no folder, and no hub id (owner/name) either.")
+        raise CheckpointError(f"{source} is neither a folder nor a hub id (owner/name).")
     from huggingface_hub import snapshot_download
 
     try:
@@ -139,10 +140,23 @@ def _folder(source: str | Path) -> Path:
 
 
 def _digest(updates: dict[str, Update]) -> str:
-    digest = hashlib.sha256()
-    for site in sorted(updates):
-        for factor in (updates[site].u, updates[site].v):
-            data = factor.detach().float().cpu().contiguous()
-            digest.update(f"{site} {tuple(data.shape)}".encode())
-            digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
+    tensors = {f"{s}.{name}": getattr(u, name) for s, u in updates.items() for name in "uv"}
+    return weights_digest(tensors)
+
+
+def check_name(name: str) -> None:
+    """Is this a name for an expert? Names become folders.
+
+    Raises:
+        AttachError: it would leave its folder, hide it, or cannot be one.
+    """
+    odd = not name.isprintable() or any(c in name for c in '/\\:*?"<>|')
+    if odd or name != name.strip() or name[:1] in ("", ".") or len(name.encode()) > LONGEST_NAME:
+        raise AttachError(
+            f"{name!r} cannot name an expert, whose name becomes a folder: 1 to {LONGEST_NAME} bytes of letters, "
+            "digits and signs are needed, no slash, colon or wildcard, no dot in front, no space around."
+        )
+    if name == "base":
+        raise AttachError(
+            "'base' names the bare base among a router's options: call the expert otherwise."
+        )

@@ -67,7 +67,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class PolicyStep:
     """What one step did. Means are over rows in which there was something to choose."""
 
     accepted: bool
@@ -117,7 +117,7 @@ class TRPOOptimizer:
         self.policy, self.delta, self.damping = policy, delta, damping
         self.cg_iterations, self.backtracks, self.shrink = cg_iterations, backtracks, shrink
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: Batch) -> PolicyStep:
         """Improve the policy on one batch, or leave it as it is and say why.
 
         Raises:
@@ -154,11 +154,11 @@ class TRPOOptimizer:
         old: HeadsDistribution,
         before: float,
         full: Tensor,
-        unchanged: StepResult,
-    ) -> StepResult:
+        unchanged: PolicyStep,
+    ) -> PolicyStep:
         """Leave the policy at the longest acceptable step, or exactly where it was."""
         saved = [p.detach().clone() for p in parameters]
-        found, kl, gain = None, math.nan, math.nan
+        accepted, kl, gain = None, math.nan, math.nan
         try:
             for k in range(self.backtracks + 1):
                 step = full * self.shrink**k
@@ -168,10 +168,10 @@ class TRPOOptimizer:
                 if kl <= self.delta and 0 < gain < math.inf and _all_finite(parameters):
                     length = torch.linalg.norm(step).item()
                     residual = unchanged.cg_residual
-                    found = StepResult(True, kl, gain, entropy, k, length, residual, "")
-                    return found
+                    accepted = PolicyStep(True, kl, gain, entropy, k, length, residual, "")
+                    return accepted
         finally:  # also if the policy raised at a candidate
-            if found is None:
+            if accepted is None:
                 _set(parameters, saved)
         reason = (
             f"no candidate kept KL <= {self.delta:g} and improved the surrogate; the last of "
@@ -335,11 +335,11 @@ def _all_finite(parameters: Sequence[nn.Parameter]) -> bool:
 
 def _check(batch: Batch) -> None:
     n, heads = len(batch.obs), len(batch.masks)
-    found = {name: tuple(getattr(batch, name).shape) for name in ("actions", *_PER_ROW)}
-    if found != {"actions": (n, heads), **dict.fromkeys(_PER_ROW, (n,))}:
+    shapes = {name: tuple(getattr(batch, name).shape) for name in ("actions", *_PER_ROW)}
+    if shapes != {"actions": (n, heads), **dict.fromkeys(_PER_ROW, (n,))}:
         raise ValueError(
             f"{n} rows of obs and {heads} masks need actions ({n}, {heads}), log_probs ({n},) and "
-            f"advantages ({n},); got {found}."
+            f"advantages ({n},); got {shapes}."
         )
     for name in ("obs", *_PER_ROW):
         count = int((~torch.isfinite(getattr(batch, name))).sum())
@@ -360,5 +360,5 @@ def _normalised(batch: Batch) -> Batch:
     return replace(batch, advantages=torch.where(differ, centred / spread, 0.0))
 
 
-def _refused(reason: str, entropy: float, residual: float = 1.0) -> StepResult:
-    return StepResult(False, 0.0, 0.0, entropy, 0, 0.0, residual, reason)
+def _refused(reason: str, entropy: float, residual: float = 1.0) -> PolicyStep:
+    return PolicyStep(False, 0.0, 0.0, entropy, 0, 0.0, residual, reason)

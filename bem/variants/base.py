@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -90,10 +89,3 @@ def linear64(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer in float64, whatever dtype its weights have."""
     bias = None if layer.bias is None else layer.bias.double()
     return F.linear(x.double(), layer.weight.double(), bias)
-
-
-@lru_cache(maxsize=256)
-def constant_row(value: float, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, n) of one number, made once."""
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with
-        return torch.full((1, n), value, dtype=dtype, device=device)

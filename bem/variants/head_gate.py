@@ -99,7 +99,7 @@ class HeadGate(Adapter):
 
     def flops(self) -> Flops:
         head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)
-        trust = 2 * self.rank**2 if self.ball is not None else 0
+        trust = 2 * self.rank * (self.rank + 1) if self.ball is not None else 0
         return Flops(2 * (self.v.numel() + self.u.numel()), per_chunk=head + trust)
 
     def magnitude(self, control: Tensor) -> Tensor:

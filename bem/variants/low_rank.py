@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.kernels.reference import masked_low_rank
-from bem.variants.base import Adapter, Flops, constant_row
+from bem.variants.base import Adapter, Flops
 from bem.variants.projection import low_rank_norm
 from bem.variants.watch import ComputeCopies
 
@@ -29,9 +29,7 @@ class LowRank(Adapter):
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         v, u = self._cast(x.dtype, self.v, self.u)
-        return masked_low_rank(
-            y, x, v, constant_row(self.scale, len(v), x.dtype, x.device), None, u
-        )
+        return masked_low_rank(y, x, v, x.new_full((1, len(v)), self.scale), None, u)
 
     def flops(self) -> Flops:
         return Flops(per_token=2 * (self.v.numel() + self.u.numel()))

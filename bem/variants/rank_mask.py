@@ -94,7 +94,7 @@ class MaskedLowRank(Adapter):
         return masked_low_rank(y, x, v, control, slot, u)
 
     def flops(self) -> Flops:
-        trust = 2 * self.control_width**2 if self.ball is not None else 0
+        trust = 2 * self.control_width * (self.control_width + 1) if self.ball is not None else 0
         return Flops(2 * (self.v.numel() + self.u.numel()), self.mask.flops() + trust)
 
 

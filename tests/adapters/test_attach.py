@@ -83,7 +83,6 @@ def test_attaching_to_a_compiled_model_adapts_the_model_inside():
     attached = _perturbed(bem.attach(compiled, "v1", rank=4, chunk_size=8))
     plain = _perturbed(bem.attach(tiny_model("llama"), "v1", rank=4, chunk_size=8))
     assert torch.equal(_logits(attached.model, _ids()), _logits(plain.model, _ids()))
-    assert torch.allclose(_logits(compiled, _ids()), _logits(plain.model, _ids()), atol=1e-5)
     assert attached.detach() is model
 
 

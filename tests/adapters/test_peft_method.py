@@ -93,13 +93,26 @@ def test_loading_with_low_cpu_memory(tmp_path):
     assert torch.equal(_logits(loaded, _ids()), wanted)
 
 
+COMPILED = """
+import peft, torch, bem
+from bem.adapters.checks import _ids, _logits, _perturbed
+from bem.adapters.checks_models import tiny_model
+model = tiny_model("llama")
+before = torch.compile(model, fullgraph=True, backend="eager")
+config = bem.BemConfig("v1", rank=4, chunk_size=8, task_type="CAUSAL_LM")
+attached = _perturbed(bem.from_peft(peft.get_peft_model(model, config)))
+logits = _logits(attached.model, _ids())
+after = torch.compile(attached.model, fullgraph=True, backend="eager")
+for compiled in (before, after):
+    assert torch.allclose(_logits(compiled, _ids()), logits, atol=1e-5)
+"""
+
+
 def test_the_whole_model_compiles_without_a_graph_break():
-    model = peft.get_peft_model(tiny_model("llama"), config()).eval()
-    perturb(model, "default")
-    wanted = _logits(model, _ids())
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.allclose(_logits(compiled, _ids()), wanted, atol=1e-5)
+    """In a process of its own: checking the shapes of signatures breaks graphs."""
+    run = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_trainer_trains_it(tmp_path):

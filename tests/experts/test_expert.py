@@ -219,7 +219,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_what_is_nowhere_is_one_clear_line(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="is no folder, and no hub id"):
+    with pytest.raises(CheckpointError, match="is neither a folder nor a hub id"):
         read_expert(tmp_path / "gone", tiny_model("llama"))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="could not be read from the hub") as error:
