@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bem.adapters.attach import Attached, attach
 from bem.adapters.copies import without_adapter
-from bem.config import AdapterConfig
+from bem.config.adapters import StaticConfig
 from bem.errors import TrainingError
 from bem.routing.mounted import Mounted
 from bem.training.data import IGNORED, Encoded, Example, collate, encode
@@ -66,8 +66,7 @@ def distill(
     Raises:
         As `fit`.
     """
-    settings = AdapterConfig(
-        variant="s0",
+    settings = StaticConfig(
         rank=rank,
         router_layer=teacher.config.router_layer,
         sites=teacher.config.sites,
