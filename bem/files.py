@@ -139,7 +139,10 @@ def _put_in_place(work: Path, target: Path) -> None:
         for item in sorted(work.iterdir()):
             os.rename(item, target / item.name)
     else:
+        here = Path.cwd()
         _exchange(work, target)  # `work` then is the old one, which the caller deletes
+        if here == target:
+            os.chdir(target)  # out of the old one
     sync_folder(target.parent)
 
 

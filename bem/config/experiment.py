@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from bem.config.adapters import AdapterConfig, TrainingConfig
+from bem.config.adapters import KINDS, AdapterConfig, TrainingConfig, parse_adapter
 from bem.config.data import DataConfig
 from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
@@ -76,7 +76,7 @@ class ArmConfig(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name in the report and on disk."""
     adapters: dict[str, Any] = {}
-    """Changes to the experiment's `adapters` section."""
+    """Changes to the experiment's `adapters` section: the variant, and knobs of that variant."""
     route: (
         Literal[
             "ar0", "ar1", "oracle", "gold", "linear", "single", "random", "wrong", "xlora", "arrow"
@@ -105,8 +105,8 @@ class ExperimentConfig(Section):
     base: str = "bem-tiny"
     """`bem-tiny`, a Hugging Face id or a local folder."""
     data: DataConfig
-    adapters: AdapterConfig = AdapterConfig()
-    """Defaults of every arm."""
+    adapters: dict[str, Any] = {}
+    """Defaults of every arm: knobs of any variants, each used by the arms whose variant has it."""
     arms: list[ArmConfig] = Field(min_length=1)
     """The arms; exactly one has the role baseline."""
     seeds: list[int] = Field(default=[0, 1], min_length=1)
@@ -148,9 +148,18 @@ class ExperimentConfig(Section):
         if routed and self.routing is None:
             raise ValueError(f"arms with a route need a `routing` section: {', '.join(routed)}")
         for arm in self.arms:
-            parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, f"arms.{arm.name}")
             _refuse_without_effect(arm)
+        self._adapters_make_sense()
         return self
+
+    def _adapters_make_sense(self) -> None:
+        parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")
+        own = [self.adapter_of(arm) for arm in self.arms if not arm.route]
+        used = {knob for adapter in own for knob in type(adapter).model_fields}
+        if own and (unused := sorted(self.adapters.keys() - used)):
+            raise ConfigError(
+                f"adapters: {unused[0]!r} is a knob of no arm's variant. Leave it out."
+            )
 
     @model_validator(mode="after")
     def _rounds_make_sense(self) -> ExperimentConfig:
@@ -171,11 +180,21 @@ class ExperimentConfig(Section):
         return next(arm for arm in self.arms if arm.role == "baseline")
 
     def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
-        """The adapter section of one arm: the shared defaults with the arm's changes."""
-        values = {**self.adapters.model_dump(), **arm.adapters}
-        if arm.route:
-            values["variant"] = "routed"
-        return parse(AdapterConfig, values, arm.name)
+        """The adapter of one arm: the shared defaults that its variant has, with the arm's changes.
+
+        An arm with a route has experts instead; its adapter is not used. Raises ConfigError.
+        """
+        variant = arm.adapters.get("variant", self.adapters.get("variant", "s0"))
+        section = KINDS.get(variant) if isinstance(variant, str) else None
+        owned = section.model_fields if section else {}
+        foreign = {knob for kind in KINDS.values() for knob in kind.model_fields} - owned.keys()
+        shared = {knob: value for knob, value in self.adapters.items() if knob not in foreign}
+        where = f"arms.{arm.name}.adapters" if arm.adapters else "adapters"
+        return parse_adapter({**shared, **arm.adapters}, where)
+
+    def variant_of(self, arm: ArmConfig) -> str:
+        """Kind of the arm's adapter, or `routed`."""
+        return "routed" if arm.route else self.adapter_of(arm).variant
 
 
 def _refuse_without_effect(arm: ArmConfig) -> None:

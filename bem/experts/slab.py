@@ -152,18 +152,18 @@ class SitePack:
         keep: while a chunk is decoded the same control comes for every token.
         """
         version = -1 if control.is_inference() else control._version
-        known = self._in_use
-        if known is not None and known[0] is control and known[1] == version:
-            return known[2]
+        last = self._in_use
+        if last is not None and last[0] is control and last[1] == version:
+            return last[2]
         used = F.pad(control.detach().abs().amax(0), (0, 1))
         chosen = used[self.engine.columns].amax(1).topk(experts).indices.sort().values
         columns = self.engine.columns[chosen].flatten()
         real, columns = columns < self.control_width, columns.clamp(max=self.control_width - 1)
         c = control.index_select(1, columns) * real
-        found = self.v.index_select(0, columns), c, self.rows_of_u.index_select(0, columns).t()
+        blocks = self.v.index_select(0, columns), c, self.rows_of_u.index_select(0, columns).t()
         if keep and not torch.is_grad_enabled():
-            self._in_use = (control, version, found)
-        return found
+            self._in_use = (control, version, blocks)
+        return blocks
 
 
 def experts_multiplied(

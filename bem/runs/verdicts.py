@@ -122,13 +122,13 @@ def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfi
 
     Of routes only those that a router must beat: the oracle and other methods are shown, not passed.
     """
-    variant = config.adapter_of(candidate).variant
-    shared = config.adapter_of(config.baseline).variant
+    variant = config.variant_of(candidate)
+    shared = config.variant_of(config.baseline)
     return [
         arm
         for arm in config.arms
         if arm.role == "control"
-        and config.adapter_of(arm).variant in (variant, shared)
+        and config.variant_of(arm) in (variant, shared)
         and arm.route in (None, "linear", "single", "random", "wrong")
     ]
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bem.adapters.attach import Attached, attach
 from bem.adapters.copies import without_adapter
-from bem.config import AdapterConfig, TrainingConfig
+from bem.config import TrainingConfig
+from bem.config.adapters import StaticConfig
 from bem.errors import TrainingError
 from bem.files import sha256_json
 from bem.routing.modes import mode
@@ -67,7 +68,7 @@ def distill(
         As `fit`.
     """
     layer, sites = teacher.config.router_layer, teacher.config.sites
-    settings = AdapterConfig(variant="s0", rank=rank, router_layer=layer, sites=sites, seed=seed)
+    settings = StaticConfig(rank=rank, router_layer=layer, sites=sites, seed=seed)
     student = attach(without_adapter(teacher), settings)
     with mode(teacher.model, training=False):
         result = fit(
