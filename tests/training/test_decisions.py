@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from bem.config import CloningConfig
-from bem.routing.action import EXPERT
 from bem.training.data import Example, encode
 from bem.training.decisions import DecisionReader, Decisions
 from bem.training.traces import target_actions, trace
@@ -71,4 +70,3 @@ def test_decisions_are_joined_and_selected_row_by_row(reader):
     half = both.select(torch.arange(len(decisions)))
     assert torch.equal(half.observations, decisions.observations)
     assert set(both.of(torch.tensor([True, False, True])).conversation.tolist()) == {0, 2}
-    assert EXPERT == 0  # targets stand in the order of the heads
