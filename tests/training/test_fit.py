@@ -16,9 +16,6 @@ from bem.errors import DataError, Diverged, TrainingError
 from bem.training.data import Example, collate, encode
 from bem.training.fit import example_order, fit
 from bem.training.losses import answer_nll, labelled_tokens
-from bem.training.metrics import MetricsLog
-from bem.training.optimizer import learning_rate
-from bem.training.trainer import StepResult, Trainer
 
 WORDS = ["name", "the", "function", "that", "this", "docstring", "describes", "return", "value"]
 
@@ -117,23 +114,6 @@ def test_row_losses_agree_with_the_models_own_mean(micro_llama, tokenizer, examp
     torch.testing.assert_close(tail, sums)
 
 
-def test_vectors_do_not_decay(attach_lora, tokenizer):
-    attached = attach_lora()
-    bias = torch.nn.Parameter(torch.ones(3))
-    attached.named_parameters_before = attached.named_parameters
-    attached.named_parameters = lambda: [*attached.named_parameters_before(), ("bias", bias)]
-    bias.grad = torch.zeros(3)
-    before = weights(attached)
-    trainer = Trainer(attached, tokenizer, config(weight_decay=0.5), seed=0)
-    for parameter in attached.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
-    after = weights(attached)
-    assert torch.equal(bias, torch.ones(3))
-    for key in before:
-        torch.testing.assert_close(after[key], before[key] * (1 - 0.01 * 0.5))
-
-
 # ------------------------------------------------------------------------------- order and schedule
 
 
@@ -161,15 +141,6 @@ def test_all_arms_see_the_same_tokens_in_the_same_order(
         fit(attached, tokenizer, examples, config(), tmp_path / name, seed=5)
     assert shown["a"] == shown["b"]
     assert len(shown["a"]) == 6
-
-
-def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth():
-    settings = config(steps=20, warmup=0.2, learning_rate=1.0)
-    rates = [learning_rate(i, settings) for i in range(20)]
-    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rates[4] == pytest.approx(1.0) and rates[19] == pytest.approx(0.1)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert learning_rate(0, config(steps=1, warmup=0.0, learning_rate=1.0)) == 1.0
 
 
 # -------------------------------------------------------------------------------------- resumption
@@ -313,24 +284,12 @@ def test_a_state_of_another_base_adapter_or_start_is_refused(
         fit(warm, tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_half_a_state_is_recognised(attach_lora, tokenizer, examples, tmp_path, share):
-    fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path, seed=0)
-    path = tmp_path / "state.pt"
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(TrainingError, match=r"state\.pt is half written.*Delete it"):
-        fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path, seed=0)
-
-
-def test_a_state_whose_middle_was_lost_is_recognised(attach_lora, tokenizer, examples, tmp_path):
-    """As after a power cut: the length is right, the content is zeros."""
-    fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path, seed=0)
-    path = tmp_path / "state.pt"
-    content = bytearray(path.read_bytes())
-    content[1024 : len(content) // 2] = bytes(len(content) // 2 - 1024)
-    path.write_bytes(bytes(content))
-    with pytest.raises(TrainingError, match=r"state\.pt is half written or was changed"):
-        fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path, seed=0)
+def test_half_a_state_is_refused_with_what_to_do(attach_lora, tokenizer, examples, tmp_path):
+    fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
+    path = tmp_path / "arm" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TrainingError, match=r"arm: .*state\.pt is half written.*Delete it"):
+        fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
 
 
 # ------------------------------------------------------------ when it fails
@@ -383,29 +342,6 @@ def test_a_full_disk_is_a_training_error_and_leaves_the_last_state_whole(
     fit(resumed, tokenizer, examples, config(), tmp_path / "arm", seed=0)
     fit(whole, tokenizer, examples, config(), tmp_path / "whole", seed=0)
     assert same(weights(resumed), weights(whole))
-
-
-def test_a_metrics_line_is_written_whole_or_not_at_all(tmp_path):
-    log = MetricsLog(tmp_path, 0)
-    row = StepResult(1, 1.0, 0.0, 1.0, 0.1, 10, 0.1)
-    log.add(row)
-
-    class Full:
-        def __init__(self, file):
-            self.file, self.tell, self.truncate = file, file.tell, file.truncate
-
-        def write(self, content):
-            self.file.write(content[:10])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def close(self):
-            self.file.close()
-
-    log._file = Full(log._file)
-    with pytest.raises(OSError, match="No space left"):
-        log.add(row)
-    log.close()
-    assert [json.loads(r) for r in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_bad_input_stops_before_the_first_step(attach_lora, tokenizer, examples, tmp_path):
