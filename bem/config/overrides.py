@@ -29,22 +29,24 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"Override {override!r}: the value is not valid YAML: {error}") from None
     here: Any = values
     at = 0  # parts that were followed
-    while True:
+    while at < len(parts):
         try:
             name, used = _step(here, parts, at)
         except LookupError as error:
             raise ConfigError(f"Override {override!r}: {error.args[0]}") from None
-        at += used
-        if at == len(parts):
+        if at + used == len(parts):
             here[name] = value
-            return
-        inner = here[name] if isinstance(here, list) else here.get(name)
-        if inner is None:
-            inner = {}
-        elif isinstance(inner, str) and parts[: at - used] == ["data", "tasks"]:
-            inner = {"name": inner}
-        here[name] = inner
-        here = inner
+        else:
+            here[name] = _opened(here, name, is_task=parts[:at] == ["data", "tasks"])
+        here, at = here[name], at + used
+
+
+def _opened(here: Any, name: Any, is_task: bool) -> Any:
+    """What lies there, as something that can be changed."""
+    inner = here.get(name) if isinstance(here, dict) else here[name]
+    if inner is None:
+        return {}
+    return {"name": inner} if is_task and isinstance(inner, str) else inner
 
 
 def _step(here: Any, parts: list[str], at: int) -> tuple[str | int, int]:
