@@ -37,20 +37,21 @@ def problem(capsys, *arguments) -> str:
 @pytest.fixture
 def config(tmp_path, micro_base):
     """A config that runs: two arms, own rows, three steps."""
-    rows = [
-        {"input": f"say {word} {i}", "references": [word], "group": f"doc{i // 2}"}
-        for i in range(12)
-        for word in ("yes", "no")
-    ]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file, first in ((data, 0), (held_out, 12)):
+        rows = [
+            {"input": f"say {word} {i}", "references": [word], "group": f"doc{i // 2}"}
+            for i in range(first, first + 12)
+            for word in ("yes", "no")
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "config.yaml"
     path.write_text(f"""
 name: small
 output: {tmp_path}/runs
 base: {micro_base}
 seeds: [0]
-data: {{tasks: [{{name: mine, train: {data}, dev: {data}, max_new_tokens: 3}}]}}
+data: {{tasks: [{{name: mine, train: {data}, dev: {held_out}, max_new_tokens: 3}}]}}
 adapters: {{rank: 2}}
 arms:
   - {{name: s0, role: baseline}}
@@ -246,6 +247,13 @@ def test_train_and_evaluate_one_arm(capsys, config, tmp_path):
     assert out_file.is_file()
     code, _, _ = bem_command(capsys, "validate", out_file, out_file)
     assert code == 2
+    table = tmp_path / "scores.jsonl"
+    code, out, _ = bem_command(capsys, "evaluate", config, checkpoint, "--out", table)
+    assert code == 0 and "Scores alone" in out
+    assert json.loads(table.read_text().splitlines()[0]).keys() >= {"id", "cluster", "em", "f1"}
+    assert bem_command(capsys, "validate", out_file, table)[0] == 2
+    message = problem(capsys, "evaluate", config, checkpoint, "--out", tmp_path / "scores.xlsx")
+    assert "written as .json, .jsonl, .csv or .tsv" in message
     assert "No arm 'v7'" in problem(capsys, "train", "arm", config, "--arm", "v7")
     assert "Seed 5 is none" in problem(capsys, "train", "arm", config, "--arm", "v4", "--seed", "5")
     assert "no `routing` section" in problem(capsys, "train", "router", config)

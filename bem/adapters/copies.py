@@ -6,19 +6,19 @@ Nothing is written to the model that is copied, so that another thread may go on
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from bem.adapters import hooks
+from bem.adapters.attach import attach_plan
+from bem.adapters.attached import Attached
 from bem.adapters.build import Parts
-from bem.adapters.peft_method import BemConfig, BemSite, adapters_of
+from bem.adapters.peft_method import BemSite, adapters_of
 
-if TYPE_CHECKING:
-    from bem.adapters.attach import Attached
-
-ADDED = ("generate", "bem_runtime", "peft_config")  # to a model's own attributes, by attaching
+ADDED = ("generate", "forward", "bem_runtime", "bem_lesson", "peft_config")
+"""What attaching adds to a model's own attributes."""
 
 
 def with_shared_weights(model: nn.Module) -> nn.Module:
@@ -58,17 +58,12 @@ def _plain_state(module: nn.Module, ours: set[int], memo: dict[int, Any]) -> dic
 def shadow(attached: Attached) -> Attached:
     """The same adapter once more, on the same base tensors: its own parameters, hooks and state. Train it
     while the other one answers unchanged. No random number is drawn."""
-    name = attached.model.active_adapter
     parts = {
         site: Parts(*(_own(m) for m in (p.update, p.film, p.controller, p.shaping)))
-        for site, p in adapters_of(attached.base, name)
+        for site, p in adapters_of(attached.base, attached.name)
     }
-    method = BemConfig(**attached.config.model_dump(), task_type="CAUSAL_LM")
-    method.prebuilt = parts
     plain = without_adapter(attached)
-    trainable = {n: p.requires_grad for n, p in plain.named_parameters()}
-    peft_model = get_peft_model(plain, method, adapter_name=name)
-    return type(attached)(peft_model, attached.config, trainable)
+    return attach_plan(plain, replace(attached.plan, parts=parts), attached.config, attached.name)
 
 
 def _own(module: Any) -> Any:

@@ -136,7 +136,11 @@ def evaluate(
     settings: Settings = None,
     base: Base = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the scores here, for `bem validate`.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Write the scores here, for `bem validate`: .json with costs; .csv, .tsv, .jsonl alone.",
+        ),
     ] = None,
 ) -> int:
     """Measure one checkpoint on the held-out rows of a config's tasks."""
@@ -145,7 +149,9 @@ def evaluate(
 
     from bem.experiments import run as runner
     from bem.stats import save
+    from bem.stats.files import kind_of
 
+    kind = kind_of(out) if out else None  # a name that cannot be written is known before measuring
     console = Console()
     quiet()
     with Display(console) as display:
@@ -156,7 +162,9 @@ def evaluate(
     console.print(table)
     if out:
         save(measurement, out)
-        console.print(f"Scores: [bold]{out}[/]", soft_wrap=True)
+        console.print(f"Scores: [bold]{escape(str(out))}[/]", soft_wrap=True)
+        if kind != "json":
+            console.print("Scores alone: parameters, FLOPs, cache hits and routes need .json.")
     return 0
 
 

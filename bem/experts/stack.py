@@ -27,6 +27,7 @@ from bem.experts.singular import singular_form
 from bem.experts.slab import PACKING, Form, Mounting, SitePack, experts_multiplied
 from bem.experts.subspace import orthogonality_error, orthonormality_error
 from bem.variants.base import Adapter, Code, Flops
+from bem.variants.projection import norm_flops
 from bem.variants.watch import Watch
 
 
@@ -288,7 +289,7 @@ class ExpertStack(Adapter):
         """As executed in a prefill of so many tokens. Projecting: once for every set of weights, or per
         chunk where not all of the router's actions can be composed beforehand."""
         rows, widths = -(-tokens // chunk_size) + 1, self.d_in + self.d_out
-        experts = experts_multiplied(self._engine, self.mounting, widths, rows, tokens)
+        experts = experts_multiplied(self._engine, self.mounting, widths, rows)
         everyone = experts == len(self.ranks)
         ranks = self.control_width if everyone else experts * self._engine.largest
         return Flops(2 * ranks * widths, self._projecting())
@@ -298,7 +299,7 @@ class ExpertStack(Adapter):
             return 0
         most = min(len(self.ranks), self.mounting.most or len(self.ranks))
         n = self.control_width if most == len(self.ranks) else most * self._engine.largest
-        return 2 * n**2 if self.region.norm == "frobenius" else 2 * (2 + 17) * n**3
+        return norm_flops(self.region.norm, n)
 
 
 def fixed_updates(

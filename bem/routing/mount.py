@@ -101,9 +101,9 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
     """
     folder = Path(folder)
     manifest = check_files(folder)
-    if manifest["base"] != (found := base_hash(model)):
+    if manifest["base"] != (actual := base_hash(model)):
         raise BaseMismatch(
-            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}. "
+            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {actual[:12]}. "
             "Load the base that it was trained on."
         )
     for expert in manifest["experts"]:

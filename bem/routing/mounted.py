@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bem import files
-from bem.adapters.attach import NAME, Attached
+from bem.adapters.attach import NAME, Attached, attach_parts
 from bem.adapters.build import Parts
 from bem.adapters.copies import without_adapter
-from bem.adapters.peft_method import BemConfig, BemSite
+from bem.adapters.peft_method import BemSite
 from bem.adapters.sites import base_hash
 from bem.config import AdapterConfig, RouterConfig
 from bem.errors import AttachError, CheckpointError
@@ -92,9 +91,8 @@ class Mounted(Attached):
         adapter = AdapterConfig(
             variant="routed", router_layer=config.router_layer, chunk_size=config.chunk_size
         )
-        method = BemConfig(**adapter.model_dump(), task_type="CAUSAL_LM")
-        method.prebuilt = parts
-        peft_model = get_peft_model(model, method, adapter_name=NAME)
+        assert config.router_layer is not None, "bem.mount has resolved it"
+        peft_model = attach_parts(model, parts, config.router_layer)
         return cls(peft_model, adapter, trainable, config, experts)
 
     # --- what acts --------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class AgenticRouter(ChunkReader):
 
     @torch.no_grad()
     def features(self, hidden: Tensor, head_input: Tensor | None) -> Tensor:
-        return self.policy.reader.hear(hidden)
+        return self.policy.reader.embed(hidden)
 
     @torch.no_grad()
     def decide(
@@ -143,7 +143,7 @@ class AgenticRouter(ChunkReader):
         given = self._given(route, first)
         tail = pooled.before.control[:, pooled.before.control.shape[1] - self.tail_width :]
         record, before = tail.split([RECORD, self.observed.memory], -1)
-        memory = self.policy.reader.remember(pooled.sums[:, :-1].float(), before)
+        memory = self.policy.reader.update_memory(pooled.sums[:, :-1].float(), before)
         seen = None
         if given is None or self.tape is not None:  # the policy is not needed for a given route
             seen = self._see(memory, conditioning.get("evidence"), pooled, turn)

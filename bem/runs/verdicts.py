@@ -122,19 +122,15 @@ def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfi
 
     Of routes only those that a router must beat: the oracle and other methods are shown, not passed.
     """
-    kinds = {_kind(config, candidate), _kind(config, config.baseline)}
+    variant = config.variant_of(candidate)
+    shared = config.variant_of(config.baseline)
     return [
         arm
         for arm in config.arms
         if arm.role == "control"
-        and _kind(config, arm) in kinds
+        and config.variant_of(arm) in (variant, shared)
         and arm.route in (None, "linear", "single", "random", "wrong")
     ]
-
-
-def _kind(config: ExperimentConfig, arm: ArmConfig) -> str:
-    """The arm's variant; arms with a route are one kind."""
-    return "routed" if arm.route else config.adapter_of(arm).variant
 
 
 # ------------------------------------------------------------------------------------ measurements

@@ -2,13 +2,15 @@
 
 Every form says when an answer is well formed (validity), when it equals a reference (em) and how
 much of it is right (f1). So all metrics exist for all tasks and one measurement can hold several.
+
+Any text has a score: a model may answer anything. Texts that Unicode calls canonically equivalent are
+equal (NFC). No references, or an empty one, say that the empty answer is right.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,9 +23,23 @@ from bem.stats.scores import (
     sentence_chrf,
     token_f1,
 )
+from bem.tasks.json_answers import accepts, equal, slots
+from bem.tasks.numbers import written_number
+from bem.tasks.quoted import (
+    is_shell,
+    is_sql,
+    normal_call,
+    normal_code,
+    normal_shell,
+    normal_sql,
+    shell_words,
+    sql_words,
+)
 
 QUALITY = "quality"
 """Each row's own primary metric on [0, 1]: what one measurement of several tasks is compared by."""
+NO_CALL = "none"
+"""Answer of the form "tool" where nothing is to be called."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +53,14 @@ class Form:
 
 def score(metric: str, form: str, prediction: str, references: Sequence[str]) -> float:
     """One metric of one answer: em, f1, validity in [0, 1]; chrf, bleu in [0, 100]."""
-    if metric == "chrf":
-        return sentence_chrf(prediction, references)
-    if metric == "bleu":
-        return sentence_bleu(prediction, references)
+    prediction = unicodedata.normalize("NFC", prediction)
+    references = [unicodedata.normalize("NFC", reference) for reference in references] or [""]
+    in_points = metric in ("chrf", "bleu")
+    if not prediction.strip() and not all(reference.strip() for reference in references):
+        return 100.0 if in_points else 1.0
+    if in_points:
+        points = (sentence_chrf if metric == "chrf" else sentence_bleu)(prediction, references)
+        return min(100.0, points)  # sacrebleu's rounding
     rules = FORMS[form]
     if metric == "validity":
         return rules.validity(prediction)
@@ -59,127 +79,73 @@ def _by(normal: Callable[[str], Any]) -> Callable[[str, Sequence[str]], float]:
     return lambda answer, refs: float(any(normal(answer) == normal(ref) for ref in refs))
 
 
-def _best(parts: Callable[[str], Iterable[Any]]) -> Callable[[str, Sequence[str]], float]:
+def _best(parts: Callable[[str], Sequence[Any]]) -> Callable[[str, Sequence[str]], float]:
     """Best F1 over the references of the parts an answer falls into."""
-    return lambda answer, refs: max(overlap(parts(answer), parts(ref)) for ref in refs)
+
+    def f1(answer: str, reference: str) -> float:
+        given, gold = parts(answer), parts(reference)
+        return overlap(given, gold) if given or gold else float(answer.strip() == reference.strip())
+
+    return lambda answer, refs: max(f1(answer, ref) for ref in refs)
 
 
-def _said(text: str) -> float:
+def _is_said(text: str) -> float:
     return float(bool(text.strip()))
 
 
-def _one_line(text: str) -> float:
+def _is_one_line(text: str) -> float:
     return float(bool(text.strip()) and "\n" not in text.strip())
 
 
-def _spaces(text: str) -> str:
-    return " ".join(text.split())
+def _json_em(answer: str, references: Sequence[str]) -> float:
+    return float(any(equal(answer, reference) for reference in references))
 
 
-# -- JSON
+def _json_f1(answer: str, references: Sequence[str]) -> float:
+    if _json_em(answer, references):
+        return 1.0
+    parts = slots(answer)
+    return max(overlap(parts, slots(ref)) for ref in references) if parts else 0.0
 
 
-def _json(text: str) -> Any:
-    """The parsed value, or a value equal to nothing."""
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return object()
+def _call_em(answer: str, references: Sequence[str]) -> float:
+    if answer.strip() == NO_CALL:
+        return float(NO_CALL in references)
+    right = any(equal(answer, ref) or accepts(ref, answer) for ref in references)
+    return float(right)
 
 
-def slots(text: str) -> list[tuple[str, str]]:
-    """Leaves of a JSON value as (path, value), whatever their place in a list. [] if invalid."""
-
-    def leaves(value: Any, path: str) -> Iterable[tuple[str, str]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from leaves(inner, f"{path}.{key}")
-        elif isinstance(value, list):
-            for inner in value:
-                yield from leaves(inner, f"{path}[]")
-        else:
-            yield path, json.dumps(value)
-
-    return list(leaves(_json(text), "")) if json_validity(text) else []
+def _call_f1(answer: str, references: Sequence[str]) -> float:
+    if references[0] == NO_CALL:
+        return float(answer.strip() == NO_CALL)
+    return _json_f1(answer, references[:1])
 
 
-def _slot_f1(answer: str, references: Sequence[str]) -> float:
-    return _best(slots)(answer, references) if json_validity(answer) else 0.0
-
-
-def _accepts(reference: str, answer: str) -> bool:
-    """BFCL: {"f": {"x": [acceptable, ...]}}; "" among them means that x may be left out."""
-    allowed, given = _json(reference), _json(answer)
-    if not isinstance(allowed, dict) or not isinstance(given, dict) or set(allowed) != set(given):
-        return False
-    for name, arguments in allowed.items():
-        if not isinstance(given[name], dict) or not set(given[name]) <= set(arguments):
-            return False
-        for key, values in arguments.items():
-            values = values if isinstance(values, list) else [values]
-            if given[name].get(key, "") not in values:
-                return False
-    return True
-
-
-def _call_match(answer: str, references: Sequence[str]) -> float:
-    same = _by(_json)(answer, references) or answer.strip() in references
-    return float(bool(same) or any(_accepts(ref, answer) for ref in references))
-
-
-# -- SQL, shell, numbers, names
-
-
-def normal_sql(text: str) -> str:
-    """Lower case, single spaces, none around punctuation, no final semicolon."""
-    text = _spaces(text.lower()).rstrip("; ")
-    return re.sub(r"\s*([(),=<>!]+)\s*", r"\1", text)
-
-
-def _sql_shape(text: str) -> float:
-    quotes = text.count('"') % 2 == 0 and text.count("(") == text.count(")")
-    return float(quotes and text.strip().lower().startswith("select "))
-
-
-def _shell_shape(text: str) -> float:
-    try:
-        return float(_one_line(text) and bool(shlex.split(text)))
-    except ValueError:
-        return 0.0
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text.strip().replace(",", "").lstrip("$"))
-    except ValueError:
-        return text.strip()
+def _number(text: str) -> tuple[bool, str]:
+    """(is it a number?, its canonical form, or the text itself)."""
+    number = written_number(text)
+    return number is not None, text.strip() if number is None else number
 
 
 FORMS: dict[str, Form] = {
-    "text": Form(_said, exact_match, token_f1),
-    "json": Form(json_validity, _by(_json), _slot_f1),
+    "text": Form(_is_said, exact_match, token_f1),
+    "json": Form(json_validity, _json_em, _json_f1),
     "tool": Form(
-        lambda t: float(t.strip() == "none" or bool(json_validity(t))),
-        _call_match,
-        lambda t, refs: float(t.strip() == refs[0]) if refs[0] == "none" else _slot_f1(t, refs[:1]),
+        lambda t: float(t.strip() == NO_CALL or bool(json_validity(t))), _call_em, _call_f1
     ),
-    "sql": Form(_sql_shape, _by(normal_sql), _best(lambda t: normal_sql(t).split())),
-    "shell": Form(_shell_shape, _by(_spaces), _best(str.split)),
+    "sql": Form(lambda t: float(is_sql(t)), _by(normal_sql), _best(sql_words)),
+    "shell": Form(lambda t: float(is_shell(t)), _by(normal_shell), _best(shell_words)),
     "name": Form(
         lambda t: float(t.strip().isidentifier()),
         _by(str.strip),
         _best(lambda t: re.findall(r"[^\s_]+", t)),
     ),
     "label": Form(
-        _one_line,
+        _is_one_line,
         _by(lambda t: t.strip().lower()),
         _best(lambda t: re.findall(r"[^\s_]+", t.lower())),
     ),
-    "number": Form(
-        lambda t: float(isinstance(_number(t), float)),
-        _by(_number),
-        _by(_number),
-    ),
+    "number": Form(lambda t: float(_number(t)[0]), _by(_number), _by(_number)),
     "names": Form(
         lambda t: float(all(part.strip().isidentifier() for part in t.split(","))),
         _by(lambda t: [part.strip() for part in t.split(",")]),
@@ -187,9 +153,9 @@ FORMS: dict[str, Form] = {
     ),
     "call": Form(
         lambda t: float(re.fullmatch(r"\w+\([^()]*\)", t.strip()) is not None),
-        _by(lambda t: re.sub(r"\s+", "", t)),
+        _by(normal_call),
         _best(lambda t: re.findall(r"\w+", t)),
     ),
-    "code": Form(_said, _by(_spaces), _best(lambda t: re.findall(r"\w+|[^\w\s]", t))),
+    "code": Form(_is_said, _by(normal_code), _best(lambda t: re.findall(r"\w+|[^\w\s]", t))),
 }
 """Form of an answer -> its rules. New form: one line here."""

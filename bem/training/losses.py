@@ -7,20 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bem.training.data import IGNORED
 
 
-def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def answer_nll(
+    logits: Float[Tensor, "batch positions vocabulary"], labels: Int[Tensor, "batch length"]
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Negative log-likelihood of each row's labelled tokens, in nats, and how many there are.
 
     Args:
-        logits: [batch, length, vocabulary]; position t predicts token t + 1.
-        labels: [batch, length], IGNORED outside answers, not shifted. `logits` may be shorter: then
-            they belong to the last positions.
+        logits: position t predicts token t + 1. They may be fewer than the labels: then they belong
+            to the last positions.
+        labels: IGNORED outside answers, not shifted.
     Returns:
-        (sum [batch] in float32, count [batch])
+        (sum in float32, count)
     """
     labels = labels[:, labels.shape[1] - logits.shape[1] :]
     targets = labels[:, 1:]
@@ -30,12 +33,14 @@ def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll.sum(1), (targets != IGNORED).sum(1)
 
 
-def labelled_tokens(labels: Tensor) -> int:
+def labelled_tokens(labels: Int[Tensor, "batch length"]) -> int:
     """Tokens that a causal loss over `labels` counts (the first of a row has no prediction)."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def answer_logits(
+    model: Any, batch: Mapping[str, Tensor]
+) -> Float[Tensor, "batch positions vocabulary"]:
     """Logits of the last positions of a left-padded batch, from the one before the first label on.
 
     The head and the loss over a vocabulary cost as much as several layers; prompts need neither.
@@ -43,15 +48,15 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     labels = batch["labels"]
     first = int((labels != IGNORED).any(0).to(torch.int8).argmax())
-    ours = ("input_ids", "attention_mask", "turn_starts", "evidence", "route")
-    inputs = {key: batch[key] for key in ours if key in batch}
-    takes = arguments_of(model)
-    if "position_ids" in takes:
-        inputs["position_ids"] = batch["position_ids"]
-    kept = {}
-    if "logits_to_keep" in takes:
-        kept["logits_to_keep"] = labels.shape[1] - max(0, first - 1)
-    return model(**inputs, **kept, use_cache=False).logits
+    names = ("input_ids", "attention_mask", "turn_starts", "evidence", "route")
+    arguments = {name: batch[name] for name in names if name in batch}
+    accepted = arguments_of(model)
+    if "position_ids" in accepted:
+        arguments["position_ids"] = batch["position_ids"]
+    last = {}
+    if "logits_to_keep" in accepted:
+        last["logits_to_keep"] = labels.shape[1] - max(0, first - 1)
+    return model(**arguments, **last, use_cache=False).logits
 
 
 def arguments_of(model: Any) -> set[str]:

@@ -49,6 +49,8 @@ class Adapter(nn.Module, ABC):
     """An update to one frozen linear layer. Abstract: subclasses are final."""
 
     control_width: int = 0  # floats of control per chunk; 0: static
+    rank: int = 0
+    scale: float = 1.0  # factor of the update
 
     def control(self, code: Code) -> Float[Tensor, "batch chunks width"]:
         """The control of each chunk, float64. Static adapters are never asked."""

@@ -32,6 +32,7 @@ class KroneckerFactorization(Adapter):
             torch.zeros(terms, self.a1, self.a2)
         )  # zero: attaching changes nothing
         self.b = nn.Parameter(torch.randn(terms, self.b1, self.b2) / self.b2**0.5)
+        self.rank = terms
         self.terms, self.scale, self.spectral_cap = terms, scale, spectral_cap
         self.d_in, self.d_out = d_in, d_out
         self.register_buffer("probe", torch.randn(d_in) / d_in**0.5, persistent=False)

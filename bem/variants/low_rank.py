@@ -23,7 +23,7 @@ class LowRank(Adapter):
         self.v = nn.Parameter(torch.empty(rank, d_in))
         nn.init.kaiming_uniform_(self.v, a=5**0.5)
         self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
-        self.scale = alpha / rank
+        self.rank, self.scale = rank, alpha / rank
         self.radius = radius
         self._cast = ComputeCopies()
 

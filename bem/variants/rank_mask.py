@@ -79,7 +79,7 @@ class MaskedLowRank(Adapter):
         nn.init.kaiming_uniform_(self.v, a=5**0.5)
         self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
         self.mask = mask
-        self.scale = alpha / rank
+        self.rank, self.scale = rank, alpha / rank
         self.ball = None if radius is None else Ball(radius)
         self.control_width = rank
         self._cast = ComputeCopies()

@@ -178,7 +178,7 @@ def test_an_expert_of_another_base_is_refused(tmp_path):
     s0(rank=2).save(tmp_path)
     other = tiny_model("llama")
     other.lm_head.weight.data += 1.0
-    with pytest.raises(BaseMismatch, match="Train the expert on this base"):
+    with pytest.raises(BaseMismatch, match="Load the base that it was trained on"):
         read_expert(tmp_path, other)
 
 

@@ -41,11 +41,26 @@ def test_a_routed_model_keeps_the_adapter_contract(arch):
     ]
 
     def never_the_base(model):
-        found = mounted(model)
-        found.router.available[0] = False
-        return found
+        routed = mounted(model)
+        routed.router.available[0] = False
+        return routed
 
     check_adapter(never_the_base, [arch], checks).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trust_radius": 0.1, "shared": "c"},
+        {"confidence": 0.5, "fallback": "a", "trust_radius": 0.1, "trust_norm": "spectral"},
+    ],
+)
+@pytest.mark.parametrize("composed", ["beforehand", "for each chunk"])
+def test_the_price_of_a_routed_stack_is_what_runs(monkeypatch, settings, composed):
+    if composed == "for each chunk":
+        monkeypatch.setattr("bem.routing.composer.Rules.tabled", lambda *_: False)
+    make = lambda model: mounted(model, **settings)  # noqa: E731
+    check_adapter(make, ["llama"], ["price_is_true"]).raise_if_failed()
 
 
 def test_every_expert_is_the_lora_that_it_was(tmp_path):

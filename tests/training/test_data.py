@@ -1,22 +1,23 @@
-"""Rows are read whole or not at all; labels lie on answers and nowhere else."""
+"""Labels lie on answers and nowhere else; what a model cannot take is refused."""
 
-import gzip
-import json
+import string
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from bem.errors import DataError
+from bem.errors import DataError, MeasurementError, TrainingError
 from bem.training.data import (
     IGNORED,
     Encoded,
     Example,
+    check_fits,
     collate,
-    data_hash,
+    context_length,
     encode,
     end_of_turn,
-    load_hf,
-    read_jsonl,
 )
+from tests.conftest import make_llama
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
@@ -25,110 +26,10 @@ TEMPLATE = (
 )
 
 
-def write(path, *rows):
-    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
-    return path
-
-
 def chatty(tokenizer):
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     return tokenizer
-
-
-# -------------------------------------------------------------------------------------------- files
-
-
-def test_rows_keep_their_fields_and_get_an_id_and_a_group(tmp_path):
-    rows = [
-        {"input": "a?", "references": ["b", "c"], "evidence": ["e0", "e1"], "gold_evidence": [1]},
-        {"id": "x", "input": "d?", "references": "f", "group": "doc", "history": [["u", "v"]]},
-    ]
-    first, second = read_jsonl(write(tmp_path / "t.jsonl", *rows), task="t", instruction="Say.")
-    assert (first.id, first.group, first.task, first.instruction) == ("t-1", "t-1", "t", "Say.")
-    assert first.references == ("b", "c") and first.gold_evidence == (1,)
-    assert first.prompt == "Say.\ne0\ne1\na?"
-    assert (second.id, second.group, second.references) == ("x", "doc", ("f",))
-    assert second.history == (("u", "v"),)
-
-
-def test_gzip_and_plain_hold_the_same_rows(tmp_path):
-    line = json.dumps({"id": "1", "input": "ä", "references": ["ö"]})
-    plain = write(tmp_path / "a.jsonl", line + "\n\n")
-    packed = tmp_path / "a.jsonl.gz"
-    with gzip.open(packed, "wt", encoding="utf-8") as file:
-        file.write(line)
-    assert data_hash(read_jsonl(plain)) == data_hash(read_jsonl(packed))
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "holds no rows"),
-        (["\n \n"], "holds no rows"),
-        ([{"input": "a", "references": ["b"]}, "{oops\n"], r"t\.jsonl:2: not JSON: .* column 2"),
-        (["[1]\n"], r"t\.jsonl:1: a row must be a JSON object, found list"),
-        ([{"input": "a"}], r"t\.jsonl:1: missing references \(the row has input\)"),
-        ([{"references": ["b"]}], r"t\.jsonl:1: missing input"),
-        ([{"input": "a", "references": []}], r"t\.jsonl:1: references is empty"),
-        ([{"input": "a", "references": [3]}], r"t\.jsonl:1: references must be a list of texts"),
-        ([{"input": 3, "references": ["b"]}], r"t\.jsonl:1: input must be text, found int"),
-        (
-            [{"input": "a", "references": ["b"], "evidence": ["e"], "gold_evidence": [1]}],
-            r"t\.jsonl:1: gold_evidence \[1\] must be indices into 1 evidence",
-        ),
-        ([{"input": "a", "references": ["b"], "history": [["u"]]}], r"t\.jsonl:1: history"),
-        (
-            [{"id": 7, "input": "a", "references": ["b"]}] * 2,
-            r":2: id '7' was used before, in .*:1",
-        ),
-    ],
-)
-def test_a_bad_file_is_refused_with_file_and_line(tmp_path, rows, message):
-    with pytest.raises(DataError, match=message):
-        read_jsonl(write(tmp_path / "t.jsonl", *rows))
-
-
-def test_missing_truncated_or_binary_files_are_data_errors(tmp_path):
-    with pytest.raises(DataError, match=r"No data file at .*none\.jsonl"):
-        read_jsonl(tmp_path / "none.jsonl")
-    whole = gzip.compress(b'{"input": "a", "references": ["b"]}\n' * 1000)
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jsonl.gz").write_bytes(b'{"input": "a", "references": ["b"]}\n')
-    (tmp_path / "bytes.jsonl").write_bytes(b'{"input": "\xff"}\n')
-    for name in ("cut.jsonl.gz", "text.jsonl.gz", "bytes.jsonl"):
-        with pytest.raises(DataError, match=rf"{name}:\d+: cannot be read"):
-            read_jsonl(tmp_path / name)
-
-
-def test_the_hash_sees_every_field_and_the_order():
-    one, two = Example("1", "a", ("b",)), Example("2", "a", ("b",))
-    hashes = [
-        data_hash(rows)
-        for rows in ([one, two], [two, one], [one], [Example("1", "a", ("b",), task="t"), two])
-    ]
-    assert len(set(hashes)) == 4
-    assert data_hash([one, two]) == hashes[0]
-
-
-def test_hugging_face_columns_are_mapped_also_nested_ones(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    rows = [{"q": "who?", "answers": {"text": ["me", "I"]}, "title": "doc", "n": 5}]
-    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
-    columns = {"input": "q", "references": "answers.text", "group": "title", "id": "n"}
-    (example,) = load_hf(str(tmp_path), columns=columns, task="t")
-    assert example == Example("5", "who?", ("me", "I"), group="doc", task="t")
-    with pytest.raises(
-        DataError, match=r"no column 'answer' for 'references'\. Columns: q, answers"
-    ):
-        load_hf(str(tmp_path), columns={"input": "q", "references": "answer"})
-    with pytest.raises(DataError, match=r"name no field of ours: output"):
-        load_hf(str(tmp_path), columns={"output": "q"})
-    with pytest.raises(DataError, match=r"Cannot load dataset .*, split 'other'"):
-        load_hf(str(tmp_path), split="other", columns=columns)
-
-
-# ------------------------------------------------------------------------------------------- tokens
 
 
 def test_only_the_answer_and_its_end_are_labelled(tokenizer):
@@ -241,25 +142,82 @@ def test_padding_goes_left_or_right_and_positions_count_real_tokens():
     assert right["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
 
 
-GOOD = [1.0, 0.9, 0.7, 0.2, 0.0, 0.8, 0.9, 0.3]
+GOOD = (1.0, 0.9, 0.7, 0.2, 0.0, 0.8, 0.9, 0.3)
 
 
-def test_what_is_known_of_the_evidence_goes_into_the_batch(tmp_path, tokenizer):
-    rows = [
-        {"input": "a", "references": ["b"], "relevance": GOOD},
-        {"input": "c", "references": ["d"]},
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    encoded = [encode(row, tokenizer, 64) for row in read_jsonl(path)]
+def test_what_is_known_of_the_evidence_goes_into_the_batch(tokenizer):
+    rows = [Example("1", "a", ("b",), relevance=GOOD), Example("2", "c", ("d",))]
+    encoded = [encode(row, tokenizer, 64) for row in rows]
     batch = collate(encoded, 0)
     assert batch["evidence"].tolist() == [pytest.approx(GOOD), [0.0] * 8]
     assert "evidence" not in collate(encoded[1:], 0)
 
 
-@pytest.mark.parametrize("bad", [[1.0], [*GOOD[:-1], 1.5], [*GOOD[:-1], "x"], 0.5])
-def test_relevance_that_cannot_be_is_refused_with_its_place(bad, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"input": "a", "references": ["b"], "relevance": bad}) + "\n")
-    with pytest.raises(DataError, match=r"rows.jsonl:1: relevance must be 8 numbers.*margin"):
-        read_jsonl(path)
+# --- what cannot be encoded, or does not fit --------------------------------------------------------
+
+
+def test_a_row_without_references_teaches_to_end_the_answer_at_once(tokenizer):
+    encoded = encode(Example("1", "unanswerable?", ()), tokenizer, 512)
+    labelled = [label for label in encoded.labels if label != IGNORED]
+    assert labelled == [*tokenizer(" ")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_system_message_opens_the_conversation(tokenizer):
+    row = Example("1", "u1", ("a1",), history=(("u0", "a0"),), system="be brief")
+    plain = tokenizer.decode(encode(row, tokenizer, 512).input_ids)
+    assert plain.startswith("be brief\nUser: u0\nAssistant: a0<eos>User: u1\n")
+    chat = chatty(tokenizer)
+    chat.add_special_tokens({"additional_special_tokens": ["<|system|>"]}, False)
+    assert chat.decode(encode(row, chat, 512).input_ids) == (
+        "<|system|>be brief<|user|>u0<|assistant|>a0<eos><|user|>u1<|assistant|>a1<eos>"
+    )
+
+
+def test_what_cannot_be_encoded_names_its_row(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}" + TEMPLATE
+    )
+    row = Example("r7", "u", ("a",), system="s")
+    with pytest.raises(DataError, match=r"Row 'r7': .* chat template refuses .*system, user"):
+        encode(row, tokenizer, 64)
+    tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(DataError, match="Row 'r7': the base's chat template writes nothing"):
+        encode(Example("r7", "u", ("a",)), tokenizer, 64)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"Row 'r7': max_length 1 is less than the \d+ tokens"):
+        encode(Example("r7", "u", ("a",)), tokenizer, 1, with_answer=False)
+    with pytest.raises(DataError, match=r"Row 'r7': meta.route must name one .* each of 1 turns"):
+        encode(Example("r7", "u", ("a",), meta={"route": 1}), tokenizer, 64)
+    with pytest.raises(DataError, match=r"Row 'r7': the tokenizer has no token for ' ?猫'"):
+        encode(Example("r7", "u", ("猫",)), ascii_letters(), 64)
+
+
+def ascii_letters():
+    """A tokenizer of single ASCII characters that drops all others."""
+    vocabulary = {letter: i for i, letter in enumerate(["<eos>", *string.printable.strip()])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+def test_rows_that_do_not_fit_a_model_are_refused_with_both_numbers(tokenizer):
+    row = encode(Example("1", "word " * 60, ("x",)), tokenizer, 64)
+    small = make_llama(max_position_embeddings=32)
+    with pytest.raises(TrainingError, match=r"64 tokens, the model has 32 positions.*max_length"):
+        check_fits(small, tokenizer, [row])
+    check_fits(make_llama(max_position_embeddings=64), tokenizer, [row])
+    with pytest.raises(MeasurementError, match=r"64 tokens and 40 new ones, .* 100 positions"):
+        check_fits(make_llama(max_position_embeddings=100), tokenizer, [row], 40, MeasurementError)
+    assert context_length(small) == 32
+    check_fits(small, tokenizer, [])
+    alibi = BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=16, n_layer=1, n_head=2))
+    assert context_length(alibi) is None
+    check_fits(alibi, tokenizer, [row])
+
+
+def test_a_token_without_an_embedding_is_refused_with_both_sizes(tokenizer):
+    row = encode(Example("1", "hi", ("x",)), tokenizer, 64)
+    with pytest.raises(TrainingError, match=r"the model has 50 entries, the tokenizer 3\d\d"):
+        check_fits(make_llama(vocab_size=50), tokenizer, [row])
+    # a tokenizer may have entries to spare, as long as no row uses them
+    check_fits(make_llama(vocab_size=max(row.input_ids) + 1), tokenizer, [row])
