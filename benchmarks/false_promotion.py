@@ -105,8 +105,8 @@ def measurement(
     n = next(iter(metrics.values())).shape[-1]
     return Measurement(
         name, metrics, [str(i) for i in range(n)], clusters=clusters,
-        latency_ms={"decode": np.full(10, 5.0)}, memory_bytes=1.0, adapter_parameters=1,
-        adapter_flops_per_token=1, kv_hits=np.full(20, 1), kv_needed=np.full(20, 2),
+        latency_ms={"decode": np.full(10, 5.0)}, adapter_memory_bytes=1.0, adapter_parameters=1,
+        adapter_flops_per_token=1, kv_hits=np.full(20, 1), kv_held=np.full(20, 2), kv_needed=np.full(20, 2),
     )  # fmt: skip
 
 

@@ -57,11 +57,12 @@ def validate(
     With several candidates: 0 if any is promoted, else 2 if any is inconclusive, else 1.
     """
     from bem.stats import judge, with_shared_groups
+    from bem.stats.costs import costs_not_measured
 
     _keep_the_inputs(out, [baseline, *candidates])
     opponent, measured = _read(baseline, candidates, ignore or ())
     limits = _gates(gates)
-    waived = {*limits.waived, *_absent_costs([opponent, *measured.values()])}
+    waived = {*limits.waived, *costs_not_measured([opponent, *measured.values()])}
     limits = limits.model_copy(update={"waived": tuple(sorted(waived))})
     family = _family(primary, opponent)
     verdicts = judge(with_shared_groups(opponent, measured), measured, limits, family)
@@ -152,17 +153,6 @@ def _gates(path: Path | None) -> GatesConfig:
     if not isinstance(gates, dict | None):
         raise ConfigError(f"{path} must hold a mapping of gates, found {type(gates).__name__}.")
     return parse(GatesConfig, gates or {}, str(path))
-
-
-def _absent_costs(sides: list[Measurement]) -> list[str]:
-    """Cost gates of which no file holds anything; what only one side lacks is not waived."""
-    held = {
-        "budget": lambda m: m.adapter_parameters or m.adapter_flops_per_token,
-        "latency": lambda m: m.latency_ms,
-        "memory": lambda m: m.memory_bytes,
-        "kv_hit": lambda m: m.kv_hits is not None,
-    }
-    return [cost for cost, has in held.items() if not any(has(side) for side in sides)]
 
 
 def _not_compared(opponent: Measurement, candidate: Measurement) -> list[str]:

@@ -5,7 +5,7 @@ config -> rows and base (inputs) -> plans (equal budgets) -> cells (arm x seed) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from bem.experiments.cell import CellRunner
 from bem.experiments.events import Event, Show, ignore
 from bem.experiments.inputs import RunInputs, device_of, load_inputs, tell_search
 from bem.experiments.measuring.answers import context_length, measure
-from bem.experiments.measuring.latency import Budget, measure_latency, rounds_wanted
+from bem.experiments.measuring.latency import Budget, Pair, measure_latency
 from bem.experiments.measuring.memory import added_memory, whole_memory
 from bem.experiments.plan import Plan, plan_arms, primary_metrics
 from bem.experiments.routing.arms import reopened
@@ -32,6 +32,7 @@ from bem.routing.mount import load_router
 from bem.runs import machine
 from bem.runs.folder import RunFolder, checkpoint_kind, written
 from bem.runs.verdicts import judge_run, opponent_of
+from bem.stats.latency import further_rounds
 from bem.stats.measurement import Measurement
 from bem.stats.verdict import Verdict
 from bem.tasks.load import load_tasks
@@ -237,14 +238,22 @@ class ExperimentRun:
             prompt_tokens=prompt,
             new_tokens=NEW_TOKENS,
             pairs=pairs if judged else (),
-            undecided=lambda rounds: rounds_wanted(rounds, config.gates),
+            undecided=self._further_rounds,
             budget=Budget(config.most_latency_rounds, config.latency_seconds_max),
             on_progress=lambda done, of: self.show(Event("timing", done=done, total=of)),
         )
-        facts = {"memory_bytes": memory, "base_memory_bytes": base}
+        facts = {"adapter_memory_bytes": memory, "base_memory_bytes": base}
         write_json(latency, {"key": key, **asdict(timings), **facts})
         detail = f"{timings.rounds} rounds of all arms, interleaved"
         self.show(Event("timing", detail=detail, final=True))
+
+    def _further_rounds(self, pairs: Sequence[Pair]) -> int:
+        """Rounds that are still worth timing for the latency gate of some candidate."""
+        gates, budget = self.inputs.config.gates, self.inputs.config.most_latency_rounds
+        return max(
+            further_rounds(*pair, gates.latency_ratio_max, budget, gates.alpha, gates.power)
+            for pair in pairs
+        )
 
     def _timings_key(self) -> str:
         """sha256 of everything that the timings depend on."""

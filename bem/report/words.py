@@ -8,7 +8,6 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from bem.config import GatesConfig
-from bem.report.checks import effect_of, subject_of
 
 if TYPE_CHECKING:
     from bem.stats.verdict import Check, Effect, Verdict
@@ -105,43 +104,47 @@ def _troubles(verdict: Verdict, state: bool | None) -> str:
 
 def _trouble(check: Check, verdict: Verdict) -> str:
     """What is wrong with one check, in a few words."""
-    subject, certain = subject_of(check, verdict), check.passed is False
+    certain = check.passed is False
     if check.value is None:
-        return f"{_plain_name(check.name)} could not be computed"
+        return f"{_plain_name(check)} could not be computed"
     value = _value(check, verdict, check.value)
-    if subject.kind == "quality":
+    if check.kind == "quality":
         return "no useful gain" if certain else "the gain is not certain"
-    if subject.kind in ("regression", "slice"):
-        place = f" on {subject.slice}" if subject.slice else ""
-        verb = "fell" if certain else "may have fallen"
-        return f"{subject.metric}{place} {verb} ({value})"
-    if subject.kind == "budget":
-        return f"{value} {'FLOPs per token' if subject.metric == 'flops' else subject.metric}"
-    if subject.kind in ("latency", "memory"):
-        what = f"{subject.phase} latency" if subject.phase else "added memory"
+    if check.kind in ("regression", "slice"):
+        place = f" on {check.slice}" if check.slice else ""
+        return f"{check.metric}{place} {'fell' if certain else 'may have fallen'} ({value})"
+    if check.kind == "budget":
+        return f"{value} {'FLOPs per token' if check.metric == 'flops' else check.metric}"
+    if check.kind in ("latency", "memory"):
+        what = f"{check.phase} latency" if check.phase else "added memory"
         return f"{what} {'is' if certain else 'may be above the limit:'} {value}"
-    return f"{_plain_name(check.name)}: {value}"
+    return f"{_plain_name(check)}: {value}"
 
 
 def _value(check: Check, verdict: Verdict, value: float | None, is_limit: bool = False) -> str:
     """A check's number in the unit that people expect of it."""
     if value is None or not isfinite(value):
         return "–"
-    kind = subject_of(check, verdict).kind
-    if kind in ("quality", "regression", "slice"):
-        about = effect_of(check, verdict)
-        return signed(about, value) if about else minus(f"{value:+.4g}")
-    if kind == "budget":
+    if check.kind in ("quality", "regression", "slice"):
+        judged = effect_of(check, verdict)
+        return signed(judged, value) if judged else minus(f"{value:+.4g}")
+    if check.kind == "budget":
         return minus(f"{'±' if is_limit else '+' if value >= 0 else '-'}{abs(value):.1%}")
-    if kind in ("latency", "memory"):
+    if check.kind in ("latency", "memory"):
         return f"×{value:.3f}"
-    if kind == "kv_hit":
+    if check.kind == "kv_hit":
         return minus(f"{100 * value:+.2f}")
     return minus(f"{value:.4g}")
 
 
-def _plain_name(name: str) -> str:
-    return name.replace("_", " ").replace(".", " ")
+def effect_of(check: Check, verdict: Verdict) -> Effect | None:
+    """The effect that a check of quality, regression or slice judges; None: there is none."""
+    about = (check.metric, check.slice)
+    return next((e for e in verdict.effects if (e.metric, e.slice) == about), None)
+
+
+def _plain_name(check: Check) -> str:
+    return check.name.replace("_", " ").replace(".", " ")
 
 
 # -------------------------------------------------------------------------------------- numbers

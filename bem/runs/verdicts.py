@@ -8,23 +8,22 @@ contrasts    each candidate against each control of its variant: is it the idea,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from math import nan
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bem.config import ArmConfig, ExperimentConfig
+from bem.config import ArmConfig, ExperimentConfig, GatesConfig
 from bem.errors import CheckpointError, MeasurementError
 from bem.files import read_json, sha256_file, sha256_json, write_json
 from bem.runs.folder import RunFolder, written
 from bem.stats.files import load
 from bem.stats.gates import judge
 from bem.stats.measurement import Measurement, RouterFacts
-from bem.stats.verdict import Check, Effect, Verdict
+from bem.stats.verdict import Verdict
 
-FORMAT = "bem-verdicts-1"
+FORMAT = "bem-verdicts-2"
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,15 @@ def judge_arms(
 ) -> Judgement:
     """Judge every arm that is no baseline; all candidates with one opponent share one family."""
 
+    gates = gates_of(config, measured)
+
     def against(arms: list[ArmConfig]) -> dict[str, Verdict]:
         verdicts: dict[str, Verdict] = {}
         for opponent in dict.fromkeys(opponent_of(config, arm) for arm in arms):
             group = [arm for arm in arms if opponent_of(config, arm) == opponent]
             sides = {arm.name: measured[arm.name] for arm in group}
-            verdicts |= judge(measured[opponent], sides, config.gates, family)
+            routed = [arm.name for arm in group if arm.route]
+            verdicts |= judge(measured[opponent], sides, gates, family, routed)
         return {arm.name: verdicts[arm.name] for arm in arms}
 
     candidates = [arm for arm in config.arms if arm.role == "candidate"]
@@ -107,9 +109,17 @@ def judge_arms(
     for candidate in candidates:
         for control in controls_of(config, candidate):
             side = {candidate.name: measured[candidate.name]}
-            verdict = judge(measured[control.name], side, config.gates, family)[candidate.name]
+            verdict = judge(measured[control.name], side, gates, family)[candidate.name]
             contrasts.setdefault(candidate.name, {})[control.name] = verdict
     return Judgement(tuple(family), against(candidates), against(controls), contrasts)
+
+
+def gates_of(config: ExperimentConfig, measured: Mapping[str, Measurement]) -> GatesConfig:
+    """The config's gates; where no arm was asked with other indices there is none to swap, and every
+    verdict lists that gate as waived."""
+    swapped = [m for m in measured.values() if m.router and m.router.index_swap]
+    waived = {*config.gates.waived, *(() if swapped else ("index_swap",))}
+    return config.gates.model_copy(update={"waived": tuple(sorted(waived))})
 
 
 def opponent_of(config: ExperimentConfig, arm: ArmConfig) -> str:
@@ -145,7 +155,7 @@ def measurements(folder: RunFolder, config: ExperimentConfig) -> dict[str, Measu
         sides[arm.name] = replace(
             over_seeds(arm.name, parts),
             latency_ms=timings["latency_ms"].get(arm.name, {}),
-            memory_bytes=timings["memory_bytes"].get(arm.name),
+            adapter_memory_bytes=timings["adapter_memory_bytes"].get(arm.name),
         )
     return sides
 
@@ -153,8 +163,8 @@ def measurements(folder: RunFolder, config: ExperimentConfig) -> dict[str, Measu
 def over_seeds(name: str, parts: Sequence[Measurement]) -> Measurement:
     """One measurement of several seeds, measured on the same examples.
 
-    Scores are stacked. Cache use is averaged over the seeds of a request: requests are independent
-    of each other, the seeds of one request are not. A fact that one seed lacks is missing (None).
+    Scores and cache use are stacked, [seeds, ...]: the seeds of one example or request are not
+    independent of each other. A fact that one seed lacks is missing (None).
 
     Raises:
         MeasurementError: the seeds were measured on different examples.
@@ -168,8 +178,9 @@ def over_seeds(name: str, parts: Sequence[Measurement]) -> Measurement:
         name=name,
         metrics=_stacked([part.metrics for part in parts]),
         corpus=_stacked([part.corpus for part in parts]),
-        kv_hits=_over_requests([part.kv_hits for part in parts]),
-        kv_needed=_over_requests([part.kv_needed for part in parts]),
+        kv_hits=_rows([part.kv_hits for part in parts]),
+        kv_held=_rows([part.kv_held for part in parts]),
+        kv_needed=_rows([part.kv_needed for part in parts]),
         adapter_parameters=_largest([part.adapter_parameters for part in parts]),
         adapter_flops_per_token=_largest([part.adapter_flops_per_token for part in parts]),
         router=_router_facts([part.router for part in parts]),
@@ -185,8 +196,11 @@ def _stacked(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _over_requests(rows: Sequence[Any]) -> Any:
-    return None if any(row is None for row in rows) else np.mean([*rows], axis=0)
+def _rows(parts: Sequence[Any]) -> Any:
+    """[seeds, requests]; None: one seed lacks them."""
+    if any(part is None for part in parts):
+        return None
+    return np.concatenate([np.atleast_2d(part) for part in parts])
 
 
 def _largest(values: Sequence[float | None]) -> float | None:
@@ -241,21 +255,4 @@ def _dicts(verdicts: Mapping[str, Verdict]) -> dict[str, dict[str, Any]]:
 
 
 def _verdicts(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Verdict]:
-    return {name: _verdict(dict(row)) for name, row in values.items()}
-
-
-def _verdict(values: dict[str, Any]) -> Verdict:
-    """The inverse of `Verdict.to_dict`, where numbers that are not finite have become null."""
-    values["checks"] = tuple(_record(Check, row) for row in values["checks"])
-    values["effects"] = tuple(_record(Effect, row) for row in values["effects"])
-    return _record(Verdict, values)
-
-
-def _record(kind: type, values: Mapping[str, Any]) -> Any:
-    given = {field.name: values[field.name] for field in fields(kind) if field.name in values}
-    for field in fields(kind):
-        if field.type == "float" and given.get(field.name) is None:
-            given[field.name] = nan
-        elif isinstance(given.get(field.name), list):
-            given[field.name] = tuple(given[field.name])
-    return kind(**given)
+    return {name: Verdict.from_dict(row) for name, row in values.items()}

@@ -37,10 +37,18 @@ from bem.stats.tables import csv_rows, json_rows, write_csv, write_json_lines
 
 FORMAT = "bem-measurement-1"
 NOT_IN_TABLES = (
-    *("corpus", "latency_ms", "memory_bytes", "adapter_parameters", "adapter_flops_per_token"),
-    *("kv_hits", "kv_needed", "router", "meta"),
+    *(
+        "corpus",
+        "latency_ms",
+        "adapter_memory_bytes",
+        "adapter_parameters",
+        "adapter_flops_per_token",
+    ),
+    *("kv_hits", "kv_held", "kv_needed", "router", "meta"),
 )
 """Fields for which a table has no columns."""
+RETIRED = {"memory_bytes"}
+"""Fields of older files that nothing looks at any more: memory with the base's weights in it."""
 
 
 def to_dict(measurement: Measurement) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def from_dict(values: Mapping[str, Any], where: str = "measurement") -> Measurem
             "lines=True); lm-eval: --log_samples). Averages are not enough."
         )
     names = {f.name for f in fields(Measurement)}
-    unknown = sorted(map(str, set(values) - names - {"format"}))
+    unknown = sorted(map(str, set(values) - names - RETIRED - {"format"}))
     missing = [k for k in ("name", "metrics", "example_ids") if values.get(k) is None]
     if unknown or missing:
         raise DataError(f"{where}: unknown fields {unknown}, missing fields {missing}.")

@@ -71,14 +71,17 @@ class Measurement:
     """Meaning of metrics that METRICS does not know."""
     latency_ms: Mapping[str, ArrayLike] = field(default_factory=dict)
     """Per phase (prefill, decode): p50 of each round; round i ran beside the baseline's round i."""
-    memory_bytes: float | None = None
-    """Peak memory."""
+    adapter_memory_bytes: float | None = None
+    """Bytes that the adapter adds to its bare base at the worst moment: parameters, buffers, state,
+    activations; the base's own weights are no part of it."""
     adapter_parameters: float | None = None
     adapter_flops_per_token: float | None = None
     kv_hits: ArrayLike | None = None
-    """Reused cache entries per request."""
+    """Cache entries that the decode steps of each request reused: [requests], or [seeds, requests]."""
+    kv_held: ArrayLike | None = None
+    """Cache entries that were there at these steps, by the cache's own length; the same shape."""
     kv_needed: ArrayLike | None = None
-    """Cache entries that each request needed."""
+    """Cache entries that these steps needed; the same shape."""
     router: RouterFacts | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Anything that can be written as JSON; never judged."""
@@ -100,14 +103,14 @@ class Measurement:
         clusters = None if self.clusters is None else labels("clusters", self.clusters)
         if clusters is not None and len(clusters) != len(ids):
             raise DataError(f"clusters has {len(clusters)} entries for {len(ids)} examples.")
-        costs = ("memory_bytes", "adapter_parameters", "adapter_flops_per_token")
+        costs = ("adapter_memory_bytes", "adapter_parameters", "adapter_flops_per_token")
         for key in costs:
             _number(key, getattr(self, key))
         for key, meaning in (_mapping("declared", self.declared) or {}).items():
             _instance(f"declared.{key}", meaning, Metric)
         _instance("router", self.router, RouterFacts | None)
         _mapping("meta", self.meta)
-        rows = {key: getattr(self, key) for key in ("kv_hits", "kv_needed")}
+        rows = {key: getattr(self, key) for key in ("kv_hits", "kv_held", "kv_needed")}
         return {
             "example_ids": ids,
             "clusters": clusters,
@@ -115,7 +118,7 @@ class Measurement:
             "corpus": self._each("corpus", lambda key, v: _statistics(key, v, len(ids))),
             "slices": self._each("slices", lambda key, v: _mask(f"slices.{key}", v, len(ids))),
             "latency_ms": self._each("latency_ms", lambda key, v: _vector(f"latency_ms.{key}", v)),
-            **{key: None if row is None else _vector(key, row) for key, row in rows.items()},
+            **{key: None if row is None else _requests(key, row) for key, row in rows.items()},
         }
 
     def _each(self, key: str, check: Callable[[str, Any], Any]) -> dict[str, Any]:
@@ -253,3 +256,12 @@ def _check_ids(ids: Sequence[str]) -> None:
     if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
         raise DataError(f"example_ids holds {twice!r} twice; ids must be unique.")
+
+
+def _requests(where: str, values: ArrayLike) -> Floats:
+    array = numbers(where, values)
+    if array.ndim not in (1, 2):
+        raise DataError(
+            f"{where} has shape {array.shape}, expected [requests] or [seeds, requests]."
+        )
+    return array

@@ -41,7 +41,7 @@ def make_config(output: Path, **changes) -> ExperimentConfig:
         "data": {"tasks": ["sig2json", "forms"]},
         "arms": arms,
         "gates": {
-            "waived": ["kv_hit", "memory"],
+            "waived": ["kv_hit"],
             "regression_margin_points": 3,
             "slice_margin_points": 5,
         },
@@ -74,7 +74,7 @@ def make_run(output: Path, **changes) -> RunFolder:
         }
         for arm, factor in factors.items()
     }
-    memory = {"memory_bytes": dict.fromkeys(factors, 2.0**20), "base_memory_bytes": 2.0**24}
+    memory = {"adapter_memory_bytes": dict.fromkeys(factors, 2.0**20), "base_memory_bytes": 2.0**24}
     write_json(folder.latency, {"key": "", "latency_ms": latency, **memory})
     layers = {"layers": "layers 1 to 3 of 4, counted from 0"}
     write_json(folder.plans, {arm.name: layers for arm in config.arms})

@@ -23,7 +23,7 @@ from bem.runs import machine as environment
 from bem.runs import verdicts as judging
 from bem.runs.folder import RunFolder
 from bem.stats import files
-from bem.stats.measurement import Measurement
+from bem.stats.measurement import Measurement, RouterFacts
 from bem.training.bc import Accuracy, CloningResult
 from bem.training.policy_gradient import Iteration
 from tests.conftest import make_llama
@@ -61,7 +61,7 @@ def make_config(output: Path, arms: tuple[str, ...] = tuple(GAINS), **changes) -
             if a != "s0"
         ],
         "routing": {"experts": EXPERTS, "expert_rank": 2},
-        "gates": {"n_bootstrap": 500, "waived": ["slices", "memory", "kv_hit"]},
+        "gates": {"n_bootstrap": 500, "waived": ["slices"]},
     }
     return ExperimentConfig.model_validate({**values, **changes})
 
@@ -110,7 +110,9 @@ def measurement(name: str, easy: np.ndarray, rng: np.random.Generator) -> Measur
         adapter_parameters=10_000,
         adapter_flops_per_token=20_000,
         kv_hits=np.full(N, 0.0 if xlora else 90.0),
+        kv_held=np.full(N, 0.0 if xlora else 90.0),
         kv_needed=np.full(N, 90.0),
+        router=RouterFacts(plan_lengths=[1, 2, 1]) if name in ("ar1", "ar0") else None,
     )
 
 
@@ -211,7 +213,7 @@ def latency(arms: list[str], rng: np.random.Generator) -> dict[str, Any]:
         }
         for arm in arms
     }
-    return {"key": "", "latency_ms": times, "memory_bytes": dict.fromkeys(arms, 300e6)}
+    return {"key": "", "latency_ms": times, "adapter_memory_bytes": dict.fromkeys(arms, 300e6)}
 
 
 def _save_checkpoint(route: str | None, saved: Path, to: Path) -> None:

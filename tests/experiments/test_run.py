@@ -190,5 +190,5 @@ def test_seeds_are_stacked_and_must_be_of_the_same_examples(finished):
     config, result, _ = finished
     measured = judging.measurements(RunFolder(result.folder), config)["s0"]
     assert np.shape(measured.metrics["em"]) == (2, 24)
-    assert len(measured.kv_hits) == 24  # type: ignore[arg-type]
-    assert set(measured.latency_ms) == {"prefill", "decode"} and measured.memory_bytes
+    assert np.shape(measured.kv_hits) == np.shape(measured.kv_held) == (2, 24)
+    assert set(measured.latency_ms) == {"prefill", "decode"} and measured.adapter_memory_bytes

@@ -36,7 +36,7 @@ def test_every_candidate_has_its_decision_and_a_sentence_at_the_top(html):
     for arm, decision in {"v1": "PROMOTE", "v3": "REJECT", "v4": "INCONCLUSIVE"}.items():
         block = re.search(rf'class="decision {decision}">.*?</div>', top, re.DOTALL)
         assert block and f"</span>{arm}</span>" in block.group(0)
-    assert "Better than s0: em +15.5 points [+12.9, +18.4]. All 12 gates passed." in top
+    assert "Better than s0: em +15.5 points [+12.9, +18.4]. All 13 gates passed." in top
     assert "more examples would decide" in top
 
 
@@ -206,7 +206,7 @@ def test_a_run_of_the_baseline_alone_has_a_report_that_claims_nothing(tmp_path):
 def test_what_was_not_timed_is_missing_in_the_report_too(run, tmp_path):
     copy = RunFolder(shutil.copytree(run.path, tmp_path / "finished"))
     timings = read_json(copy.latency)
-    del timings["latency_ms"]["v1"], timings["memory_bytes"]["v1"]
+    del timings["latency_ms"]["v1"], timings["adapter_memory_bytes"]["v1"]
     write_json(copy.latency, timings)
     page = report.page_of(copy)
     row = next(arm.price for arm in page.arms if arm.name == "v1")

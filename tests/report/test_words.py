@@ -11,7 +11,7 @@ def effect(**changes) -> Effect:
     values = dict(
         metric="em", slice=None, primary=True, baseline=0.5, candidate=0.512, gain=0.012,
         ci_low=-0.004, ci_high=0.03, points_per_unit=100.0, p_value=0.1, n=100, examples=100,
-        se=0.01, mde=0.02, acceleration=0.0, engine="exact", flags=(), discordant=20,
+        effective_n=100.0, se=0.01, mde=0.02, acceleration=0.0, engine="exact", flags=(), discordant=20,
     )  # fmt: skip
     return Effect(**{**values, **changes})
 
@@ -29,10 +29,10 @@ def test_effects_are_worded_in_their_own_units():
 def test_every_kind_of_check_is_told_in_the_unit_that_people_expect():
     on_slice = effect(slice="qa/1.5", primary=False, gain=-0.02)
     checks = [
-        Check("quality", False, "", value=0.012),
-        Check("slice.qa/1.5.em", False, "", value=-0.02),
-        Check("latency.decode", False, "", value=1.308),
-        Check("budget.flops", False, "", value=0.21),
+        Check("quality", False, "", "em", value=0.012),
+        Check("slice", False, "", "em", "qa/1.5", value=-0.02),
+        Check("latency", False, "", phase="decode", value=1.308),
+        Check("budget", False, "", "flops", value=0.21),
     ]
     judged = verdict(*checks, effects=(effect(), on_slice))
     assert words.sentence(judged) == (

@@ -1,7 +1,7 @@
 """Seeds of one request are no further requests, missing facts stay missing, verdicts are read as written."""
 
-import math
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ from bem.config import GatesConfig
 from bem.errors import CheckpointError, MeasurementError
 from bem.files import read_json, write_json
 from bem.runs.folder import RunFolder
-from bem.runs.verdicts import over_seeds, read_verdicts
+from bem.runs.verdicts import gates_of, judge_arms, over_seeds, read_verdicts
 from bem.stats.costs import cost_checks
 from bem.stats.measurement import Measurement, RouterFacts
-from tests.experiments.finished_run import make_run
+from tests.experiments import routed_run
+from tests.experiments.finished_run import make_config, make_run
 
 N = 30
 
@@ -29,6 +30,7 @@ def measured(seed=0, **changes) -> Measurement:
         metrics={"em": rng.integers(0, 2, N)},
         example_ids=[f"r{i}" for i in range(N)],
         kv_hits=rng.integers(40, 80, N),
+        kv_held=np.full(N, 80),
         kv_needed=np.full(N, 80),
         adapter_parameters=100 + seed,
         adapter_flops_per_token=200,
@@ -42,15 +44,14 @@ def test_scores_are_stacked_and_the_dearest_seed_is_the_price():
     assert whole.adapter_parameters == 101
 
 
-def test_cache_use_has_one_row_for_each_request_whatever_the_number_of_seeds():
-    parts = [measured(seed) for seed in range(3)]
-    whole = over_seeds("v1", parts)
-    assert len(whole.kv_hits) == len(whole.kv_needed) == N
-    assert whole.kv_hits[0] == pytest.approx(sum(part.kv_hits[0] for part in parts) / 3)
+def test_the_cache_use_of_a_request_has_a_row_for_each_seed():
+    whole = over_seeds("v1", [measured(seed) for seed in range(3)])
+    assert np.shape(whole.kv_hits) == np.shape(whole.kv_held) == np.shape(whole.kv_needed) == (3, N)
 
 
 def test_more_seeds_with_the_same_cache_use_make_no_interval_narrower():
-    gates = GatesConfig(waived=("budget", "latency", "memory", "router"), n_bootstrap=200)
+    waived = ("budget", "latency", "memory", "router", "index_swap")
+    gates = GatesConfig(waived=waived, n_bootstrap=200)
     one, three = (
         cost_checks(side, replace(side, kv_hits=side.kv_hits - np.arange(N) % 3), gates)[0]
         for side in (over_seeds("a", [measured()] * seeds) for seeds in (1, 3))
@@ -59,7 +60,7 @@ def test_more_seeds_with_the_same_cache_use_make_no_interval_narrower():
 
 
 @pytest.mark.parametrize(
-    "name", ["kv_hits", "kv_needed", "adapter_parameters", "adapter_flops_per_token"]
+    "name", ["kv_hits", "kv_held", "kv_needed", "adapter_parameters", "adapter_flops_per_token"]
 )
 def test_a_fact_that_one_seed_lacks_is_missing(name):
     assert getattr(over_seeds("v1", [measured(0), measured(1)]), name) is not None
@@ -98,13 +99,25 @@ def test_verdicts_are_read_back_as_they_were_judged(run):
     assert set(file.judgement.contrasts["v1"]) == {"v1-random"}
 
 
-def test_a_number_that_was_not_finite_is_read_back_as_no_number(run, tmp_path):
+def test_a_file_that_was_changed_says_so(run, tmp_path):
     content = read_json(run.verdicts)
-    content["candidates"]["v1"]["effects"][0]["ci_low"] = None
+    content["candidates"]["v3"]["decision"] = "PROMOTE"
     write_json(tmp_path / "verdicts.json", content)
-    file = read_verdicts(tmp_path / "verdicts.json")
-    assert not file.unchanged
-    assert math.isnan(asdict(file.judgement.candidates["v1"].effects[0])["ci_low"])
+    assert not read_verdicts(tmp_path / "verdicts.json").unchanged
+
+
+def test_the_index_is_waived_where_no_arm_was_asked_with_another_one():
+    config, swap = make_config(Path("runs")), {"clean": np.ones(N), "corrupt": np.zeros(N)}
+    plain, swapped = measured(), measured(router=RouterFacts(index_swap=swap))
+    assert gates_of(config, {"s0": plain, "v1": plain}).waived == ("index_swap", "kv_hit")
+    assert gates_of(config, {"s0": swapped, "v1": plain}).waived == ("kv_hit",)
+
+
+def test_a_router_whose_plans_were_not_measured_stands_under_an_open_gate():
+    config = routed_run.make_config(Path("runs"), ("s0", "ar1"))
+    sides = {"s0": measured(0), "ar1": measured(1)}
+    router = judge_arms(config, sides, ["em"]).candidates["ar1"].check("router.plan")
+    assert router.passed is None and "no router.plan_lengths" in router.reason
 
 
 def test_verdicts_of_another_version_are_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -37,11 +36,7 @@ def arm(name: str, em: Any, **changes: Any) -> Measurement:
         "kv_needed": np.full(50, 64),
     }
     values |= changes
-    fields = {f.name for f in dataclasses.fields(Measurement)}
-    measured = Measurement(**{k: v for k, v in values.items() if k in fields})
-    for name in values.keys() - fields:  # facts that Measurement does not hold yet
-        object.__setattr__(measured, name, values[name])
-    return measured
+    return Measurement(**values)
 
 
 def pair(n: int = 400, gains: int = 60, losses: int = 10, **changes: Any):

@@ -181,6 +181,7 @@ def _measurement(
         adapter_parameters=price.parameters if price else None,
         adapter_flops_per_token=price.flops_per_token if price else None,
         kv_hits=[row.cache.hits for row in rows],
+        kv_held=[row.cache.held for row in rows],
         kv_needed=[row.cache.needed for row in rows],
         router=_index_swap(answers.by_index) if answers.by_index else None,
         meta=meta,

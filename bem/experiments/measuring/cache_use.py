@@ -24,6 +24,8 @@ class CacheUse:
 
     hits: float
     """Entries that were in the cache and were not computed again."""
+    held: float
+    """Entries that were in the cache, by its own length; padding is none."""
     needed: float
     """Entries of all tokens before the one being decoded."""
 
@@ -35,15 +37,16 @@ def cache_use(calls: Sequence[Call], prompt: int, answer: int) -> CacheUse:
         calls: all passes of the batch that the row is in, padded on the left.
         prompt, answer: tokens of the row.
     """
-    hits = needed = 0
+    hits = held = needed = 0
     for step, call in enumerate(calls[1 : answer + 1], 1):
         before = prompt + step - 1  # tokens of this row before the one whose successor is decoded
         padding = calls[0].handed_in - prompt
         cached = max(0, call.held - padding)  # the first columns are padding
         fresh = call.handed_in - 1  # beside the new token: computed again
         needed += before
+        held += cached
         hits += max(0, min(cached, before - fresh))
-    return CacheUse(hits, needed)
+    return CacheUse(hits, held, needed)
 
 
 @contextmanager

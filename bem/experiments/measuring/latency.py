@@ -12,16 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import ceil, inf, log
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bem.config import GatesConfig
 from bem.errors import MeasurementError
-from bem.stats.latency import paired_ratio
 from bem.training.losses import arguments_of
 
 Clock = Literal["cpu", "wall", "cuda"]
@@ -123,34 +121,6 @@ def measure_latency(
         batch_size=batch_size,
         rounds=stopwatch.rounds,
         threads=threads,
-    )
-
-
-def rounds_wanted(pairs: Sequence[Pair], gates: GatesConfig) -> int:
-    """Rounds until the limits of every ratio lie on one side of what is allowed; 0: they do.
-
-    The width of an interval falls with sqrt(rounds), so that one of half-width h around a ratio at
-    distance d from the allowed one wants about (h / d)^2 times the rounds it has. Never more than
-    the rounds there are: each look may then show that fewer suffice.
-    """
-    return max((_wanted(pair, gates) for pair in pairs), default=0)
-
-
-def _wanted(pair: Pair, gates: GatesConfig) -> int:
-    limits = paired_ratio(*pair, gates.alpha)
-    most = gates.latency_ratio_max
-    if limits.upper <= most or limits.lower > most:
-        return 0
-    if limits.upper == inf:  # too few rounds for any limit
-        return limits.rounds
-    far = abs(log(limits.ratio / most))
-    edge = limits.upper if limits.ratio <= most else limits.lower
-    wide = abs(log(edge / limits.ratio))
-    times = (wide / far) ** 2 if far > 0 else inf
-    return (
-        min(limits.rounds, max(1, ceil(limits.rounds * (times - 1))))
-        if times < inf
-        else limits.rounds
     )
 
 

@@ -12,7 +12,6 @@ from bem.config import ArmConfig, ExperimentConfig
 from bem.errors import CheckpointError
 from bem.files import read_json
 from bem.report import words
-from bem.report.checks import subject_of
 from bem.report.sections.routing import ROUTES
 from bem.runs.folder import RunFolder
 from bem.runs.verdicts import Judgement
@@ -43,6 +42,9 @@ class Arm:
     sentence: str = ""
     reasons: list[str] = field(default_factory=list)
     checks: list[words.Gate] = field(default_factory=list)
+    waived: list[str] = field(default_factory=list)
+    not_judged: list[str] = field(default_factory=list)
+    """Metrics and slices under no gate, with the reason."""
 
 
 def ordered(config: ExperimentConfig) -> list[ArmConfig]:
@@ -106,6 +108,8 @@ def _decided(verdict: Verdict) -> dict[str, Any]:
         "sentence": words.sentence(verdict),
         "reasons": words.reasons(verdict),
         "checks": words.gates(verdict),
+        "waived": list(verdict.waived),
+        "not_judged": list(verdict.not_judged),
     }
 
 
@@ -118,7 +122,7 @@ def _describe(config: ExperimentConfig, arm: ArmConfig, plan: Mapping[str, Any])
     where = f", {plan['layers']}" if "layers" in plan else ""
     if arm.route:
         return f"experts, {ROUTES[arm.route]}{where}"
-    variant = config.adapter_of(arm).variant
+    variant = config.variant_of(arm)
     changes = {k: v for k, v in arm.adapters.items() if k not in ("variant", "rank")}
     details = [f"{key} {value}" for key, value in changes.items()]
     if arm.role != "baseline":
@@ -143,11 +147,8 @@ def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
 
 
 def _price(m: Measurement, base: Measurement, rank: str, verdict: Verdict | None) -> list[str]:
-    ratios = {}
-    for check in verdict.checks if verdict else ():
-        subject = subject_of(check, verdict)  # type: ignore[arg-type]
-        if subject.kind == "latency":
-            ratios[subject.phase] = check.value
+    checks = verdict.checks if verdict else ()
+    ratios = {check.phase: check.value for check in checks if check.kind == "latency"}
     return [
         rank,
         _against(m.adapter_parameters, base.adapter_parameters),
@@ -172,7 +173,7 @@ def _latency(m: Measurement, phase: str, ratio: float | None) -> str:
 
 def _added(m: Measurement, base_bytes: float | None) -> str:
     """`0.54 MiB (+3.1%)`: what an arm adds, and how much that is of what the bare base needs."""
-    if m.memory_bytes is None:
+    if m.adapter_memory_bytes is None:
         return "–"
-    share = f" ({m.memory_bytes / base_bytes:+.1%})" if base_bytes else ""
-    return words.minus(f"{m.memory_bytes / 2**20:.2f} MiB{share}")
+    share = f" ({m.adapter_memory_bytes / base_bytes:+.1%})" if base_bytes else ""
+    return words.minus(f"{m.adapter_memory_bytes / 2**20:.2f} MiB{share}")

@@ -8,7 +8,6 @@ from math import isfinite
 
 from bem.config import ExperimentConfig
 from bem.report import words
-from bem.report.checks import subject_of
 from bem.report.plots import figures
 from bem.runs.verdicts import Judgement
 from bem.stats.verdict import Effect, Verdict
@@ -60,8 +59,7 @@ def scatter(config: ExperimentConfig, judgement: Judgement, colours: Mapping[str
     for name, verdict in _judged(judgement).items():
         effect = _whole(verdict, metric)
         for check in verdict.checks:
-            subject = subject_of(check, verdict)
-            if subject.kind != "latency" or check.value is None or effect is None:
+            if check.kind != "latency" or check.value is None or effect is None:
                 continue
             points = effect.points_per_unit or 1.0
             point = figures.Point(
@@ -75,7 +73,7 @@ def scatter(config: ExperimentConfig, judgement: Judgement, colours: Mapping[str
                 colour=colours[name],
                 control=name in judgement.controls,
             )
-            panels.setdefault(subject.phase, []).append(point)
+            panels.setdefault(check.phase or "", []).append(point)
     if not panels:
         return ""
     return figures.quality_latency(panels, config.gates.latency_ratio_max, metric)

@@ -8,10 +8,9 @@ from torch import nn
 
 import bem
 from bem.adapters.copies import with_shared_weights
-from bem.config import GatesConfig
 from bem.errors import MeasurementError
 from bem.experiments.measuring import latency as module
-from bem.experiments.measuring.latency import Budget, measure_latency, rounds_wanted
+from bem.experiments.measuring.latency import Budget, measure_latency
 
 
 @pytest.fixture
@@ -153,26 +152,3 @@ def test_nothing_is_asked_without_pairs_and_unknown_arms_are_refused(arms, quick
     assert measure_latency(arms, **alone, undecided=lambda _: 99, budget=Budget(7)).rounds == 2
     with pytest.raises(MeasurementError, match=r"No arm 'v9' to time\. Arms: s0, v1, v4"):
         measure_latency(arms, **{**SHORT, "pairs": [("v9", "s0")]})
-
-
-def paced(ratio, spread, rounds=20):
-    """Candidate and baseline times whose ratios lie evenly around one, in logarithms."""
-    steps = torch.linspace(-spread, spread, rounds).exp().tolist()
-    return [ratio * step for step in steps], [1.0] * rounds
-
-
-def test_no_rounds_are_wanted_once_the_limits_lie_on_one_side():
-    gates = GatesConfig(latency_ratio_max=1.15)
-    assert rounds_wanted([paced(1.05, 0.02), paced(1.30, 0.02)], gates) == 0
-    assert rounds_wanted([], gates) == 0
-
-
-def test_an_open_ratio_wants_more_rounds_the_nearer_it_lies_to_the_limit():
-    gates = GatesConfig(latency_ratio_max=1.15)
-    wanted = [rounds_wanted([paced(ratio, 0.2)], gates) for ratio in (1.10, 1.12, 1.15)]
-    assert 0 < wanted[0] < wanted[1] <= wanted[2] == 20  # never more than there are
-    assert rounds_wanted([paced(1.05, 0.02), paced(1.10, 0.2)], gates) == wanted[0]
-
-
-def test_too_few_rounds_for_any_limit_want_as_many_again():
-    assert rounds_wanted([paced(1.0, 0.01, rounds=3)], GatesConfig()) == 3
