@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bem.config.adapters import EVIDENCE_FEATURES, VARIANTS, AdapterConfig, TrainingConfig
 from bem.config.data import ConversationConfig, DataConfig, RetrievalConfig, TaskConfig
-from bem.config.experiment import ArmConfig, ExperimentConfig, GatesConfig, load
+from bem.config.experiment import ArmConfig, ExperimentConfig, GatesConfig, load, load_gates
 from bem.config.routing import (
     CloningConfig,
     PolicyGradientConfig,
@@ -42,5 +42,6 @@ __all__ = [
     "TaskConfig",
     "TrainingConfig",
     "load",
+    "load_gates",
     "parse",
 ]

@@ -289,7 +289,7 @@ def test_clusters_of_very_unequal_size_count_as_few():
     assert effect.effective_n < 20
     assert verdict.decision == "INCONCLUSIVE"
     for name in ("quality", "regression.em"):
-        assert "clusters of unequal size count as" in verdict.check(name).reason
+        assert "only 40 clusters of unequal size, which count as" in verdict.check(name).reason
     assert verdict.n_more == int(np.ceil(n * (20 / effect.effective_n - 1)))
 
 
@@ -308,7 +308,8 @@ def test_clusters_that_only_the_candidate_has_are_used():
     )["v1"]  # fmt: skip
     both = em_verdict(old, new, clusters=labels)
     assert one_sided.effects == both.effects
-    assert one_sided.decision == both.decision == "INCONCLUSIVE"  # four documents
+    assert one_sided.decision == both.decision == "INCONCLUSIVE"
+    assert "only 4 clusters of 20" in both.check("quality").reason
 
 
 def test_clusters_that_contradict_each_other_are_refused_for_that_candidate_alone():
@@ -323,3 +324,16 @@ def test_clusters_that_contradict_each_other_are_refused_for_that_candidate_alon
     assert "into other clusters: 0 is in 'x0'" in verdicts["bad"].check("quality").reason
     assert verdicts["bad"].decision == "INCONCLUSIVE"
     assert verdicts["good"].effects
+
+
+def test_scores_too_large_for_double_precision_are_open_and_spare_the_other_candidate():
+    rng = np.random.default_rng(0)
+    ids, ms = [str(i) for i in range(100)], {"ms": Metric(False, None)}
+    base = Measurement("s0", {"ms": rng.random(100)}, ids, declared=ms)
+    sides = {
+        "huge": Measurement("huge", {"ms": 1e300 * rng.normal(size=100)}, ids, declared=ms),
+        "fine": Measurement("fine", {"ms": 0.5 * np.asarray(base.metrics["ms"])}, ids, declared=ms),
+    }
+    verdicts = judge(base, sides, GATES)
+    assert "not finite" in verdicts["huge"].check("quality").reason
+    assert verdicts["fine"].decision == "PROMOTE"
