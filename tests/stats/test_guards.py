@@ -337,3 +337,17 @@ def test_scores_too_large_for_double_precision_are_open_and_spare_the_other_cand
     verdicts = judge(base, sides, GATES)
     assert "not finite" in verdicts["huge"].check("quality").reason
     assert verdicts["fine"].decision == "PROMOTE"
+
+
+def test_a_slice_that_holds_other_examples_in_the_candidate_is_open():
+    old, new, _ = draw([2], 1000, 0, 6.0)
+    ids, mask = [str(i) for i in range(1000)], np.arange(1000) < 300
+    base = Measurement("s0", {"em": old}, ids, slices={"hard": mask})
+    other = Measurement("v1", {"em": new}, ids, slices={"hard": ~mask})
+    check = judge(base, {"v1": other}, GATES)["v1"].check("slice.hard.em")
+    assert check.passed is None and "1000 of 1000 differ" in check.reason
+    order = np.arange(1000)[::-1]
+    same = Measurement(
+        "v1", {"em": new[order]}, [ids[i] for i in order], slices={"hard": mask[order]}
+    )
+    assert judge(base, {"v1": same}, GATES)["v1"].check("slice.hard.em").passed
