@@ -220,13 +220,33 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"No config file at {path}. Shipped ones lie in configs/.")
+    values = _mapping(path, "sections")
+    for override in overrides or []:
+        apply_override(values, override)
+    where = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+    return parse(ExperimentConfig, values, where)
+
+
+def load_gates(path: str | Path | None) -> GatesConfig:
+    """Gates from YAML: the keys to change, alone or under `gates`; None: the defaults.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest is named) or a bad value.
+    """
+    if path is None:
+        return GatesConfig()
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"No gates file at {path}.")
+    values = _mapping(path, "gates")
+    return parse(GatesConfig, values.get("gates", values), str(path))
+
+
+def _mapping(path: Path, of: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, found {type(values).__name__}.")
-    for override in overrides or []:
-        apply_override(values, override)
-    where = f"{path} with {', '.join(overrides)}" if overrides else str(path)
-    return parse(ExperimentConfig, values, where)
+        raise ConfigError(f"{path} must hold a mapping of {of}, found {type(values).__name__}.")
+    return values

@@ -289,7 +289,7 @@ def test_clusters_of_very_unequal_size_count_as_few():
     assert effect.effective_n < 20
     assert verdict.decision == "INCONCLUSIVE"
     for name in ("quality", "regression.em"):
-        assert "clusters of unequal size count as" in verdict.check(name).reason
+        assert "only 40 clusters of unequal size, which count as" in verdict.check(name).reason
     assert verdict.n_more == int(np.ceil(n * (20 / effect.effective_n - 1)))
 
 
@@ -308,7 +308,8 @@ def test_clusters_that_only_the_candidate_has_are_used():
     )["v1"]  # fmt: skip
     both = em_verdict(old, new, clusters=labels)
     assert one_sided.effects == both.effects
-    assert one_sided.decision == both.decision == "INCONCLUSIVE"  # four documents
+    assert one_sided.decision == both.decision == "INCONCLUSIVE"
+    assert "only 4 clusters of 20" in both.check("quality").reason
 
 
 def test_clusters_that_contradict_each_other_are_refused_for_that_candidate_alone():
@@ -323,3 +324,30 @@ def test_clusters_that_contradict_each_other_are_refused_for_that_candidate_alon
     assert "into other clusters: 0 is in 'x0'" in verdicts["bad"].check("quality").reason
     assert verdicts["bad"].decision == "INCONCLUSIVE"
     assert verdicts["good"].effects
+
+
+def test_scores_too_large_for_double_precision_are_open_and_spare_the_other_candidate():
+    rng = np.random.default_rng(0)
+    ids, ms = [str(i) for i in range(100)], {"ms": Metric(False, None)}
+    base = Measurement("s0", {"ms": rng.random(100)}, ids, declared=ms)
+    sides = {
+        "huge": Measurement("huge", {"ms": 1e300 * rng.normal(size=100)}, ids, declared=ms),
+        "fine": Measurement("fine", {"ms": 0.5 * np.asarray(base.metrics["ms"])}, ids, declared=ms),
+    }
+    verdicts = judge(base, sides, GATES)
+    assert "not finite" in verdicts["huge"].check("quality").reason
+    assert verdicts["fine"].decision == "PROMOTE"
+
+
+def test_a_slice_that_holds_other_examples_in_the_candidate_is_open():
+    old, new, _ = draw([2], 1000, 0, 6.0)
+    ids, mask = [str(i) for i in range(1000)], np.arange(1000) < 300
+    base = Measurement("s0", {"em": old}, ids, slices={"hard": mask})
+    other = Measurement("v1", {"em": new}, ids, slices={"hard": ~mask})
+    check = judge(base, {"v1": other}, GATES)["v1"].check("slice.hard.em")
+    assert check.passed is None and "1000 of 1000 differ" in check.reason
+    order = np.arange(1000)[::-1]
+    same = Measurement(
+        "v1", {"em": new[order]}, [ids[i] for i in order], slices={"hard": mask[order]}
+    )
+    assert judge(base, {"v1": same}, GATES)["v1"].check("slice.hard.em").passed
