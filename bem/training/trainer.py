@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from bem.training.losses import answer_logits, answer_nll, labelled_tokens
 from bem.training.optimizer import adamw, learning_rate, trained
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What can be trained: `Attached`, `Mounted` while it trains, X-LoRA, a shadow copy.
 
