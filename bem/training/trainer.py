@@ -15,6 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -150,7 +151,7 @@ class Trainer:
         noise = np.random.SeedSequence([self.seed, self.steps]).generate_state(1, np.uint64)[0]
         self.optimizer.zero_grad(set_to_none=True)  # of whoever called backward before
         try:
-            with seeded(int(noise), self.device), mode(self.attached.model, training=True):
+            with seeded(int(noise), self.device), self._in_training():
                 loss, penalty = self._backward(batch)
                 norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
                 self._check_finite("gradient norm", float(norm))
@@ -160,6 +161,11 @@ class Trainer:
         tokens = sum(len(encoded) for encoded in batch)
         seconds = time.perf_counter() - started
         return StepResult(self.steps, loss, penalty, float(norm), rate, tokens, seconds)
+
+    def _in_training(self) -> AbstractContextManager[None]:
+        """Training mode for one step; a loop that is in it already saves the walk over all modules."""
+        model = self.attached.model
+        return nullcontext() if model.training else mode(model, training=True)
 
     def _backward(self, batch: Sequence[Encoded]) -> tuple[float, float]:
         """Gradients of all micro-batches; (loss, penalty)."""
