@@ -195,10 +195,9 @@ def test_harm_can_be_shown_beyond_what_resamples_resolve():
 
 def two_metrics(second, points, **more):
     old, new, _ = draw([2], 1000, 0, 6.0)
-    side = np.random.default_rng(0).random(1000)
-    return verdict_of(
-        {"em": old, second: side}, {"em": new, second: side + points}, declared=more or None
-    )
+    side = 0.3 + 0.4 * np.random.default_rng(0).random(1000)
+    moved = np.clip(side + points, 0, 1) if second == "f1" else side + points
+    return verdict_of({"em": old, second: side}, {"em": new, second: moved}, declared=more or None)
 
 
 def test_a_metric_that_truly_falls_is_not_lent_the_strength_of_another():
