@@ -1,13 +1,16 @@
 """BEM: adapt a frozen language model chunk by chunk, and know whether the new version is better.
 
-The names below load what they need when first used: `import bem` itself stays light.
+The names below load what they need when first used: `import bem` itself stays light. It makes PEFT know
+BEM's method, so that `PeftModel.from_pretrained` loads what was saved.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bem.adapters.peft_hook import register_with_peft
+
 if TYPE_CHECKING:
-    from bem.adapters.attach import Attached, attach, load
+    from bem.adapters.attach import Attached, attach, from_peft, load
     from bem.adapters.checks import check_adapter
     from bem.adapters.peft_method import BemConfig
     from bem.bases import load_base
@@ -26,6 +29,7 @@ _WHERE = {
     "bca_bootstrap": "bem.stats",
     "benjamini_hochberg_correction": "bem.stats",
     "check_adapter": "bem.adapters.checks",
+    "from_peft": "bem.adapters.attach",
     "judge": "bem.stats",
     "load": "bem.adapters.attach",
     "load_base": "bem.bases",
@@ -42,6 +46,7 @@ __all__ = [
     "bca_bootstrap",
     "benjamini_hochberg_correction",
     "check_adapter",
+    "from_peft",
     "judge",
     "load",
     "load_base",
@@ -59,3 +64,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_WHERE])
+
+
+register_with_peft()

@@ -6,6 +6,7 @@ leaves half a file, and a reader never sees one.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import fcntl
@@ -13,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,6 +26,7 @@ from typing import IO, Any
 from bem.errors import BemError, DataError
 
 RENAME_EXCHANGE = 2  # linux/fs.h
+LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -136,7 +139,10 @@ def _put_in_place(work: Path, target: Path) -> None:
         for item in sorted(work.iterdir()):
             os.rename(item, target / item.name)
     else:
+        here = Path.cwd()
         _exchange(work, target)  # `work` then is the old one, which the caller deletes
+        if here == target:
+            os.chdir(target)  # out of the old one
     sync_folder(target.parent)
 
 
@@ -227,59 +233,125 @@ def check_listed(folder: Path, listed: dict[str, str], error: type[BemError]) ->
 # --- reading ------------------------------------------------------------------------------------
 
 
+MARKS = {  # byte order marks; the longer ones first: UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+NOT_TEXT = {
+    b"PK\x03\x04": "an Excel workbook or a zip archive",
+    b"PAR1": "a Parquet file",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+}
+
+
 def read_text(path: Path) -> str:
-    """UTF-8 text, with or without a byte order mark, plain or .gz.
+    """Text in UTF-8, or as its byte order mark says (UTF-16, UTF-32); plain or gzipped.
 
     Raises:
-        DataError: missing, unreadable, damaged or not UTF-8; names the file.
+        DataError: missing, unreadable, damaged, or not text; names the file and the line.
     """
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
-        return raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path} is missing.") from None
+    except (OSError, EOFError, zlib.error, ValueError) as failed:
+        reason = getattr(failed, "strerror", None) or failed
+        raise DataError(f"{path} cannot be read: {reason}.") from None
+    return _decoded(raw, path)
+
+
+def _encoding(start: bytes) -> str:
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
+def _decoded(raw: bytes, path: Path) -> str:
+    for magic, kind in NOT_TEXT.items():
+        if raw.startswith(magic):
+            raise DataError(f"{path} is {kind}, not text. Export it as CSV or JSON Lines in UTF-8.")
+    encoding = _encoding(raw[:4])
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = raw.decode(encoding)
     except UnicodeDecodeError as failed:
-        raise DataError(f"{path} is not UTF-8 text: {failed}.") from None
-    except (OSError, EOFError, zlib.error) as failed:
-        raise DataError(f"{path} cannot be read: {failed}.") from None
+        line = raw.count(b"\n", 0, failed.start) + 1
+        raise DataError(
+            f"{path}:{line} is not {encoding.upper().removesuffix('-SIG')} text (byte "
+            f"0x{raw[failed.start]:02x}). Save it as UTF-8."
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}:{line} holds a NUL character: this is no text. Save it as UTF-8.")
+    return text
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        DataError: not JSON, nested too deeply, or an object in which a key stands twice (the last would
+            win silently); names `where`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except DataError as failed:
+        raise DataError(f"{where}: {failed}") from None
+    except (ValueError, RecursionError) as failed:
+        raise DataError(f"{where}: not JSON: {failed}.") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise DataError(f"key {twice!r} stands twice in one object.")
+    return values
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line of a JSON Lines file, plain or .gz; blank lines are skipped.
+    """(line number, value) of every line of a JSON Lines file, plain or gzipped; blank lines are skipped.
 
     Lines end at LF, CR LF or CR: U+2028, U+2029 and U+0085 are text, which `str.splitlines` forgets.
     One line is held at a time.
 
     Raises:
-        DataError: missing, unreadable, damaged, not UTF-8, or a line that is not JSON; names the line.
+        DataError: missing, unreadable, damaged, not text, or a line that is not JSON; names the line.
     """
     number = 0
     try:
         with _open_text(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, _json_line(line, f"{path}:{number}")
+                    yield number, parse_json(line, f"{path}:{number}")
     except FileNotFoundError:
         raise DataError(f"{path} is missing.") from None
-    except UnicodeDecodeError as failed:
+    except UnicodeError as failed:
         raise DataError(f"{path}:{number + 1}: is not UTF-8 text: {failed}.") from None
-    except (OSError, EOFError, zlib.error) as failed:
-        raise DataError(f"{path}:{number + 1}: cannot be read: {failed}.") from None
+    except (OSError, EOFError, zlib.error, ValueError) as failed:
+        reason = getattr(failed, "strerror", None) or failed
+        raise DataError(f"{path}:{number + 1}: cannot be read: {reason}.") from None
 
 
 def _open_text(path: Path) -> IO[str]:
     with open(path, "rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
-    return (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig")
+    opened = gzip.open if packed else open
+    with opened(path, "rb") as start:
+        encoding = _encoding(start.read(4))
+    return opened(path, "rt", encoding=encoding)
 
 
-def _json_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as failed:
-        raise DataError(f"{where}: not JSON: {failed}.") from None
+def parse_json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """`json_lines` of text that was read already; `path` is what messages name."""
+    for number, line in enumerate(LINE_END.split(text), 1):
+        if line.strip():
+            yield number, parse_json(line, f"{path}:{number}")
 
 
 def read_json(path: Path, error: type[BemError] = DataError) -> Any:

@@ -35,8 +35,9 @@ from torch import Tensor, nn  # noqa: E402
 
 from bem.errors import MissingExtra  # noqa: E402
 from bem.routing.distribution import HeadsDistribution  # noqa: E402
+from bem.training.baseline import fit_value  # noqa: E402
 from bem.training.gae import gae  # noqa: E402
-from bem.training.trpo import Batch, StepResult, TRPOOptimizer, fit_value  # noqa: E402
+from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer  # noqa: E402
 
 try:
     import gymnasium
@@ -108,7 +109,7 @@ class Ours:
         self.env, self.policy, self.value = env, HeadsPolicy(inputs, sizes), Value(inputs)
         self.optimizer = TRPOOptimizer(self.policy, DELTA, DAMPING)
         self.generator = torch.Generator().manual_seed(seed)
-        self.results: list[StepResult] = []
+        self.results: list[PolicyStep] = []
         self.batch = batch
         self.obs = env.reset(seed=seed)[0]
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+# shapes in signatures are checked while tests run; before anything of these packages is imported
+install_import_hook(["bem.kernels", "bem.variants", "bem.control"], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

@@ -205,7 +205,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(capsys, config, mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "measurement.json")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bem.experiments.run.save", full)
+        patch.setattr("bem.experiments.cell.save", full)
         assert "The disk is full: measurement.json" in problem(capsys, "run", config)
     code, _, _ = bem_command(capsys, "run", config)
     assert code == 0
@@ -247,6 +247,13 @@ def test_train_and_evaluate_one_arm(capsys, config, tmp_path):
     assert out_file.is_file()
     code, _, _ = bem_command(capsys, "validate", out_file, out_file)
     assert code == 2
+    table = tmp_path / "scores.jsonl"
+    code, out, _ = bem_command(capsys, "evaluate", config, checkpoint, "--out", table)
+    assert code == 0 and "Scores alone" in out
+    assert json.loads(table.read_text().splitlines()[0]).keys() >= {"id", "cluster", "em", "f1"}
+    assert bem_command(capsys, "validate", out_file, table)[0] == 2
+    message = problem(capsys, "evaluate", config, checkpoint, "--out", tmp_path / "scores.xlsx")
+    assert "written as .json, .jsonl, .csv or .tsv" in message
     assert "No arm 'v7'" in problem(capsys, "train", "arm", config, "--arm", "v7")
     assert "Seed 5 is none" in problem(capsys, "train", "arm", config, "--arm", "v4", "--seed", "5")
     assert "no `routing` section" in problem(capsys, "train", "router", config)

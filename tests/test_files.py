@@ -1,63 +1,117 @@
-"""Lines are read as written, and what has its name is whole."""
-
+import codecs
 import gzip
-import json
 
 import pytest
 
 from bem.errors import DataError
-from bem.files import json_lines, whole
+from bem.files import json_lines, parse_json, read_text, whole
 
 
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
-@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
-def test_lines_end_at_line_feeds_and_carriage_returns_alone(tmp_path, character, ending):
-    line = json.dumps({"a": f"x{character}y"}, ensure_ascii=False)
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(ending.join([line, "", "  ", line]).encode())
-    assert list(json_lines(path)) == [(1, {"a": f"x{character}y"}), (4, {"a": f"x{character}y"})]
+def written(folder, content, name="rows.jsonl"):
+    path = folder / name
+    path.write_bytes(content)
+    return path
 
 
-def test_a_byte_order_mark_and_gzip_are_seen_in_the_content(tmp_path):
-    for name in ("a.jsonl", "a.jsonl.gz"):
-        path = tmp_path / name
-        path.write_bytes(b"\xef\xbb\xbf[1]\n")
-        assert list(json_lines(path)) == [(1, [1])]
-        path.write_bytes(gzip.compress(b"\xef\xbb\xbf[1]\n"))
-        assert list(json_lines(path)) == [(1, [1])]
-
-
-def test_lines_are_read_one_by_one(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{broken\n')
-    lines = json_lines(path)
-    assert next(lines) == (1, {"a": 1})
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
-        next(lines)
+@pytest.mark.parametrize(
+    "content",
+    [
+        "é\n".encode(),
+        codecs.BOM_UTF8 + "é\n".encode(),
+        "é\n".encode("utf-16"),
+        codecs.BOM_UTF16_BE + "é\n".encode("utf-16-be"),
+        "é\n".encode("utf-32"),
+        gzip.compress("é\n".encode()),
+        gzip.compress("é\n".encode("utf-16")),
+    ],
+)
+def test_text_is_read_as_its_mark_says_plain_or_packed(tmp_path, content):
+    assert read_text(written(tmp_path, content)) == "é\n"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[1]\n\xff\n", r"rows\.jsonl:\d: is not UTF-8 text"),
-        (gzip.compress(b"[1]\n" * 999)[:-9], r"rows\.jsonl:\d+: cannot be read"),
-        (b"[" * 100_000, r"rows\.jsonl:1: not JSON"),
-        (b"1" * 5000, r"rows\.jsonl:1: not JSON"),
-        (b"[1]\x00", r"rows\.jsonl:1: not JSON"),
+        (
+            "a\né".encode("latin-1"),
+            r"rows.jsonl:2 is not UTF-8 text \(byte 0xe9\). Save it as UTF-8",
+        ),
+        (codecs.BOM_UTF8 + b"\n\n\xff", r"rows.jsonl:3 is not UTF-8 text"),
+        (codecs.BOM_UTF16_LE + b"a", "is not UTF-16 text"),
+        ("ab".encode("utf-16-le"), "rows.jsonl:1 holds a NUL character"),
+        (b"PK\x03\x04", "is an Excel workbook or a zip archive, not text"),
+        (b"BZh91AY", "compressed by bzip2"),
+        (b"\x1f\x8b\x08", "rows.jsonl cannot be read"),
+        (gzip.compress(b"abc" * 100)[:-6], "rows.jsonl cannot be read"),
+        (gzip.compress(b"abc")[:-8] + b"12345678", "rows.jsonl cannot be read"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
+def test_what_is_no_text_is_refused_with_file_and_line(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        read_text(written(tmp_path, content))
+
+
+def test_a_folder_and_a_file_that_is_missing_are_named(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path} cannot be read: Is a directory"):
+        read_text(tmp_path)
+    with pytest.raises(DataError, match="nothing is missing"):
+        read_text(tmp_path / "nothing")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_text(tmp_path / "a\0b")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_at_line_ends_and_not_at_separators_of_unicode(tmp_path, end):
+    text = end.join(['{"a": "b\u2028c\u2029d\x85e"}', "", ' {"a": 2} ', ""])
+    rows = list(json_lines(written(tmp_path, text.encode())))
+    assert rows == [(1, {"a": "b\u2028c\u2029d\x85e"}), (3, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": ', "rows.jsonl:2: not JSON"),
+        ("[" * 100_000, "rows.jsonl:2: not JSON"),
+        ("1" * 5000, "rows.jsonl:2: not JSON"),
+        ('{"a": {"b": 1, "b": 2}}', "rows.jsonl:2: key 'b' stands twice in one object"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, line, message):
+    path = written(tmp_path, f"{{}}\n{line}\n".encode())
     with pytest.raises(DataError, match=message):
         list(json_lines(path))
 
 
-def test_a_missing_file_and_a_folder_are_data_errors(tmp_path):
-    with pytest.raises(DataError, match=r"none\.jsonl is missing"):
-        list(json_lines(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match="cannot be read"):
+def test_a_json_text_names_where_it_came_from():
+    assert parse_json('{"a": [1]}', "here") == {"a": [1]}
+    with pytest.raises(DataError, match="here: not JSON"):
+        parse_json("", "here")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_lines_are_read_as_their_mark_says_plain_or_packed(tmp_path, encoding, pack):
+    path = written(tmp_path, pack('{"a": "é"}\n[1]\n'.encode(encoding)))
+    assert list(json_lines(path)) == [(1, {"a": "é"}), (2, [1])]
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]\n\xff", b"\x1f\x8b\x08", gzip.compress(b"[1]\n" * 999)[:-9], b"\xff\xfea"]
+)
+def test_lines_that_cannot_be_read_are_named(tmp_path, content):
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: (is not UTF-8 text|cannot be read)"):
+        list(json_lines(written(tmp_path, content)))
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
         list(json_lines(tmp_path))
+    with pytest.raises(DataError, match=r"none.jsonl is missing"):
+        list(json_lines(tmp_path / "none.jsonl"))
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    lines = json_lines(written(tmp_path, b'{"a": 1}\n{broken\n'))
+    assert next(lines) == (1, {"a": 1})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
+        next(lines)
 
 
 def test_a_file_or_folder_gets_its_name_when_it_is_whole(tmp_path):

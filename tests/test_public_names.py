@@ -16,6 +16,7 @@ PROMISED = {
     "bca_bootstrap",
     "benjamini_hochberg_correction",
     "check_adapter",
+    "from_peft",
     "judge",
     "load",
     "load_base",

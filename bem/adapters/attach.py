@@ -9,188 +9,234 @@ model = attached.detach()          # the model as it was, bit for bit
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from bem.adapters.budget import Price, price_of
-from bem.config import VARIANTS, AdapterConfig, parse
-from bem.control.controller import ChunkReader
-from bem.errors import AttachError
-from bem.variants.head_gate import HeadGate
+from bem.adapters import checkpoint
+from bem.adapters.attached import NAME, Attached
+from bem.adapters.build import VARIANTS, Parts
+from bem.adapters.lora import CONFIG, Lora, read_json, read_lora, read_tensors
+from bem.adapters.names import clean_name, unwrapped
+from bem.adapters.peft_config import BemConfig, ReadyConfig
+from bem.adapters.peft_method import BEM, adapters_of
+from bem.adapters.plan import Plan
+from bem.adapters.rollback import rolled_back
+from bem.adapters.sites import find_sites
+from bem.adapters.version import SiteSize
+from bem.config import AdapterConfig, parse_adapter
+from bem.config.adapters import StaticConfig
+from bem.errors import AttachError, CheckpointError
+from bem.variants.low_rank import LowRank
 
-NAME = "default"  # the adapter's name inside PEFT
+__all__ = ["NAME", "Attached", "attach", "attach_parts", "attach_plan", "from_peft", "load"]
 
-
-class Attached:
-    """A frozen model with one adapter. `model` is a `peft.PeftModel`."""
-
-    def __init__(self, peft_model: Any, config: AdapterConfig, trainable_before: dict[str, bool]):
-        self.model = peft_model
-        self.config = config
-        self._trainable_before = trainable_before
-
-    @property
-    def base(self) -> Any:
-        """The Hugging Face model inside."""
-        return self.model.base_model.model
-
-    def modules(self) -> list[Any]:
-        """The adapter's modules, bottom to top: updates, modulations, the controller."""
-        from bem.adapters.peft_method import adapters_of
-
-        parts = [part for _, part in adapters_of(self.base, NAME)]
-        found = [m for p in parts for m in (p.update, p.film, p.shaping, p.controller)]
-        return [m for m in found if m is not None]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The adapter's parameters, the only ones that train."""
-        return [parameter for _, parameter in self.named_parameters()]
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the adapter alone."""
-        mine = {id(p) for m in self.modules() for p in m.parameters()}
-        return [(n, p) for n, p in self.base.named_parameters() if id(p) in mine]
-
-    def penalty(self) -> Tensor:
-        """Sum of the variant's weighted regularisers for the last forward pass; 0 if there are none."""
-        found = [
-            p for m in self.modules() if hasattr(m, "penalty") and (p := m.penalty()) is not None
-        ]
-        return torch.stack(found).sum() if found else torch.zeros((), device=self.base.device)
-
-    @property
-    def n_evidence(self) -> int:
-        """Evidence features that the adapter reads; 0: it reads none."""
-        return next((m.n_evidence for m in self.modules() if isinstance(m, ChunkReader)), 0)
-
-    def gate_magnitude(self) -> Tensor | None:
-        """Mean gate over all head-gated sites, (batch, tokens), in the last forward pass.
-
-        None if the variant has no head gates.
-        """
-        runtime = self.base.bem_runtime
-        if runtime.wiring is None:
-            return None
-        gates = [
-            m.magnitude(runtime.parts[i])
-            for i, m in enumerate(runtime.wiring.members)
-            if isinstance(m, HeadGate)
-        ]
-        return torch.stack(gates).mean(0).float() if gates else None
-
-    def after_step(self) -> None:
-        """Call after every optimiser step: keeps spectral cap and trust radius."""
-        for module in self.modules():
-            if hasattr(module, "after_step"):
-                module.after_step()
-
-    def price(self, tokens: int = 512) -> Price:
-        """Parameters, and matrix FLOPs per token of a prefill of `tokens` tokens."""
-        from bem.adapters.peft_method import adapters_of
-
-        return price_of(dict(adapters_of(self.base, NAME)), tokens)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors (buffers that belong to a checkpoint included), detached."""
-        names = {n for n, _ in self.named_parameters()}
-        buffers = {id(b) for m in self.modules() for b in m.state_dict(keep_vars=True).values()}
-        whole = self.base.state_dict(keep_vars=True)
-        return {n: t.detach() for n, t in whole.items() if n in names or id(t) in buffers}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors as `state_dict` names them.
-
-        Raises:
-            AttachError: a tensor is missing, unknown or of another shape.
-        """
-        mine = self.state_dict()
-        if mine.keys() != tensors.keys():
-            odd = sorted(mine.keys() ^ tensors.keys())
-            raise AttachError(
-                f"the tensors do not fit this adapter: {len(odd)} differ, first {odd[0]!r}."
-            )
-        for name, tensor in mine.items():
-            if tensor.shape != tensors[name].shape:
-                raise AttachError(
-                    f"{name}: {tuple(tensors[name].shape)} does not fit {tuple(tensor.shape)}."
-                )
-            tensor.copy_(tensors[name])
-
-    def save(
-        self,
-        folder: str | Path,
-        data_hash: str = "",
-        parent: str | None = None,
-        extra: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write a checkpoint that PEFT, transformers and `bem.load` read; see `checkpoint.save`."""
-        from bem.adapters import checkpoint
-
-        return checkpoint.save(self, Path(folder), data_hash, parent, extra or {})
-
-    def save_lora(self, folder: str | Path) -> Path:
-        """Write a static LoRA (s0) as a plain PEFT LoRA checkpoint, for anything that serves those."""
-        from bem.adapters import checkpoint
-
-        return checkpoint.save_lora(self, Path(folder))
-
-    def detach(self) -> Any:
-        """Take the adapter off and return the model as it was, bit for bit."""
-        model = self.model.unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = self._trainable_before.get(name, parameter.requires_grad)
-        return model
+log = logging.getLogger(__name__)
 
 
 def attach(model: Any, variant: str | AdapterConfig | None = None, **overrides: Any) -> Attached:
     """Attach an adapter to a causal LM and freeze the rest.
 
+    If that fails, the model is as it was before. What the adapter leaves alone is logged.
+
     Args:
-        model: any Hugging Face causal LM.
+        model: any Hugging Face causal LM, compiled or not.
         variant: `s0 pt1 v1 v2 v3 v4`, or a whole config.
-        **overrides: fields of `AdapterConfig`, such as rank=8.
+        **overrides: knobs of the variant, such as rank=8; see `bem.config.adapters`.
     Raises:
-        AttachError: unknown variant, no site found, or something is attached already.
-        ConfigError: an unknown or impossible setting.
+        AttachError: unknown variant, no site in this model, or something is attached already.
+        ConfigError: an unknown or impossible setting, or a knob of another variant.
     """
     if isinstance(variant, str) and variant not in VARIANTS:
         raise AttachError(f"unknown variant {variant!r}: use one of {', '.join(VARIANTS)}.")
     values = (
         variant.model_dump() if isinstance(variant, AdapterConfig) else {"variant": variant or "s0"}
     )
-    config = parse(AdapterConfig, {**values, **overrides}, "attach")
-    if getattr(model, "peft_config", None):
-        raise AttachError(
-            "the model already carries a PEFT adapter: detach it first, or use PEFT's add_adapter."
-        )
-    from peft import get_peft_model
+    kinds = {kind: each.config for kind, each in VARIANTS.items()}
+    return _attach(model, parse_adapter({**values, **overrides}, "attach", kinds))
 
-    from bem.adapters.peft_method import BemConfig
 
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    peft_model = get_peft_model(
-        model, BemConfig(**config.model_dump(), task_type="CAUSAL_LM"), adapter_name=NAME
-    )
-    return Attached(peft_model, config, trainable)
+def attach_parts(model: Any, parts: Mapping[str, Parts], router_layer: int) -> PeftModel:
+    """Put modules that were made elsewhere on a model, such as mounted experts.
+
+    If that fails, the model is as it was before.
+
+    Args:
+        parts: site name, as in `find_sites` -> what it carries.
+        router_layer: the block whose input the controller reads.
+    Raises:
+        AttachError: something is attached already.
+    """
+    plan = Plan(find_sites(model), router_layer, parts)
+    return _inject(model, ReadyConfig(plan, task_type="CAUSAL_LM"))
+
+
+def attach_plan(model: Any, plan: Plan, config: AdapterConfig, name: str = NAME) -> Attached:
+    """Attach modules that were made already, as `config` would have made them."""
+    model = _bare(model)
+    trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+    method = BemConfig(**config.model_dump(), task_type="CAUSAL_LM")
+    method.made = plan
+    return Attached(_inject(model, method, name), config, trainable, name)
 
 
 def load(model: Any, folder: str | Path, trainable: bool = False) -> Attached:
-    """Attach what a checkpoint holds: one of ours, or a PEFT LoRA (read as s0).
+    """Attach what a checkpoint holds.
 
     Args:
         model: the base that it was made for.
-        folder: written by `Attached.save`, `PeftModel.save_pretrained` or PEFT's LoRA.
+        folder: written by `Attached.save`; or by PEFT, Trainer or TRL (`PeftModel.save_pretrained`), ours
+            or a plain LoRA, which becomes s0. The latter do not say for which base they were made.
         trainable: False: frozen, for inference.
     Raises:
         CheckpointError: missing, foreign or changed files.
         BaseMismatch: made for another base.
     """
-    from bem.adapters import checkpoint
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG}: not a checkpoint.")
+    if (folder / checkpoint.MANIFEST).is_file():
+        attached = _load_ours(unwrapped(model), folder)
+    else:
+        log.warning("%s names no base: whether it was made for this one is not known.", folder)
+        attached = _load_from_peft(unwrapped(model), folder)
+    if not trainable:
+        for parameter in attached.parameters():
+            parameter.requires_grad = False
+        attached.model.eval()
+    return attached
 
-    return checkpoint.load(model, Path(folder), trainable)
+
+def from_peft(peft_model: Any) -> Attached:
+    """The handle of an adapter that was attached or loaded by PEFT: to save, measure or mount it.
+
+    Args:
+        peft_model: whose active adapter is one of ours.
+    Raises:
+        AttachError: no PeftModel, or its active adapter is of another kind.
+    """
+    peft_model = unwrapped(peft_model)
+    if not isinstance(peft_model, PeftModel):
+        raise AttachError(
+            f"{type(peft_model).__name__} is no PeftModel: hand over what get_peft_model or PeftModel.from_pretrained "
+            "gave, or use bem.attach."
+        )
+    name = peft_model.active_adapters[0]
+    config = peft_model.peft_config[name]
+    if not isinstance(config, BemConfig):
+        raise AttachError(
+            f"the active adapter {name!r} is {getattr(config.peft_type, 'value', config.peft_type)}, not BEM. If it is "
+            "a LoRA, save it with save_pretrained and load it with bem.load, which reads it as s0."
+        )
+    return Attached(peft_model, config.adapter_config(), {}, name)
 
 
-__all__ = ["Attached", "attach", "load"]
+def _attach(
+    model: Any, config: AdapterConfig, sizes: Mapping[str, SiteSize] | None = None
+) -> Attached:
+    """Attach a config; sizes: exactly these sites, ranks and scales."""
+    model = _bare(model)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    method = BemConfig(**config.model_dump(), task_type="CAUSAL_LM", site_sizes=sizes)
+    attached = Attached(_inject(model, method), config, trainable)
+    for each in attached.plan.left_alone:
+        level = logging.INFO if each.by_choice else logging.WARNING
+        log.log(level, "%s: not adapted: %s (%s)", config.variant, each.where, each.why)
+    return attached
+
+
+def _bare(model: Any) -> Any:
+    """The model inside torch.compile; AttachError unless something can be attached to it."""
+    model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            f"{type(model).__name__} is no model: hand over a Hugging Face causal LM."
+        )
+    if getattr(model, "peft_config", None):
+        raise AttachError(
+            "the model already carries a PEFT adapter: detach it first, or use PEFT's add_adapter."
+        )
+    return model
+
+
+def _inject(model: Any, method: Any, name: str = NAME) -> PeftModel:
+    model = _bare(model)
+    with rolled_back(model):
+        return get_peft_model(model, method, adapter_name=name)
+
+
+def _load_ours(model: Any, folder: Path) -> Attached:
+    saved = checkpoint.read(folder)
+    checkpoint.check_base(saved.base, model, str(folder))
+    with rolled_back(model):
+        attached = _attach(model, saved.config, saved.version.sites)
+        if saved.config.variant == "s0":
+            _fill(attached, read_lora(attached.base, folder, saved.config.sites))
+        else:
+            _load_tensors(attached, read_tensors(folder), folder)
+        _check_version(attached, saved, folder)
+    return attached
+
+
+def _load_from_peft(model: Any, folder: Path) -> Attached:
+    """What PEFT wrote: a plain LoRA, or our method without a manifest."""
+    method = read_json(folder / CONFIG)
+    kind = method.get("peft_type")
+    if kind == "LORA":
+        loras = read_lora(model, folder)
+        sizes = {site: SiteSize(len(x.a), x.scale) for site, x in loras.items()}
+        config = StaticConfig(rank=max(z.rank for z in sizes.values()), router_layer=0)
+        with rolled_back(model):
+            attached = _attach(model, config, sizes)
+            _fill(attached, loras)
+        return attached
+    if kind != BEM:
+        raise CheckpointError(
+            f"{folder} holds a PEFT adapter of type {kind!r}: BEM reads its own and plain LoRAs."
+        )
+    config = BemConfig.from_pretrained(str(folder))
+    if config.site_sizes is None:
+        raise CheckpointError(
+            f"{folder}: {CONFIG} names no site_sizes: it was written by another release of BEM, whose checkpoints "
+            "are not read. Train the adapter again."
+        )
+    with rolled_back(model):
+        attached = _attach(model, config.adapter_config(), config.site_sizes)
+        _load_tensors(attached, read_tensors(folder), folder)
+    return attached
+
+
+@torch.no_grad()
+def _fill(attached: Attached, loras: Mapping[str, Lora]) -> None:
+    """Copy the factors of LoRAs into an s0 of the same sizes."""
+    for site, parts in adapters_of(attached.base, attached.name):
+        assert isinstance(parts.update, LowRank)
+        parts.update.v.copy_(loras[site].a)
+        parts.update.u.copy_(loras[site].b)
+
+
+def _load_tensors(attached: Attached, tensors: dict[str, Tensor], folder: Path) -> None:
+    tensors = {clean_name(name): t for name, t in tensors.items()}
+    expected = set(attached._tensors())
+    if odd := sorted(expected ^ tensors.keys()):
+        missing = "misses" if odd[0] in expected else "holds a tensor that fits nothing here"
+        raise CheckpointError(f"{folder} {missing}: {odd[0]} ({len(odd)} such tensors).")
+    try:
+        set_peft_model_state_dict(attached.model, tensors)
+    except RuntimeError as error:  # torch's word for other shapes
+        raise CheckpointError(
+            f"{folder} does not fit the adapter that its config describes: {error}."
+        ) from None
+
+
+def _check_version(attached: Attached, saved: checkpoint.Saved, folder: Path) -> None:
+    if (here := attached.version) != saved.version:
+        raise CheckpointError(
+            f"{folder} was saved as version {saved.version.digest[:12]}, what was loaded is {here.digest[:12]}: the "
+            "manifest does not belong to these files."
+        )

@@ -1,194 +1,186 @@
-"""Checkpoints: what PEFT writes (safetensors and `adapter_config.json`) plus a manifest.
+"""Checkpoints: what PEFT reads (safetensors and `adapter_config.json`) with a manifest beside it.
 
-The manifest names the adapter's config, the hashes of base and data, the parent checkpoint and the
-sha256 of every file. Loading checks all of it: a checkpoint that was changed, or that was made for
-another base, is refused.
+A static LoRA is written as PEFT's own LoRA, every other variant as PEFT's method "BEM". The manifest
+holds the adapter's config, its `Version`, where data and weights come from, and the sha256 of every
+file. Loading checks all of it: a checkpoint that was changed, or was made for another base, is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bem.adapters.lora import (
-    CONFIG,
-    WEIGHTS,
-    Lora,
-    read_json,
-    read_lora,
-    read_tensors,
-    readable,
-    write_loras,
-)
-from bem.adapters.sites import ATTN_OUT, MLP_DOWN, base_hash, find_sites
-from bem.config import AdapterConfig, parse
-from bem.errors import AttachError, BaseMismatch, CheckpointError
-from bem.variants.low_rank import LowRank
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from bem.adapters.attach import Attached
+from bem.adapters.build import VARIANTS
+from bem.adapters.card import CARD, write_card
+from bem.adapters.lora import CONFIG, WEIGHTS, Lora, read_json, write_loras
+from bem.adapters.version import BaseIdentity, Version, base_identity
+from bem.config import AdapterConfig, parse_adapter
+from bem.errors import BaseMismatch, CheckpointError
+from bem.files import check_listed, sha256_file, whole_folder, write_json, write_text
 
+file_hash = sha256_file  # until every caller takes it from bem.files
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+KIND = "adapter"
 
 
-def save(
-    attached: Attached, folder: Path, data_hash: str, parent: str | None, extra: dict[str, Any]
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from."""
+
+    data: str = ""
+    """sha256 of the training data."""
+    parent: str | None = None
+    """sha256 of the manifest of the checkpoint that training started from."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Anything JSON that belongs to the record."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint whose files are as they were written."""
+
+    folder: Path
+    config: AdapterConfig
+    version: Version
+    base: BaseIdentity
+    origin: Origin
+
+
+def write(
+    folder: Path,
+    config: AdapterConfig,
+    version: Version,
+    base: BaseIdentity,
+    state: Mapping[str, Lora] | tuple[Mapping[str, Tensor], Mapping[str, Any]],
+    base_name: str | None,
+    origin: Origin,
 ) -> Path:
-    """Write the checkpoint whole or not at all (a folder beside it is renamed into place).
+    """Write a checkpoint whole or not at all.
 
     Args:
-        attached: what to save.
-        folder: target; an older checkpoint there is replaced.
-        data_hash: sha256 of the training data.
-        parent: sha256 of the manifest of the checkpoint that training started from.
-        extra: anything JSON that belongs to the record.
+        folder: made if missing; an older checkpoint there is replaced in one step, its model card kept.
+        version, base: what `state` makes of which base.
+        state: site -> LoRA of a static adapter; else (tensors, the content of adapter_config.json).
+        base_name: what AutoPeft looks up as the base, a hub id or a folder.
+    Raises:
+        CheckpointError: the folder holds files of somebody else, or cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        attached.model.save_pretrained(str(work))
+    card = _old_card(folder)
+    with whole_folder(folder, written_files, CheckpointError) as work:
+        if isinstance(state, tuple):
+            tensors, method = state
+            plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+            save_file(plain, work / WEIGHTS, metadata={"format": "pt"})
+            write_json(work / CONFIG, method, indent=2)
+        else:
+            write_loras(state, work, base_name)
         manifest = {
             "format": FORMAT,
-            "adapter": attached.config.model_dump(mode="json"),
-            "base": base_hash(attached.base),
-            "data": data_hash,
-            "parent": parent,
-            "extra": extra,
-            "files": {f.name: file_hash(f) for f in sorted(work.iterdir()) if f.is_file()},
+            "kind": KIND,
+            "adapter": config.model_dump(mode="json"),
+            "version": version.to_dict(),
+            "base": vars(base),
+            "data": origin.data,
+            "parent": origin.parent,
+            "extra": dict(origin.extra),
+            "files": {name: sha256_file(work / name) for name in (CONFIG, WEIGHTS)},
         }
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        readable(work)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(work, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write the checkpoint {folder}: {error}. Nothing was left behind."
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        write_json(work / MANIFEST, manifest, indent=2)
+        if card is None:
+            write_card(work, base_name, config.variant)
+        else:
+            write_text(work / CARD, card)
     return folder
 
 
-def load(model: Any, folder: Path, trainable: bool) -> Attached:
-    """See `bem.load`."""
-    config_file = folder / CONFIG
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder} holds no adapter_config.json: not a checkpoint.")
-    if read_json(config_file).get("peft_type") == "LORA":
-        return _load_lora(model, folder, trainable)
+def read(folder: Path) -> Saved:
+    """Check a checkpoint's files against its manifest and say what they are.
+
+    Raises:
+        CheckpointError: no manifest, a missing or changed file, or an older format.
+    """
     manifest = check(folder)
-    found = base_hash(model)
-    if manifest["base"] != found:
-        raise BaseMismatch(
-            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}: "
-            "other weights give another model. Load the base that it was trained on."
+    kinds = {kind: each.config for kind, each in VARIANTS.items()}
+    try:
+        return Saved(
+            folder,
+            parse_adapter(manifest["adapter"], f"{folder}: {MANIFEST}", kinds),
+            Version.from_dict(manifest["version"]),
+            BaseIdentity(**manifest["base"]),
+            Origin(manifest["data"], manifest["parent"], manifest["extra"]),
         )
-    return _attach_tensors(
-        model, parse(AdapterConfig, manifest["adapter"], str(folder)), folder, trainable
-    )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} is not what was written: {type(error).__name__} {error}."
+        ) from None
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """Read the manifest and compare the sha256 of every file.
+    """The manifest of an adapter's checkpoint, after every listed file's sha256 was compared.
 
     Raises:
-        CheckpointError: no manifest, a missing file or a changed one.
+        CheckpointError: no manifest, one of something else or of an older format, a missing or a
+            changed file.
     """
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}, so nothing proves what it is. Written by PEFT alone? Load it with "
-            "peft.PeftModel.from_pretrained and save it with Attached.save."
-        )
+        raise CheckpointError(f"{folder} has no {MANIFEST}: not a checkpoint that BEM wrote.")
     manifest = read_json(folder / MANIFEST)
-    for name, digest in manifest.get("files", {}).items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: {name} is missing.")
-        if (found := file_hash(folder / name)) != digest:
-            raise CheckpointError(
-                f"{folder}: {name} was changed after saving (sha256 {found[:12]}, manifest says {digest[:12]})."
-            )
-    if WEIGHTS not in manifest.get("files", {}):
-        raise CheckpointError(f"{folder}: the manifest lists no {WEIGHTS}.")
+    if manifest.get("kind") == "router":
+        raise CheckpointError(f"{folder} holds a router with its experts: use bem.load_router.")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {manifest.get('format')!r}, this BEM reads {FORMAT}: it was written by another "
+            "release. Load and save it there as a PEFT LoRA if it is one, or train it again."
+        )
+    listed = manifest.get("files", {})
+    if not {CONFIG, WEIGHTS} <= listed.keys():
+        raise CheckpointError(f"{folder}: the manifest does not list {CONFIG} and {WEIGHTS}.")
+    check_listed(folder, listed, CheckpointError)
     return manifest
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_base(saved: BaseIdentity, model: nn.Module, what: str) -> None:
+    """Is the model the base that something was made for?
 
-
-def save_lora(attached: Attached, folder: Path) -> Path:
-    """Write a static LoRA as PEFT writes one: lora_A = V, lora_B = U, same alpha and ranks."""
-    from bem.adapters.attach import NAME
-    from bem.adapters.peft_method import adapters_of
-
-    loras = {}
-    for site, part in adapters_of(attached.base, NAME):
-        if not isinstance(part.update, LowRank):
-            raise AttachError(
-                f"{attached.config.variant} changes from chunk to chunk: only s0 is a plain LoRA."
-            )
-        loras[site] = Lora(part.update.v, part.update.u, part.update.scale)
-    return write_loras(loras, folder)
-
-
-def _load_lora(model: Any, folder: Path, trainable: bool) -> Attached:
-    """Read a PEFT LoRA checkpoint as s0."""
-    from bem.adapters.attach import NAME, attach
-    from bem.adapters.peft_method import adapters_of
-
-    loras = read_lora(model, folder)
-    rank = max(len(lora.a) for lora in loras.values())
-    attached = attach(model, "s0", rank=rank, router_layer=0, sites=_only(model, loras))
-    for site, part in adapters_of(attached.base, NAME):
-        assert isinstance(part.update, LowRank)
-        if (lora := loras.get(site)) is None:  # a site that this LoRA leaves alone
-            part.update.v.data = part.update.v.data[:1] * 0
-            part.update.u.data = part.update.u.data[:, :1] * 0
-            continue
-        part.update.v.data = lora.a.to(part.update.v)
-        part.update.u.data = lora.b.to(part.update.u)
-        part.update.scale = lora.scale
-    if not trainable:
-        _freeze(attached)
-    return attached
-
-
-def _only(model: Any, wanted: Iterable[str]) -> dict[str, str | list[str]]:
-    """Site overrides that name exactly these layers."""
-    roles: dict[str, str | list[str]] = {}
-    for role in (ATTN_OUT, MLP_DOWN):
-        named = [s.name for s in find_sites(model).found if s.role == role and s.name in wanted]
-        roles[role] = named or ["(none)"]
-    return roles
-
-
-def _attach_tensors(model: Any, config: AdapterConfig, folder: Path, trainable: bool) -> Attached:
-    from peft import set_peft_model_state_dict
-
-    from bem.adapters.attach import attach
-
-    attached = attach(model, config)
-    result = set_peft_model_state_dict(attached.model, read_tensors(folder))
-    if result.unexpected_keys:
-        raise CheckpointError(
-            f"{folder}: {len(result.unexpected_keys)} tensors fit nothing in this model."
+    Raises:
+        BaseMismatch: says whether it is another model, the same in another dtype, or other weights.
+    """
+    here = base_identity(model)
+    if here.digest == saved.digest:
+        return
+    start = f"{what} was made for a base with digest {saved.digest[:12]}, this one has {here.digest[:12]}"
+    if here.shapes != saved.shapes:
+        raise BaseMismatch(
+            f"{start}: its layers have other names or shapes. Load the base that it was trained on."
         )
-    if not trainable:
-        _freeze(attached)
-    return attached
+    if here.dtype != saved.dtype:
+        raise BaseMismatch(
+            f"{start}. It was trained on the base in {saved.dtype}, which is loaded in {here.dtype} here: rounding "
+            f"makes other weights. Load the base with dtype=torch.{saved.dtype.split('+')[0]}, or train the adapter "
+            f"on the base in {here.dtype}."
+        )
+    raise BaseMismatch(
+        f"{start}: the same layers with other weights. Load the base that it was trained on."
+    )
 
 
-def _freeze(attached: Attached) -> None:
-    for parameter in attached.parameters():
-        parameter.requires_grad = False
-    attached.model.eval()
+def written_files(folder: Path) -> list[str]:
+    """Names in a folder that a checkpoint consists of: those that saving may replace."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    return [MANIFEST, CARD, *read_json(folder / MANIFEST).get("files", {})]
+
+
+def _old_card(folder: Path) -> str | None:
+    card = folder / CARD
+    return (
+        card.read_text(encoding="utf-8")
+        if (folder / MANIFEST).is_file() and card.is_file()
+        else None
+    )

@@ -152,7 +152,7 @@ def blind_to_the_future(make: Make, arch: str) -> str:
     if runtime.wiring is not None:
         size = runtime.wiring.controller.chunk_size
         for index in range(len(runtime.wiring.members)):
-            part = runtime.parts[index]
+            part = runtime.ambient.last.control_per_token(index)
             for start in range(0, TOKENS, size):
                 chunk = part[:, start : start + size]
                 assert torch.equal(chunk, chunk[:, :1].expand_as(chunk)), (
@@ -469,7 +469,8 @@ def _evidence(model: Any, rows: int) -> dict[str, Tensor]:
     """Keyword argument with different evidence for each row; empty if nothing active reads any."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     runtime = vars(inner).get("bem_runtime")
-    width = runtime.wiring.controller.n_evidence if runtime and runtime.wiring else 0
+    readers = runtime.wiring.controller.conditioning if runtime and runtime.wiring else {}
+    width = readers.get("evidence", 0)
     if not width:
         return {}
     values = torch.linspace(0.1, 1.0, 2 * width).view(2, width)

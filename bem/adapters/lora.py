@@ -1,26 +1,30 @@
 """Plain PEFT LoRA files: the one reader and the one writer.
 
 PEFT's LoRA is delta W = scale * B A with lora_A = A (rank, d_in), lora_B = B (d_out, rank), and
-scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732). Whatever makes a file more
-than that is refused with the reason, because leaving a part out would be another adapter.
+scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732). Any other feature is
+rejected: dropping it would change the update.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bem.adapters.sites import FORBIDDEN, find_sites
 from bem.errors import CheckpointError
+from bem.files import read_json as _read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -47,16 +51,16 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 class Update:
     """One site's low-rank update: delta W = u @ v, the LoRA scale folded into u."""
 
-    u: Tensor  # (d_out, rank)
-    v: Tensor  # (rank, d_in)
+    u: Float[Tensor, "out rank"]
+    v: Float[Tensor, "rank in"]
 
 
 @dataclass(frozen=True)
 class Lora:
     """One site's LoRA as the file holds it: delta W = scale * b @ a."""
 
-    a: Tensor  # (rank, d_in)
-    b: Tensor  # (d_out, rank)
+    a: Float[Tensor, "rank in"]
+    b: Float[Tensor, "out rank"]
     scale: float
 
     def update(self) -> Update:
@@ -64,19 +68,22 @@ class Lora:
         return Update(self.b.float() * self.scale, self.a.float())
 
 
-def read_lora(model: Any, folder: Path) -> dict[str, Lora]:
+def read_lora(
+    model: Any, folder: Path, overrides: dict[str, str | list[str]] | None = None
+) -> dict[str, Lora]:
     """Every adapted site of a PEFT LoRA folder.
 
     Args:
         model: the base; its sites and their shapes are checked. PEFT writes no hash of the base, so
             that a LoRA made for other weights of the same shape cannot be told.
         folder: holds adapter_config.json and adapter_model.safetensors.
+        overrides: of the site search, see `find_sites`.
     Raises:
         CheckpointError: not a plain LoRA, other sites than W_O and W_down, shapes that do not fit,
             NaN or inf.
     """
     config = read_json(folder / CONFIG)
-    _refuse_what_is_more(config, folder)
+    _refuse_other_features(config, folder)
     loras = {}
     for site, (a, b) in _pairs(read_tensors(folder), folder).items():
         rank = _pattern(config.get("rank_pattern"), site, config["r"])
@@ -86,32 +93,32 @@ def read_lora(model: Any, folder: Path) -> dict[str, Lora]:
                 f"{folder}: {site} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, the config says rank {rank}."
             )
         loras[site] = Lora(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
-    check_sites(model, {site: (len(x.b), x.a.shape[1]) for site, x in loras.items()}, str(folder))
+    shapes = {site: (len(x.b), x.a.shape[1]) for site, x in loras.items()}
+    check_sites(model, shapes, str(folder), overrides)
     for site, lora in loras.items():
         check_finite(Update(lora.b, lora.a), f"{folder}: {site}")
     return loras
 
 
-def write_loras(loras: dict[str, Lora], folder: Path, base_name: str | None = None) -> Path:
+def write_loras(loras: Mapping[str, Lora], folder: Path, base_name: str | None = None) -> Path:
     """Write what PEFT would write: one rank and alpha for all, patterns where a site differs."""
-    from peft import LoraConfig
-
     if not loras:
         raise CheckpointError(f"{folder}: there is no update to write, every site is empty.")
     tensors, ranks, alphas = {}, {}, {}
-    for site, lora in loras.items():
+    for site, lora in sorted(loras.items()):
         tensors[f"base_model.model.{site}.lora_A.weight"] = _plain(lora.a)
         tensors[f"base_model.model.{site}.lora_B.weight"] = _plain(lora.b)
         ranks[site] = len(lora.a)
-        alphas[site] = lora.scale * len(lora.a)
-    first = next(iter(ranks))
+        alphas[site] = alpha_of(lora.scale, len(lora.a))
+    first = max(ranks, key=ranks.__getitem__)  # servers size their buffers by r
+    # "^": PEFT reads the keys of patterns as regular expressions over the end of a name
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         r=ranks[first],
         lora_alpha=alphas[first],  # type: ignore[arg-type]
-        rank_pattern={s: r for s, r in ranks.items() if r != ranks[first]},
-        alpha_pattern={s: a for s, a in alphas.items() if a != alphas[first]},
+        rank_pattern={f"^{s}": r for s, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={f"^{s}": a for s, a in alphas.items() if a != alphas[first]},  # type: ignore[misc]
         target_modules=sorted(ranks),
         lora_dropout=0.0,
         inference_mode=True,
@@ -121,6 +128,13 @@ def write_loras(loras: dict[str, Lora], folder: Path, base_name: str | None = No
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     readable(folder)
     return folder
+
+
+def alpha_of(scale: float, rank: int) -> float:
+    """LoRA's alpha: the number for which alpha / rank is `scale` to the last bit, where there is one."""
+    alpha = scale * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((a for a in near if a / rank == scale), alpha)
 
 
 def readable(folder: Path) -> None:
@@ -158,8 +172,8 @@ def check_sites(
         CheckpointError: names the layers that are no sites, or whose shape is another.
     """
     modules = dict(model.named_modules())
-    known = {site.name: (site.d_out, site.d_in) for site in find_sites(model, overrides).found}
-    foreign = sorted(shapes.keys() - known.keys())
+    of_model = {site.name: (site.d_out, site.d_in) for site in find_sites(model, overrides).found}
+    foreign = sorted(shapes.keys() - of_model.keys())
     absent = [name for name in foreign if name not in modules]
     if foreign and len(absent) == len(foreign):
         raise CheckpointError(
@@ -170,12 +184,12 @@ def check_sites(
         keys = any(FORBIDDEN.search(name) for name in foreign)
         raise CheckpointError(
             f"{where} adapts {_few(foreign)}: only attention output and MLP down projections can be adapted "
-            f"{'without touching keys and values' if keys else 'here'}. Train it with target_modules={_targets(known)}."
+            f"{'without touching keys and values' if keys else 'here'}. Train it with target_modules={_targets(of_model)}."
         )
     for site, shape in shapes.items():
-        if shape != known[site]:
+        if shape != of_model[site]:
             raise CheckpointError(
-                f"{where}: {site} is {known[site]} (out, in) in this model, the update {shape}: made for another base."
+                f"{where}: {site} is {of_model[site]} (out, in) in this model, the update {shape}: made for another base."
             )
 
 
@@ -189,13 +203,11 @@ def check_finite(update: Update, where: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError if it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    """A JSON object from a file; CheckpointError if it is missing, broken or no object."""
+    values = _read_json(path, CheckpointError)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {type(values).__name__}, not a JSON object.")
+    return values
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -211,7 +223,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder / WEIGHTS} is no safetensors file: {error}.") from None
 
 
-def _refuse_what_is_more(config: dict[str, Any], folder: Path) -> None:
+def _refuse_other_features(config: dict[str, Any], folder: Path) -> None:
     for flag, reason in REFUSED.items():
         if config.get(flag):
             raise CheckpointError(
@@ -231,20 +243,20 @@ def _refuse_what_is_more(config: dict[str, Any], folder: Path) -> None:
 
 
 def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = (
             key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
         )
         if kind not in ("lora_A", "lora_B"):
             raise CheckpointError(f"{folder}: {key} is not part of a plain LoRA.")
-        found.setdefault(name, {})[kind] = tensor
-    for name, pair in found.items():
+        factors.setdefault(name, {})[kind] = tensor
+    for name, pair in factors.items():
         if len(pair) != 2:
             raise CheckpointError(f"{folder}: {name} has {next(iter(pair))} alone.")
-    if not found:
+    if not factors:
         raise CheckpointError(f"{folder}: {WEIGHTS} holds no LoRA.")
-    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in found.items()}
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in factors.items()}
 
 
 def _pattern(patterns: dict[str, Any] | None, site: str, default: Any) -> Any:

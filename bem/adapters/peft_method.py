@@ -1,90 +1,45 @@
-"""BEM as a PEFT method. The one file that knows PEFT.
+"""BEM as a PEFT method.
 
-    from bem import BemConfig
-    model = peft.get_peft_model(model, BemConfig(variant="v1", rank=8))
+    import bem
+    model = peft.get_peft_model(model, bem.BemConfig(variant="v1", rank=8))
 
 Then Trainer, TRL, `save_pretrained`, `PeftModel.from_pretrained`, `disable_adapter` and the hub work
-as for any method. PEFT has no public door for a new method: `register_peft_method` takes only names
-of its own enum. We enter the three tables that it reads, under a string that looks like a member.
+as for any method. PEFT has no API to register a method, so we add entries to its three tables.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import field, make_dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from peft import PeftConfig
 from peft import mapping as peft_mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from bem.adapters.build import Parts, build
+from bem.adapters.build import Parts, size_of
+from bem.adapters.hooks import Runtime
+from bem.adapters.learning import teach, unteach
+from bem.adapters.names import clean_name
+from bem.adapters.peft_config import BEM, BemConfig
 from bem.adapters.queries import find_queries
-from bem.adapters.sites import ATTN_OUT, FORBIDDEN, Sites, clean_name, find_sites
-from bem.config import AdapterConfig, parse
+from bem.adapters.rollback import rolled_back
+from bem.adapters.sites import ATTN_OUT, Sites
 from bem.control.controller import ChunkReader
-from bem.control.runtime import MarkedGenerate, Runtime, Wiring
+from bem.control.generation import ADAPTER_NAMES, MarkedGenerate
+from bem.control.wiring import Wiring
 from bem.errors import AttachError
-
-
-class _MethodName(str):
-    """A string with the `value` and `name` that PEFT expects of an enum member."""
-
-    @property
-    def value(self) -> str:
-        return str(self)
-
-    @property
-    def name(self) -> str:
-        return str(self)
-
-
-BEM = _MethodName("BEM")
-
-
-def _post_init(self: Any) -> None:
-    PeftConfig.__post_init__(self)
-    self.peft_type = BEM
-    named = self.target_modules
-    self.target_modules = (
-        {named} if isinstance(named, str) else None if named is None else set(named)
-    )
-    refused = sorted(name for name in self.target_modules or () if FORBIDDEN.search(name))
-    if refused:
-        raise AttachError(
-            f"target_modules names {', '.join(refused)}: a query, key or value projection cannot be adapted "
-            "without invalidating the KV cache. Leave target_modules out: BEM finds its sites."
-        )
-
-
-def _adapter_config(self: Any) -> AdapterConfig:
-    """The adapter's own settings, validated."""
-    values = {name: getattr(self, name) for name in AdapterConfig.model_fields}
-    return parse(AdapterConfig, values, "BemConfig")
-
-
-# The fields are those of AdapterConfig, so that every knob is defined in one place.
-BemConfig: Any = make_dataclass(
-    "BemConfig",
-    [
-        *((name, Any, f.default) for name, f in AdapterConfig.model_fields.items()),
-        ("target_modules", Any, field(default=None)),
-        ("exclude_modules", Any, field(default=None)),
-        ("modules_to_save", Any, field(default=None)),
-    ],
-    bases=(PeftConfig,),
-    namespace={"__post_init__": _post_init, "adapter_config": _adapter_config},
-)
-BemConfig.__module__ = __name__
-BemConfig.__doc__ = "PEFT config of BEM; its fields are those of `bem.config.AdapterConfig`."
+from bem.variants.digest import weights_digest
+from bem.variants.watch import Watch
 
 
 class BemSite(nn.Module, BaseTunerLayer):
     """A frozen linear layer and, per adapter name, what is attached to it."""
 
     adapter_layer_names = ("bem_update", "bem_film", "bem_controller", "bem_shaping")
-    live: Any  # (active update, index of its control), or None
+    live: tuple[Any, int | None] | None  # the active update, and the index of its control
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime):
         super().__init__()
@@ -96,7 +51,6 @@ class BemSite(nn.Module, BaseTunerLayer):
         self.indices: dict[
             str, int | None
         ] = {}  # adapter name -> place of its control; None: static
-        self._calls = (0, 0)
         self._refresh()
 
     def add(self, name: str, parts: Parts) -> None:
@@ -128,24 +82,19 @@ class BemSite(nn.Module, BaseTunerLayer):
         live = self.live
         if live is None:
             return y
-        if self.runtime.checkpointing:
-            self._calls = self.runtime.count_call(self._calls)
         update, index = live
         if index is None:
-            return update.update(y, x, None)
-        control = self.runtime.parts[index]
-        if x.dim() == 2:  # some MLPs flatten batch and tokens (OPT)
-            control = control.flatten(0, 1)
-        return update.update(y, x, control)
+            return update.update(y, x, None, None)
+        context = self.runtime.ambient.current()
+        control, slot = context.control(index)
+        return context.acting.members[index].update(y, x, control, slot)
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""
         name = next(iter(self.active_adapters), "")
-        live = None
+        self.live = None
         if not self.disable_adapters and name in self.bem_update:
-            live = (self.bem_update[name], self.indices.get(name))
-        # past Module.__setattr__: it must not become a second child
-        vars(self)["live"] = live
+            self.live = (self.bem_update[name], self.indices.get(name))
 
     def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -183,8 +132,8 @@ class BemModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        parts = vars(peft_config).pop("prebuilt", None)  # for `mount`: not part of the config
-        self._plan = _Plan(self.model, peft_config.adapter_config(), parts)
+        self._plan = peft_config.plan(self.model)
+        peft_config.site_sizes = self._plan.sizes
         peft_config.target_modules = set(self._plan.parts)
         return peft_config
 
@@ -212,14 +161,28 @@ class BemModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return clean_name(key) in peft_config.target_modules and not key.endswith(".base_layer")
+        # not by target_modules: PEFT shortens a long list to suffixes
+        return clean_name(key) in peft_config.site_sizes and not key.endswith(".base_layer")
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        runtime_of(model).plans[adapter_name] = self._plan
-        rewire(model)
+        with rolled_back(model):
+            with warnings.catch_warnings():
+                # the plan has excluded them: PEFT finds nothing left to exclude
+                warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            runtime_of(model).plans[adapter_name] = self._plan
+            rewire(model)
+            teach(model, active_modules)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here before a call, and takes `adapter_names` out of it."""
+        names = kwargs.get("adapter_names")
+        if names is not None and set(names) != set(self.active_adapters):
+            raise AttachError(ADAPTER_NAMES)
+        yield
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)
@@ -234,6 +197,15 @@ class BemModel(BaseTuner):
         rewire(self.model)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        config.about_to_be_saved()
+        adapter_name = kwargs.get("adapter_name", args[0] if args else None)
+        config.site_sizes = {s: size_of(p) for s, p in adapters_of(model, adapter_name)}
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Checkpoint keys name no adapter: PEFT's own rule only looks at a key's last two parts."""
         return re.sub(rf"(\.bem_[a-z]+)\.{re.escape(adapter_name)}\.", r"\1.", key)
@@ -241,34 +213,10 @@ class BemModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         runtime_of(self.model).remove()
+        unteach(self.model)
         for name in ("generate", "bem_runtime"):
             self.model.__dict__.pop(name, None)
         return model
-
-
-class _Plan:
-    """Which modules go where in one model, for one adapter."""
-
-    def __init__(
-        self, model: nn.Module, config: AdapterConfig, prebuilt: dict[str, Parts] | None = None
-    ):
-        """prebuilt: the modules by site, made elsewhere; None: made here, as `config` says."""
-        self.sites = find_sites(model, config.sites)
-        self.layer = self.sites.router_layer(config.router_layer)
-        if prebuilt is not None:
-            self.parts = prebuilt
-            return
-        norms = None
-        if config.trust_relative:
-            named = {
-                clean_name(n): m for n, m in model.named_modules() if not isinstance(m, BemSite)
-            }
-            norms = {s.name: float(_weight(named[s.name]).norm()) for s in self.sites.found}
-        self.parts = build(self.sites, config, norms)
-
-
-def _weight(linear: Any) -> Tensor:
-    return linear.weight.detach().float()
 
 
 def runtime_of(model: nn.Module) -> Runtime:
@@ -276,7 +224,9 @@ def runtime_of(model: nn.Module) -> Runtime:
     if "bem_runtime" not in model.__dict__:
         model.__dict__["bem_runtime"] = Runtime()
         if hasattr(model, "generate"):
-            model.__dict__["generate"] = MarkedGenerate(model, model.__dict__["bem_runtime"])
+            model.__dict__["generate"] = MarkedGenerate(
+                model, model.__dict__["bem_runtime"].ambient
+            )
     return model.__dict__["bem_runtime"]
 
 
@@ -296,11 +246,10 @@ def rewire(model: nn.Module) -> None:
     runtime.plans, runtime.wiring = plans, wirings.get(active)
     runtime.remove()
     if plans:
-        known = next(iter(plans.values())).sites
+        sites_of = next(iter(plans.values())).sites
         modules = {clean_name(n): m for n, m in model.named_modules()}
-        blocks = [modules[name] for name in known.blocks]
-        attn_out = {s.layer: modules[s.name] for s in known.found if s.role == ATTN_OUT}
-        runtime.install(model, list(wirings.values()), blocks, attn_out)
+        attn_out = {s.layer: modules[s.name] for s in sites_of.found if s.role == ATTN_OUT}
+        runtime.install(model, list(wirings.values()), sites_of.blocks, attn_out)
     for site in sites.values():
         site._refresh()
 
@@ -332,19 +281,52 @@ def _wire(
     if controller is None:
         return None
     queries = find_queries(model, plan, list(shapings)) if shapings else {}
-    return Wiring(name, layer, len(plan.blocks), controller, controlled, films, shapings, queries)
+    owner = _Owner([*controlled, controller])
+    return Wiring(
+        name, layer, len(plan.blocks), controller, controlled, films, shapings, queries, owner
+    )
+
+
+class _Owner:
+    """Digest of an adapter's weights, made anew when one of them changed."""
+
+    def __init__(self, modules: list[nn.Module]):
+        tensors = {n: t for i, m in enumerate(modules) for n, t in _named(m, f"{i}.").items()}
+        self._names, self._tensors = list(tensors), list(tensors.values())
+        self._watch, self._digest = Watch(), ""
+
+    def __call__(self) -> str:
+        if self._watch.changed(*self._tensors) or not self._digest:
+            self._digest = weights_digest(dict(zip(self._names, self._tensors, strict=True)))
+        return self._digest
+
+
+def _named(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {prefix + n: t for n, t in module.state_dict(keep_vars=True).items()}
 
 
 def adapters_of(model: nn.Module, name: str) -> list[tuple[str, Parts]]:
     """(site name, its modules) of one adapter, bottom to top."""
     return [
-        (clean_name(n), m.parts(name))
+        (clean_name(n).removeprefix("base_model.model."), m.parts(name))
         for n, m in model.named_modules()
         if isinstance(m, BemSite) and name in m._get_available_adapters()
     ]
 
 
-def _register() -> None:
+def modules_of(parts: Parts) -> list[nn.Module]:
+    """What there is of an update, a modulation, a temperature and a controller."""
+    each = (parts.update, parts.film, parts.shaping, parts.controller)
+    return [m for m in each if m is not None]
+
+
+def active_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of the adapter that acts; none while adapters are switched off."""
+    sites = [m for m in model.modules() if isinstance(m, BemSite) and not m.disable_adapters]
+    return [m for s in sites for name in s.active_adapters for m in modules_of(s.parts(name))]
+
+
+def register() -> None:
     """Enter BEM into PEFT's tables, unless PEFT ships a method of that name one day."""
     if BEM in peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
         return
@@ -353,4 +335,4 @@ def _register() -> None:
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[BEM] = BemModel.prefix  # type: ignore[index]
 
 
-_register()
+register()

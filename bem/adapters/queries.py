@@ -8,6 +8,7 @@ queries, so that it is refused; a soft cap on the logits is applied after the di
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,23 +33,24 @@ class Queries:
     n_heads: int
     columns: Tensor | None
     """int (width,): query head of each output column, n_heads where it is a key or a value;
-    None: the output is (.., heads, head_dim) or (batch, heads, tokens, head_dim)."""
+    None: the output has a dimension of heads."""
+    heads_last: bool = True
+    """With a dimension of heads: (batch, tokens, heads, head_dim), or (batch, heads, tokens, head_dim)."""
 
-    def spread(self, factor: Tensor, output: Tensor) -> Tensor:
-        """A head's factor (batch, tokens, n_heads) at each of its numbers in `output`: 1 elsewhere."""
+    def of_table(self, table: Tensor) -> Tensor:
+        """A control table (rows, n_heads), one number for each column of the output (rows, width)."""
         if self.columns is None:
-            return self._by_head(factor, output)
-        ones = factor.new_ones(*factor.shape[:-1], 1)
-        columns = self.columns.to(output.device)
-        return torch.cat([factor, ones], -1).index_select(-1, columns).view(*output.shape)
+            return table
+        ones = table.new_ones(len(table), 1)
+        return torch.cat([table, ones], -1).index_select(-1, self.columns.to(table.device))
 
-    def _by_head(self, factor: Tensor, output: Tensor) -> Tensor:
-        """Norms run before or after heads and tokens change places: the strides tell, and sizes."""
-        tokens = factor.shape[1]
-        heads_last = output.shape[1:3] == (tokens, self.n_heads)
-        if heads_last and tokens == self.n_heads and tokens > 1:
-            heads_last = output.stride(1) > output.stride(2)
-        return factor[..., None] if heads_last else factor.transpose(1, 2)[..., None]
+    def per_token(self, factors: Tensor, output: Tensor) -> Tensor:
+        """What `of_table` made, one row per token in flattened order, shaped to multiply `output`."""
+        if self.columns is not None:
+            return factors.view(output.shape)
+        tokens = output.shape[1] if self.heads_last else output.shape[2]
+        by_token = factors.view(-1, tokens, self.n_heads)
+        return by_token[..., None] if self.heads_last else by_token.transpose(1, 2)[..., None]
 
 
 def find_queries(model: nn.Module, sites: Sites, layers: list[int]) -> dict[int, Queries]:
@@ -81,8 +83,9 @@ def _of_block(modules: dict[str, nn.Module], block: str, config: Any, sites: Sit
     if own and norms and (size := _weights(inside[norms[0]])):
         width = linear_shape(inside[own[0]])[1]
         if size in (width, width // heads):  # a norm undoes what is scaled before it
-            columns = _plain(width, heads) if size == width else None
-            return Queries(norms[0], heads, columns)
+            if size == width:
+                return Queries(norms[0], heads, _plain(width, heads))
+            return Queries(norms[0], heads, None, _heads_last(modules, norms[0]))
     elif own and not norms:
         return Queries(own[0], heads, _plain(linear_shape(inside[own[0]])[1], heads))
     elif fused and not norms and kind in LAYOUTS:
@@ -97,6 +100,38 @@ def _of_block(modules: dict[str, nn.Module], block: str, config: Any, sites: Sit
 def _weights(norm: nn.Module) -> int:
     weight = getattr(norm, "weight", None)
     return weight.numel() if isinstance(weight, Tensor) else 0
+
+
+def _heads_last(modules: dict[str, nn.Module], norm: str) -> bool:
+    """Does a norm per head run before heads and tokens change places? The forward pass that calls it
+    says so; sizes cannot: there may be as many tokens as heads.
+
+    Raises:
+        AttachError: the source cannot be read.
+    """
+    parent, _, name = norm.rpartition(".")
+    try:
+        source = inspect.getsource(type(modules[parent]).forward)
+    except (OSError, TypeError):
+        source = ""
+    called = source.find(f"self.{name}(")
+    if called < 0:
+        raise AttachError(
+            f"{norm} is not called by {type(modules[parent]).__name__}.forward: whether heads come before tokens "
+            "is not known. Use attach(model, 'v2', temperature=False), or another variant."
+        )
+    inside = source[called : _closing(source, source.index("(", called))]
+    return ".transpose(1, 2)" not in source[:called] + inside
+
+
+def _closing(text: str, opening: int) -> int:
+    """Place of the bracket that closes the one at `opening`."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    return len(text)
 
 
 def _plain(width: int, heads: int) -> Tensor:

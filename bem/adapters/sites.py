@@ -7,15 +7,15 @@ and an adapter there would also change the frozen cache of the layers below the 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
+from bem.adapters.names import clean_name
+from bem.adapters.version import base_digest as base_hash  # noqa: F401 - until every caller says base_digest
 from bem.errors import AttachError
 
 ATTN_OUT, MLP_DOWN = "attn_out", "mlp_down"
@@ -100,11 +100,6 @@ def find_sites(model: nn.Module, overrides: dict[str, str | list[str]] | None = 
     return Sites(tuple(blocks), tuple(found), d_model, n_heads or 1)
 
 
-def clean_name(name: str) -> str:
-    """A module's name as it was before anything was attached to it."""
-    return name.replace(".base_layer", "")
-
-
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear and its kin (quantised ones too), or the transposed Conv1D of GPT-2."""
     return (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(
@@ -117,29 +112,6 @@ def linear_shape(module: Any) -> tuple[int, int]:
     if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight as (in, out)
         return module.weight.shape[0], module.nf
     return module.in_features, module.out_features
-
-
-def base_hash(model: nn.Module) -> str:
-    """sha256 over the names, shapes and bytes of the frozen base's weights (tied weights once).
-
-    Independent of what is attached; a checkpoint made for one base is refused by another.
-    """
-    digest = hashlib.sha256()
-    seen: set[int] = set()
-    named = [
-        (clean_name(n), p)
-        for n, p in model.named_parameters()
-        if ".bem_" not in n and "lora_" not in n
-    ]
-    for name, parameter in sorted(named, key=lambda item: item[0]):
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        name = name.removeprefix("base_model.model.")
-        data = parameter.detach().to(torch.float32).cpu().contiguous()
-        digest.update(f"{name} {tuple(data.shape)}".encode())
-        digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _blocks(model: nn.Module) -> list[str]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bem.errors import AttachError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED = {"bem-tiny": Path(__file__).parent / "bem-tiny"}
 
@@ -25,9 +30,6 @@ def load_base(
     Raises:
         AttachError: nothing of that name can be loaded.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     where = str(SHIPPED.get(name, name))
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16

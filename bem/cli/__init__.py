@@ -1,100 +1,92 @@
 """The `bem` command: run | train | evaluate | validate | promote | report | route | index | doctor.
 
-Exit codes: 0 done (or PROMOTE), 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains,
-130 Ctrl-C.
-Nothing heavy is imported before a command needs it, so `bem --help` answers at once.
+Exit codes: 0 done (or PROMOTE), 1 REJECT and nothing else, 2 INCONCLUSIVE, 3 a problem that the message
+explains, 70 a defect of ours (with its traceback), 130 Ctrl-C, 141 nobody read the output.
+Nothing is imported before `main` runs, so that a broken installation does not exit with 1 either, and
+nothing heavy before a command needs it, so that `bem --help` answers at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import os
 import signal
 import sys
+import threading
+import traceback
+from importlib import import_module
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-
-import bem
-from bem.cli.doctor import doctor
-from bem.cli.experiment import evaluate, report, run, train_app
-from bem.cli.index import index_app
-from bem.cli.route import route_app
-from bem.cli.verdict import promote, validate
 from bem.errors import BemError
 
 PROBLEM = 3
+DEFECT = 70  # EX_SOFTWARE
 INTERRUPTED = 130
-
-app = typer.Typer(
-    help="Adapt a frozen language model chunk by chunk, and know whether it got better.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for command in (run, evaluate, validate, promote, report, doctor):
-    app.command()(command)
-app.add_typer(train_app, name="train")
-app.add_typer(route_app, name="route")
-app.add_typer(index_app, name="index")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"bem {bem.__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _options(
-    version: bool = typer.Option(
-        False, "--version", is_eager=True, callback=_print_version, help="Print the version."
-    ),
-) -> None:
-    """Options of `bem` itself."""
+UNREAD = 141  # what a shell says of a command that SIGPIPE ended
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every problem of the caller's becomes one message and exit code 3."""
-    sys.exit(_exit_code(arguments))
+    try:
+        code = _exit_code(arguments)
+    except KeyboardInterrupt:  # a second one, while the first was being told
+        code = INTERRUPTED
+    except BaseException as error:  # not even the message could be written
+        code = DEFECT
+        with contextlib.suppress(Exception):
+            traceback.print_exception(error)
+    sys.exit(code)
 
 
 def _exit_code(arguments: list[str] | None) -> int:
-    # A polite kill is a Ctrl-C: what is finished stays, what is running can be resumed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if threading.current_thread() is threading.main_thread():
+            # A polite kill is a Ctrl-C: what is finished stays, what is running can be resumed.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        import_module("bem.cli.console").accept_every_character()
+        app = import_module("bem.cli.app").app
         code = app(args=arguments, prog_name="bem", standalone_mode=False)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BemError as error:
-        return _problem(str(error))
-    except BrokenPipeError:  # `bem report ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _problem(_system_problem(error))
-    except _USAGE_ERROR as error:  # pyright: ignore
-        if not error.format_message():  # a bare `bem` has shown its help
-            return 0
-        context = getattr(error, "ctx", None)
-        where = context.command_path if context else "bem"
-        return _problem(f"{error.format_message()}\nSee `{where} --help`.")
+    except BaseException as error:
+        code = _code_of(error)
     if code == INTERRUPTED:
-        Console(stderr=True).print(
-            "\n[yellow]Stopped.[/] What is finished is kept; the same command resumes it."
-        )
+        _tell("\nStopped.", "What is finished is kept; the same command resumes it.", "yellow")
     return code if isinstance(code, int) else 0
 
 
-# typer carries its own copy of click or uses an installed one; this is the base of either's errors.
-_USAGE_ERROR = typer.BadParameter.__mro__[2]
+def _code_of(error: BaseException) -> int:
+    """The exit code of an error, once it was told; never 1, which means REJECT."""
+    if isinstance(error, SystemExit):
+        if isinstance(error.__context__, BrokenPipeError):  # rich and click make it an exit with 1
+            return _unread()
+        if error.code in (None, 0, INTERRUPTED):
+            return error.code or 0
+    if isinstance(error, BrokenPipeError):
+        return _unread()
+    if isinstance(error, BemError):
+        return _problem(str(error))
+    if isinstance(error, OSError):
+        return _problem(_system_problem(error))
+    usage = import_module("bem.cli.app").usage_problem(error)
+    if usage is not None:
+        return _problem(usage) if usage else 0
+    traceback.print_exception(error)
+    _tell("Error:", f"this is a defect of bem ({type(error).__name__}); please report it.")
+    return DEFECT
+
+
+def _unread() -> int:
+    import_module("bem.cli.console").read_by_nobody()
+    return UNREAD
 
 
 def _problem(message: str) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(message)}")
+    _tell("Error:", message)
     return PROBLEM
+
+
+def _tell(head: str, message: str, colour: str = "red") -> None:
+    import_module("bem.cli.console").tell(head, message, colour)
 
 
 def _system_problem(error: OSError) -> str:

@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,8 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-if TYPE_CHECKING:
-    from bem.experiments.run import Event
+from bem.experiments.events import Event
 
 
 def quiet() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,9 @@ from bem.cli.conversation import show_routed
 from bem.cli.display import Display, quiet
 from bem.cli.options import Base, ConfigFile, DataFolder, Name, Output, Settings, command, load
 from bem.cli.verdict import show_decision
+from bem.errors import CheckpointError
+from bem.files import read_json
+from bem.report import words
 
 train_app = typer.Typer(help="Train one arm of a config, or its router.", no_args_is_help=True)
 
@@ -41,6 +43,8 @@ def run(
         result = runner.run(experiment, display.show, command=command())
     for verdict in result.verdicts.values():
         show_decision(console, verdict)
+    if changes := words.gate_changes(experiment.gates):
+        console.print(f"Gates other than the defaults: {escape(changes)}.", highlight=False)
     show_routed(console, result.folder, experiment)
     console.print(f"\nReport: [bold]{result.report}[/]", soft_wrap=True)
     return 0
@@ -113,13 +117,13 @@ def train_router(
 
 def _show_accuracy(console: Console, cloning: Path) -> None:
     """How well the cloned router repeats the oracle on conversations held out from its training."""
-    found = json.loads(cloning.read_text(encoding="utf-8"))
+    result = read_json(cloning, CheckpointError)
     console.print(
-        f"\nCloned from {found['decisions']:,} decisions of the oracle; on held-out ones it agrees:",
+        f"\nCloned from {result['decisions']:,} decisions of the oracle; on held-out ones it agrees:",
         highlight=False,
     )
     table = Table("head", "accuracy", "chance", "majority", "decisions", box=None, pad_edge=False)
-    for head in found["accuracy"]:
+    for head in result["accuracy"]:
         shares = (f"{head[key]:.1%}" for key in ("accuracy", "chance", "majority"))
         table.add_row(head["head"], *shares, f"{head['decisions']:,}")
     console.print(table)
@@ -132,7 +136,11 @@ def evaluate(
     settings: Settings = None,
     base: Base = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the scores here, for `bem validate`.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Write the scores here, for `bem validate`: .json with costs; .csv, .tsv, .jsonl alone.",
+        ),
     ] = None,
 ) -> int:
     """Measure one checkpoint on the held-out rows of a config's tasks."""
@@ -141,7 +149,9 @@ def evaluate(
 
     from bem.experiments import run as runner
     from bem.stats import save
+    from bem.stats.files import kind_of
 
+    kind = kind_of(out) if out else None  # a name that cannot be written is known before measuring
     console = Console()
     quiet()
     with Display(console) as display:
@@ -152,7 +162,9 @@ def evaluate(
     console.print(table)
     if out:
         save(measurement, out)
-        console.print(f"Scores: [bold]{out}[/]", soft_wrap=True)
+        console.print(f"Scores: [bold]{escape(str(out))}[/]", soft_wrap=True)
+        if kind != "json":
+            console.print("Scores alone: parameters, FLOPs, cache hits and routes need .json.")
     return 0
 
 

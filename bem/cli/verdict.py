@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from bem.cli.console import Terminal
 from bem.config import GatesConfig, parse
 from bem.errors import ConfigError
+from bem.files import read_text, write_json
 from bem.report import words as wording
 
 if TYPE_CHECKING:
@@ -22,41 +26,50 @@ COLOURS = {"PROMOTE": "green", "REJECT": "red", "INCONCLUSIVE": "yellow"}
 EXIT_CODES = {"PROMOTE": 0, "REJECT": 1, "INCONCLUSIVE": 2}
 
 
+GatesFile = Annotated[Path | None, typer.Option("--gates", help="YAML with the gates to change.")]
+Primary = Annotated[
+    list[str] | None,
+    typer.Option("--primary", metavar="METRIC", help="Judge by this metric; may be repeated."),
+]
+Ignored = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", metavar="COLUMN", help="Leave this column out; may be repeated."),
+]
+
+
 def validate(
-    baseline: Annotated[Path, typer.Argument(help="Scores of the baseline: JSON, CSV or JSONL.")],
+    baseline: Annotated[Path, typer.Argument(help="Scores of the baseline.")],
     candidates: Annotated[list[Path], typer.Argument(help="Scores of the candidates.")],
-    gates: Annotated[
-        Path | None, typer.Option("--gates", help="YAML with the gates to change.")
-    ] = None,
+    gates: GatesFile = None,
+    primary: Primary = None,
+    ignore: Ignored = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the verdicts here.")] = None,
 ) -> int:
     """Judge score files from any source.
 
-    A file is a measurement.json of ours, or a CSV or JSONL table with one row per example: `id`,
-    one column per metric (em f1 validity in 0..1, chrf bleu in 0..100, loss; any other as
-    `name:higher:100` or `name:lower`), and if you have them `seed`, `cluster` (source document)
-    and `slice:NAME`. Costs (budget, latency, memory, cache) that no file holds are waived, and
-    every verdict says so.
+    A file is a measurement.json of ours, samples of lm-eval, or a table (CSV, JSON Lines, JSON array)
+    with one row per example: `id`, one column per metric (em f1 validity acc in 0..1, chrf bleu in 0..100,
+    loss; any other as `name:higher:100` or `name:lower`), and if you have them `seed`, `cluster` or `group`
+    (source document) and `slice:NAME`. Costs (budget, latency, memory, cache) that no file holds are
+    waived, and every verdict says so.
 
     Exit code: 0 PROMOTE, 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains.
     With several candidates: 0 if any is promoted, else 2 if any is inconclusive, else 1.
     """
-    from bem.runs import folder as store
-    from bem.stats import judge, load
+    from bem.stats import judge, with_shared_groups
 
-    opponent = load(baseline)
-    measured = {path.name.partition(".")[0]: load(path) for path in candidates}
-    if len(measured) < len(candidates):
-        raise ConfigError("Two candidates have the same file name; rename one: it is their name.")
+    _keep_the_inputs(out, [baseline, *candidates])
+    opponent, measured = _read(baseline, candidates, ignore or ())
     limits = _gates(gates)
-    absent = _absent_costs([opponent, *measured.values()])
-    limits = limits.model_copy(update={"waived": tuple(sorted({*limits.waived, *absent}))})
-    verdicts = judge(opponent, measured, limits)
-    console = Console()
-    for verdict in verdicts.values():
-        _show(console, verdict)
+    waived = {*limits.waived, *_absent_costs([opponent, *measured.values()])}
+    limits = limits.model_copy(update={"waived": tuple(sorted(waived))})
+    family = _family(primary, opponent)
+    verdicts = judge(with_shared_groups(opponent, measured), measured, limits, family)
     if out:
-        store.write_json(out, {name: verdict.to_dict() for name, verdict in verdicts.items()})
+        write_json(out, {name: verdict.to_dict() for name, verdict in verdicts.items()})
+    console = Terminal()
+    for name, verdict in verdicts.items():
+        _show(console, verdict, _not_compared(opponent, measured[name]))
     decisions = [verdict.decision for verdict in verdicts.values()]
     best = next((d for d in ("PROMOTE", "INCONCLUSIVE") if d in decisions), "REJECT")
     return EXIT_CODES[best]
@@ -73,26 +86,72 @@ def promote(
     from bem.runs import promotion
 
     pointer = promotion.promote(run, arm, seed)
-    console = Console()
-    console.print(
-        f"[green]Promoted[/] {escape(arm)}: [bold]{pointer.checkpoint}[/]", soft_wrap=True
-    )
-    console.print(f"Pointer: {pointer.path}", soft_wrap=True)
+    console = Terminal()
+    promoted = Text.assemble(("Promoted", "green"), f" {arm}: ", (str(pointer.checkpoint), "bold"))
+    console.print(promoted, soft_wrap=True)
+    console.print(Text(f"Pointer: {pointer.path}"), soft_wrap=True)
     return 0
+
+
+def _keep_the_inputs(out: Path | None, inputs: Sequence[Path]) -> None:
+    if out and any(out.resolve() == path.resolve() for path in inputs):
+        raise ConfigError(f"--out {out} would replace a file of scores: name another one.")
+
+
+def _read(
+    baseline: Path, candidates: Sequence[Path], ignore: Sequence[str]
+) -> tuple[Measurement, dict[str, Measurement]]:
+    """The baseline, and the candidates by name."""
+    from bem.stats import load
+    from bem.stats.columns import canonical
+
+    opponent = load(baseline, ignore=ignore)
+    measured = {name: load(path, ignore=ignore) for name, path in _names(candidates).items()}
+    sides = (opponent, *measured.values())
+    present = {canonical(name) for side in sides for name in side.meta.get("ignored", ())}
+    for name in ignore:
+        if canonical(name) not in present:
+            raise ConfigError(f"--ignore {name}: no file has a column of that name.")
+    return opponent, measured
+
+
+def _names(paths: Sequence[Path]) -> dict[str, Path]:
+    """A name for each candidate: its file's; with its folder where two files are called alike."""
+    from bem.stats.score_table import stem
+
+    short = [stem(path) for path in paths]
+    names = short if len(set(short)) == len(short) else [str(p.parent / stem(p)) for p in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"Two candidates are called {twice}: give each file once, or rename one.")
+    return dict(zip(names, paths, strict=True))
+
+
+def _family(primary: Sequence[str] | None, opponent: Measurement) -> list[str] | None:
+    """The metrics to judge by; None: the statistics' own choice."""
+    from bem.stats.columns import canonical
+
+    metrics = [*opponent.metrics, *opponent.corpus]
+    family = [canonical(name) for name in primary or ()]
+    for name in family:
+        if name not in metrics:
+            close = get_close_matches(name, metrics, 1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(metrics)}."
+            raise ConfigError(f"--primary {name}: {opponent.name} has no such metric. {hint}")
+    return list(dict.fromkeys(family)) or None
 
 
 def _gates(path: Path | None) -> GatesConfig:
     if path is None:
         return GatesConfig()
-    if not path.is_file():
-        raise ConfigError(f"No gates file at {path}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of gates, found {type(values).__name__}.")
-    return parse(GatesConfig, values.get("gates", values), str(path))
+    gates = values.get("gates", values) if isinstance(values, dict) else values
+    if not isinstance(gates, dict | None):
+        raise ConfigError(f"{path} must hold a mapping of gates, found {type(gates).__name__}.")
+    return parse(GatesConfig, gates or {}, str(path))
 
 
 def _absent_costs(sides: list[Measurement]) -> list[str]:
@@ -106,21 +165,35 @@ def _absent_costs(sides: list[Measurement]) -> list[str]:
     return [cost for cost, has in held.items() if not any(has(side) for side in sides)]
 
 
+def _not_compared(opponent: Measurement, candidate: Measurement) -> list[str]:
+    """Metrics that the candidate has alone."""
+    names = {*opponent.metrics, *opponent.corpus}
+    return [name for name in (*candidate.metrics, *candidate.corpus) if name not in names]
+
+
 def show_decision(console: Console, verdict: Verdict) -> None:
     """One line: who, what was decided, and why."""
-    name, colour = escape(verdict.candidate), COLOURS[verdict.decision]
-    said = escape(wording.sentence(verdict.to_dict()))
-    line = f"[bold]{name}[/] [{colour}]{verdict.decision}[/] {said}"
+    line = Text.assemble(
+        (verdict.candidate, "bold"),
+        (f" {verdict.decision} ", COLOURS[verdict.decision]),
+        wording.sentence(verdict),
+    )
     console.print(line, soft_wrap=True, highlight=False)
 
 
-def _show(console: Console, verdict: Verdict) -> None:
+def _show(console: Console, verdict: Verdict, not_compared: Sequence[str]) -> None:
     show_decision(console, verdict)
     table = Table("", "check", "value", "limit", "why", box=None, pad_edge=False)
-    marks = {"pass": "[green]pass[/]", "fail": "[red]fail[/]", "unknown": "[yellow]?[/]"}
-    for gate in wording.gates(verdict.to_dict()):
-        table.add_row(marks[gate.state], gate.name, gate.value, gate.limit, escape(gate.why))
+    marks = {
+        "pass": Text("pass", "green"), "fail": Text("fail", "red"), "unknown": Text("?", "yellow")
+    }  # fmt: skip
+    for gate in wording.gates(verdict):
+        cells = (Text(cell) for cell in (gate.name, gate.value, gate.limit, gate.why))
+        table.add_row(marks[gate.state], *cells)
     console.print(table)
     if verdict.waived:
-        console.print(f"Waived: {', '.join(verdict.waived)}.", style="dim")
+        console.print(Text(f"Waived: {', '.join(verdict.waived)}.", "dim"))
+    if not_compared:
+        metrics = ", ".join(not_compared)
+        console.print(Text(f"Not compared: {metrics} (not measured in {verdict.baseline}).", "dim"))
     console.print()

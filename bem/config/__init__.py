@@ -9,7 +9,14 @@ The classes here hold plain values only; modules take plain numbers, never a con
 
 from __future__ import annotations
 
-from bem.config.adapters import EVIDENCE_FEATURES, VARIANTS, AdapterConfig, TrainingConfig
+from bem.config.adapters import (
+    EVIDENCE_FEATURES,
+    KINDS,
+    VARIANTS,
+    AdapterConfig,
+    TrainingConfig,
+    parse_adapter,
+)
 from bem.config.data import ConversationConfig, DataConfig, RetrievalConfig, TaskConfig
 from bem.config.experiment import ArmConfig, ExperimentConfig, GatesConfig, load
 from bem.config.routing import (
@@ -24,6 +31,7 @@ from bem.config.section import Section, parse
 
 __all__ = [
     "EVIDENCE_FEATURES",
+    "KINDS",
     "VARIANTS",
     "AdapterConfig",
     "ArmConfig",
@@ -43,4 +51,5 @@ __all__ = [
     "TrainingConfig",
     "load",
     "parse",
+    "parse_adapter",
 ]

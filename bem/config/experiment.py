@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from bem.config.adapters import AdapterConfig, TrainingConfig
+from bem.config.adapters import KINDS, AdapterConfig, TrainingConfig, parse_adapter
 from bem.config.data import DataConfig
 from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
@@ -29,8 +30,16 @@ class GatesConfig(Section):
     """A gain counts only beyond this many points."""
     regression_margin_points: float = Field(default=0.5, ge=0)
     """No core metric's lower limit may lie further below the baseline, in points."""
+    relative_margin: float = Field(default=0.1, ge=0)
+    """The same for metrics without points (loss, seconds), as a share of the baseline's mean."""
     slice_margin_points: float = Field(default=1.0, ge=0)
     """Non-inferiority margin of each named slice, in points."""
+    severe_loss_points: float = Field(default=5.0, gt=0)
+    """A loss that alike slices or metrics cannot excuse: a part of at least `severe_loss_examples`
+    must exclude it by its own scores, one-sided at `alpha`; so a part that has truly lost so much is
+    promoted with probability `alpha` at most. Never less than the margin of the part."""
+    severe_loss_examples: int = Field(default=200, ge=1)
+    """Smaller parts cannot exclude it, however alike they are; they rest on the others."""
     budget_tolerance: float = Field(default=0.05, ge=0)
     """Allowed relative difference in adapter parameters and in adapter FLOPs per token."""
     allow_cheaper: bool = True
@@ -53,8 +62,13 @@ class GatesConfig(Section):
     """Smallest gain worth promoting, in points; once it can be excluded the candidate is rejected."""
     reported_slices: tuple[str, ...] = ("A",)
     """Slices that are reported only; every other named slice is a guard."""
-    waived: tuple[Literal["budget", "latency", "memory", "kv_hit", "router", "slices"], ...] = ()
-    """Cost gates that do not apply (score files alone have no costs); every verdict lists them."""
+    reported_metrics: tuple[str, ...] = ()
+    """Metrics that no guard looks at; every verdict lists them."""
+    waived: tuple[
+        Literal["budget", "latency", "memory", "kv_hit", "router", "index_swap", "slices"], ...
+    ] = ()
+    """Gates that do not apply (score files alone have no costs, tasks without retrieval no index to
+    swap); every verdict lists them."""
 
 
 class ArmConfig(Section):
@@ -63,7 +77,7 @@ class ArmConfig(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name in the report and on disk."""
     adapters: dict[str, Any] = {}
-    """Changes to the experiment's `adapters` section."""
+    """Changes to the experiment's `adapters` section: the variant, and knobs of that variant."""
     route: (
         Literal[
             "ar0", "ar1", "oracle", "gold", "linear", "single", "random", "wrong", "xlora", "arrow"
@@ -82,8 +96,14 @@ class ArmConfig(Section):
     """Arm that this one is judged against; None: the baseline."""
 
 
+KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.model_fields))
+"""Of all variants."""
+
+
 class ExperimentConfig(Section):
     """A whole experiment: `bem run` trains, measures, judges and reports it."""
+
+    open_keys: ClassVar[Mapping[str, Sequence[str]]] = {"adapters": KNOBS}
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Folder of the run under `output`."""
@@ -92,8 +112,8 @@ class ExperimentConfig(Section):
     base: str = "bem-tiny"
     """`bem-tiny`, a Hugging Face id or a local folder."""
     data: DataConfig
-    adapters: AdapterConfig = AdapterConfig()
-    """Defaults of every arm."""
+    adapters: dict[str, Any] = {}
+    """Defaults of every arm: knobs of any variants, each used by the arms whose variant has it."""
     arms: list[ArmConfig] = Field(min_length=1)
     """The arms; exactly one has the role baseline."""
     seeds: list[int] = Field(default=[0, 1], min_length=1)
@@ -103,7 +123,11 @@ class ExperimentConfig(Section):
     routing: RoutingConfig | None = None
     """Experts and their routers, for arms with a `route`."""
     latency_rounds: int = Field(default=15, ge=1)
-    """Interleaved timing rounds per arm."""
+    """Interleaved timing rounds per arm, before any answer is looked at."""
+    latency_rounds_max: int | None = Field(default=None, ge=1)
+    """Most rounds, while a candidate's latency gate is open. None: six times `latency_rounds`."""
+    latency_seconds_max: float = Field(default=600.0, gt=0)
+    """Further rounds begin only within this time, in seconds, of all timing."""
     eval_batch_size: int = Field(default=16, ge=1)
     """Examples per batch while measuring."""
     threads: int | None = Field(default=None, ge=1)
@@ -131,8 +155,31 @@ class ExperimentConfig(Section):
         if routed and self.routing is None:
             raise ValueError(f"arms with a route need a `routing` section: {', '.join(routed)}")
         for arm in self.arms:
-            parse(AdapterConfig, {**self.adapters.model_dump(), **arm.adapters}, f"arms.{arm.name}")
+            _refuse_without_effect(arm)
+        self._adapters_make_sense()
         return self
+
+    def _adapters_make_sense(self) -> None:
+        parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")
+        own = [self.adapter_of(arm) for arm in self.arms if not arm.route]
+        used = {knob for adapter in own for knob in type(adapter).model_fields}
+        if own and (unused := sorted(self.adapters.keys() - used)):
+            raise ConfigError(
+                f"adapters: {unused[0]!r} is a knob of no arm's variant. Leave it out."
+            )
+
+    @model_validator(mode="after")
+    def _rounds_make_sense(self) -> ExperimentConfig:
+        if self.latency_rounds_max is not None and self.latency_rounds_max < self.latency_rounds:
+            raise ValueError(
+                f"latency_rounds_max {self.latency_rounds_max} is below latency_rounds {self.latency_rounds}"
+            )
+        return self
+
+    @property
+    def most_latency_rounds(self) -> int:
+        """Rounds after which timing ends, whatever is open."""
+        return self.latency_rounds_max or 6 * self.latency_rounds
 
     @property
     def baseline(self) -> ArmConfig:
@@ -140,11 +187,35 @@ class ExperimentConfig(Section):
         return next(arm for arm in self.arms if arm.role == "baseline")
 
     def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
-        """The adapter section of one arm: the shared defaults with the arm's changes."""
-        values = {**self.adapters.model_dump(), **arm.adapters}
-        if arm.route:
-            values["variant"] = "routed"
-        return parse(AdapterConfig, values, arm.name)
+        """The adapter of one arm: the shared defaults that its variant has, with the arm's changes.
+
+        An arm with a route has experts instead; its adapter is not used. Raises ConfigError.
+        """
+        variant = arm.adapters.get("variant", self.adapters.get("variant", "s0"))
+        section = KINDS.get(variant) if isinstance(variant, str) else None
+        owned = section.model_fields if section else {}
+        foreign = {knob for kind in KINDS.values() for knob in kind.model_fields} - owned.keys()
+        shared = {knob: value for knob, value in self.adapters.items() if knob not in foreign}
+        where = f"arms.{arm.name}.adapters" if arm.adapters else "adapters"
+        return parse_adapter({**shared, **arm.adapters}, where)
+
+    def variant_of(self, arm: ArmConfig) -> str:
+        """Kind of the arm's adapter, or `routed`."""
+        return "routed" if arm.route else self.adapter_of(arm).variant
+
+
+def _refuse_without_effect(arm: ArmConfig) -> None:
+    """An arm's setting that something else decides would be dropped without a word."""
+    if arm.route and arm.adapters:
+        raise ValueError(
+            f"arms.{arm.name}: {', '.join(arm.adapters)} has no effect with a route: its experts are those of "
+            "`routing`. Remove it"
+        )
+    if arm.role != "baseline" and arm.match != "none" and "rank" in arm.adapters:
+        raise ValueError(
+            f"arms.{arm.name}: rank {arm.adapters['rank']} has no effect under `match: {arm.match}`, which chooses "
+            "the rank. Remove it, or set `match: none`"
+        )
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:

@@ -54,9 +54,9 @@ class RouterConfig(Section):
     evidence: bool = False
     """The router also reads how good the retrieved evidence is."""
     d_read: int = Field(default=32, ge=1)
-    """Numbers that the router hears of each token."""
+    """Width of the per-token projection that the router's memory is made of."""
     memory: int = Field(default=48, ge=1)
-    """Width of its memory of what was said, carried from chunk to chunk."""
+    """Width of its memory of the text, carried from chunk to chunk."""
     hidden: int = Field(default=48, ge=1)
     """Width of the policy's and the critic's hidden layer."""
     seed: int = 0
@@ -74,10 +74,10 @@ class RouterConfig(Section):
 
 
 class ReadingConfig(Section):
-    """How the router's reader and its memory are trained, before anything is cloned."""
+    """How the router's reader and its memory are trained, before cloning."""
 
     tries: int = Field(default=4, ge=1)
-    """Starts from different weights; the best on held-out conversations is kept."""
+    """Starts from different weights; the best on the validation conversations is kept."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the traced conversations, of each start."""
     batch_size: int = Field(default=32, ge=1)
@@ -95,8 +95,10 @@ class CloningConfig(Section):
 
     rows: int = Field(default=400, ge=8)
     """Training conversations that are traced under every expert."""
-    held_out: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the traces on which accuracy is stated and training is stopped."""
+    validation: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the traced conversations that choose the reader's start and every epoch."""
+    held_out: float = Field(default=0.15, gt=0, lt=1)
+    """Share that chooses nothing: accuracy is stated on it alone. The rest trains."""
     switch_cost: float = Field(default=0.1, ge=0)
     """Cost of a change of expert in the oracle, in nats per answer token of a turn."""
     rank_cost: float = Field(default=0.05, ge=0)
@@ -115,8 +117,8 @@ class CloningConfig(Section):
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Of the policy's and the critic's inputs and hidden layer, while they are cloned."""
     regret: float = Field(default=10.0, ge=0)
-    """Weight of the expected regret of the expert head, in nats, beside 1 for its cross-entropy: which
-    of two equally good experts the oracle took teaches nothing."""
+    """Weight of the expected regret of the expert head, in nats, beside 1 for its cross-entropy: ties
+    between experts carry no signal."""
     largest_regret: float = Field(default=1.0, gt=0)
     """Regret against the best expert counts, and Q is learned, up to this many nats."""
     other_heads: float = Field(default=0.3, ge=0)
@@ -124,6 +126,15 @@ class CloningConfig(Section):
     reading: ReadingConfig = ReadingConfig()
     rounds: int = Field(default=1, ge=0)
     """Times that the trained router's own states are traced and labelled too (DAgger)."""
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> CloningConfig:
+        if self.validation + self.held_out >= 1:
+            raise ValueError(
+                f"validation {self.validation} and held_out {self.held_out} leave nothing to train on: "
+                "their sum must be below 1"
+            )
+        return self
 
 
 class RewardConfig(Section):

@@ -21,13 +21,11 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import bm25s
 import numpy as np
+import Stemmer
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import bm25s
 
 K1, B = 0.9, 0.4  # for passages of a paragraph (Trotman et al., "Improvements to BM25", 2014)
 
@@ -75,8 +73,6 @@ def tokens(text: str) -> list[str]:
 
 def stem(found: list[str]) -> list[str]:
     """Snowball's English stem of each word."""
-    import Stemmer
-
     # Made anew (half a microsecond): one stemmer must not be used by two threads.
     return Stemmer.Stemmer("english", 0).stemWords(found)
 
@@ -93,8 +89,6 @@ class Bm25:
     @classmethod
     def build(cls, texts: Iterable[str], on_progress: Callable[[int], None] | None = None) -> Bm25:
         """Index texts; `on_progress` hears how many have been read."""
-        import bm25s
-
         vocabulary: dict[str, int] = {}
         rows: list[list[int]] = []
         seen: dict[str, int] = {}  # unstemmed word -> term
@@ -119,8 +113,6 @@ class Bm25:
     @classmethod
     def load(cls, folder: Path) -> Bm25:
         """Memory-map what `save` wrote."""
-        import bm25s
-
         return cls(bm25s.BM25.load(folder, mmap=True, show_progress=False))
 
     def scores(self, query: str) -> NDArray[np.float32]:

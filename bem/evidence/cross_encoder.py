@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.nn import Identity
 
 from bem.errors import CheckpointError, MissingExtra
 from bem.evidence.deadline import before, passed
@@ -44,8 +45,6 @@ class CrossEncoderReranker:
     def _logits(
         self, query: str, passages: Sequence[str], deadline: float | None
     ) -> NDArray[np.float32] | None:
-        from torch.nn import Identity
-
         room = CHARACTERS_PER_TOKEN * int(self._model.max_length or 512)
         cut = [around_matches(query, passage, room) for passage in passages]
         out = np.zeros(len(cut), dtype=np.float32)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from bem.bases import load_base
 from bem.errors import ConfigError, DataError, MissingExtra
-
-if TYPE_CHECKING:
-    import torch
 
 OWN = "base:"
 """Prefix of the names of encoders that pool a base model's states."""
@@ -67,8 +66,6 @@ class PooledStates:
         batch_size: int = 32,
         device: str = "cpu",
     ):
-        from bem.bases import load_base
-
         self._model, self._tokenizer = load_base(base, device)
         self._embeddings: Any = self._model.get_input_embeddings()
         layers: int = self._model.config.num_hidden_layers
@@ -85,8 +82,6 @@ class PooledStates:
         self, texts: Sequence[str], on_progress: OnProgress | None = None
     ) -> NDArray[np.float32]:
         """Unit vectors [n, dimension]; a text without a single token is refused (DataError)."""
-        import torch
-
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         ids = self._ids(texts)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding in a batch
@@ -110,8 +105,6 @@ class PooledStates:
 
     def _pool(self, ids: list[list[int]]) -> torch.Tensor:
         """Mean states [len(ids), dimension], float32."""
-        import torch
-
         device = self._model.device
         if self._layer == 0:  # no padding, no forward pass
             flat = torch.tensor([token for row in ids for token in row], device=device)

@@ -94,14 +94,7 @@ def make_record(
         DataError: a logit is NaN or inf, or more passages are shown than have one.
         ValueError: `temperature` is not positive.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}.")
-    ordered = np.sort(np.asarray(logits, dtype=np.float64))[::-1]
-    if not np.isfinite(ordered).all():
-        bad = ordered[~np.isfinite(ordered)][0]
-        raise DataError(f"A reranker's logit is {bad} for {query!r:.80}: check its weights.")
-    if len(shown) > ordered.size:
-        raise DataError(f"{len(shown)} passages are shown, but only {ordered.size} have a logit.")
+    ordered = _ordered(query, shown, logits, temperature)
     if not shown:
         return EvidenceRecord(query, digest=digest_of(()), seconds=seconds)
     scores = 0.5 * (1 + np.tanh(ordered / 2))  # sigmoid, without overflow
@@ -122,6 +115,21 @@ def make_record(
         reranked=True,
         seconds=seconds,
     )
+
+
+def _ordered(
+    query: str, shown: Sequence[Passage], logits: ArrayLike, temperature: float
+) -> NDArray[np.float64]:
+    """The logits, largest first; see `make_record`."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}.")
+    ordered = np.sort(np.asarray(logits, dtype=np.float64))[::-1]
+    if not np.isfinite(ordered).all():
+        bad = ordered[~np.isfinite(ordered)][0]
+        raise DataError(f"A reranker's logit is {bad} for {query!r:.80}: check its weights.")
+    if len(shown) > ordered.size:
+        raise DataError(f"{len(shown)} passages are shown, but only {ordered.size} have a logit.")
+    return ordered
 
 
 def unranked_record(

@@ -14,19 +14,22 @@ import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load
+from tokenizers import Tokenizer
 
+from bem.bases import SHIPPED as BASES
 from bem.errors import CheckpointError
 from bem.evidence.cross_encoder import CrossEncoderReranker
 from bem.evidence.deadline import before, passed
 from bem.evidence.pairs import checked_lexical, make_pairs, table_bm25
 from bem.evidence.reading import Words, query_words, read_passage
-
-if TYPE_CHECKING:
-    from bem.evidence.tiny_reranker import TinyReranker
+from bem.evidence.tiny_reranker import Shape, TinyReranker
 
 SHIPPED = {"tiny": Path(__file__).parent / "tiny-reranker"}
 FORMAT = 1
@@ -117,8 +120,6 @@ class Tiny:
         lexical: NDArray[np.float32] | None,
         deadline: float | None,
     ) -> NDArray[np.float32] | None:
-        import torch
-
         words, asked, read = self._words, query_words(self._words, query), []
         for passage in passages:
             if passed(deadline):
@@ -157,14 +158,6 @@ def _is_ours(folder: Path) -> bool:
 def _load_tiny(
     folder: Path, config: dict[str, Any], device: str
 ) -> tuple[TinyReranker, Words, str]:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-    from tokenizers import Tokenizer
-
-    from bem.bases import SHIPPED as BASES
-    from bem.evidence.tiny_reranker import Shape, TinyReranker
-
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} is a reranker of format {config.get('format')}; this version reads {FORMAT}. "

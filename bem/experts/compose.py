@@ -4,32 +4,39 @@
 
 keep: the k most important ranks of the gated experts together, importance |gate| * singular value of
 the expert's update (for one expert this is its best rank-k approximation: Eckart & Young, 1936).
-scale: into the trust region, see `projection`. Frobenius and spectral norms are exact for what is
-composed, not a bound from the parts.
+scale: into the trust region, see `projection`: of what is composed, not a bound from the parts.
+
+A decision says how many experts it gates at most; composing then looks at the ranks of so many experts
+for every chunk, whichever they are, in one batch for all chunks. Nothing is read back to the host, so
+that a gate that is not finite becomes a control that is not finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bem.errors import AttachError
-from bem.variants.projection import Norm, NormCache, scale_into_ball
+from bem.variants.projection import Grams, Norm, ball_scale
 
 
 @dataclass(frozen=True)
 class Decision:
     """What the router decided for each chunk; leading dimensions are those of the chunks."""
 
-    gates: Tensor  # (..., E) weight of each expert, 0: off
-    ranks: (
-        Tensor  # int (...,): most important ranks kept per site (over the gated experts together)
-    )
-    strength: Tensor  # (...,) factor on the whole update ("bias scale")
+    gates: Float[Tensor, "*chunks experts"]
+    """Weight of each expert, 0: off."""
+    ranks: Int[Tensor, "*chunks"]
+    """Most important ranks kept per site, over the gated experts together."""
+    strength: Float[Tensor, "*chunks"]
+    """Factor on the whole update ("bias scale")."""
+    most: int | None = None
+    """Experts gated at once in any chunk, at most; None: all of them."""
 
     def __post_init__(self) -> None:
         if not self.gates.shape[:-1] == self.ranks.shape == self.strength.shape:
@@ -37,24 +44,6 @@ class Decision:
                 f"a decision needs gates (..., experts), ranks (...) and strength (...), got {tuple(self.gates.shape)}, "
                 f"{tuple(self.ranks.shape)} and {tuple(self.strength.shape)}."
             )
-
-    @cached_property
-    def groups(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """(rows, experts): chunks that gate the same experts are composed together, whoever else is
-        in the batch.
-
-        Raises:
-            AttachError: a gate or a strength is NaN or infinite.
-        """
-        gates, strength = self.gates.detach(), self.strength.detach()
-        if not bool(gates.isfinite().all() & strength.isfinite().all()):
-            raise AttachError("a decision holds NaN or infinite gates: the router diverged.")
-        on = (gates != 0).reshape(-1, gates.shape[-1])
-        if not on.numel():
-            return []
-        sets, which = torch.unique(on, dim=0, return_inverse=True)
-        experts = [tuple(i for i, x in enumerate(row) if x) for row in sets.tolist()]
-        return [((which == i).nonzero()[:, 0], e) for i, e in enumerate(experts) if e]
 
 
 @dataclass(frozen=True)
@@ -73,8 +62,8 @@ class TrustRegion:
         if self.norm not in ("frobenius", "spectral"):
             raise AttachError(f"unknown norm {self.norm!r}: use 'frobenius' or 'spectral'.")
 
-    def norm_of(self, weight: Tensor) -> float:
-        """The norm of a frozen weight (2-D), for a relative region."""
+    def norm_of(self, weight: Float[Tensor, "out in"]) -> float:
+        """The norm of a frozen weight, for a relative region."""
         order = "fro" if self.norm == "frobenius" else 2
         return float(torch.linalg.matrix_norm(weight.detach().float(), ord=order))
 
@@ -94,74 +83,95 @@ class TrustRegion:
         return self.radius * weight_norm
 
 
+class Weights(Protocol):
+    """What composing asks of the experts of one site."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That computes the update."""
+        ...
+
+    @property
+    def importance(self) -> Tensor:
+        """Float64 (R,): norm of each rank."""
+        ...
+
+    @property
+    def weight_norm(self) -> float | None:
+        """Of the frozen weight, for a relative region."""
+        ...
+
+    def grams(self, norm: Norm) -> Grams:
+        """Of all ranks."""
+        ...
+
+
 class CompositionEngine:
     """Composes the experts of one site: gate, rank budget, strength, trust region."""
 
-    def __init__(self, ranks: Sequence[int]):
+    def __init__(self, ranks: Sequence[int], device: torch.device | str = "cpu"):
         """ranks: of each expert at this site; their ranks lie side by side in this order."""
-        self.ranks = tuple(ranks)
-        owner = [expert for expert, n in enumerate(self.ranks) for _ in range(n)]
-        self.owner = torch.tensor(owner, dtype=torch.long)
-        self.norms = NormCache()
-        self._columns: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self.ranks, self.device = tuple(ranks), torch.device(device)
+        self.width, self.largest = sum(self.ranks), max(self.ranks, default=0)
+        counts = torch.tensor(self.ranks, dtype=torch.long, device=device)
+        place = torch.arange(self.largest, device=device)
+        columns = (counts.cumsum(0) - counts)[:, None] + place
+        self.columns = torch.where(place < counts[:, None], columns, self.width)
+        """Int (experts, largest): the ranks of each expert; `width` where it has no more."""
+        experts = torch.arange(len(self.ranks), device=device)
+        self.owner = experts.repeat_interleave(counts, output_size=self.width)
+        """Int (R,): the expert that each rank belongs to."""
 
     def __call__(
-        self,
-        decision: Decision,
-        region: TrustRegion | None,
-        u: Tensor,
-        v: Tensor,
-        importance: Tensor,
-        weight_norm: float | None = None,
-    ) -> Tensor:
-        """The control of each chunk, float32 (..., R).
+        self, decision: Decision, region: TrustRegion | None, weights: Weights
+    ) -> Float[Tensor, "*chunks R"]:
+        """The control of each chunk, float64, rounded once to the dtype that computes (of float64 weights
+        to float32, in which controls travel).
 
         Differentiable in gates and strength; the choice of ranks and the scale count as constants.
+
+        Raises:
+            AttachError: not as many gates as experts, or a relative region without the weight's norm.
         """
         if decision.gates.shape[-1] != len(self.ranks):
             raise AttachError(f"{decision.gates.shape[-1]} gates for {len(self.ranks)} experts.")
-        shape = (*decision.gates.shape[:-1], len(self.owner))
-        radius = None if region is None else region.limit(weight_norm)
-        learns = decision.gates.requires_grad or decision.strength.requires_grad
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            return self._compose(decision, region, radius, u, v, importance).reshape(shape)
+        chunks, radius = decision.gates.shape[:-1], None
+        dtype = torch.float32 if weights.dtype == torch.float64 else weights.dtype
+        if region is not None:
+            radius = region.limit(weights.weight_norm)
+        if not self.width:
+            return decision.gates.new_zeros((*chunks, 0), dtype=torch.float64)
+        gates, columns = self._gated(decision)
+        inside = columns.clamp(max=self.width - 1)
+        score = gates.detach().abs() * weights.importance[inside]
+        score = torch.where(columns < self.width, score, -1.0)  # no rank at all: never kept
+        c = gates * most_important(score, decision.ranks.reshape(-1, 1))
+        c = c * decision.strength.reshape(-1, 1).double()
+        if region is not None and radius is not None:
+            grams = weights.grams(region.norm)
+            grams = grams.select(inside) if self._subset(decision) else grams
+            c = c * ball_scale(grams, c.detach(), radius, dtype)[:, None]
+        # one column more takes what is no rank; + 0.0: equal controls are equal bits
+        control = c.new_zeros(len(c), self.width + 1).scatter(1, columns, c)[:, : self.width]
+        return (control.to(dtype).double() + 0.0).reshape(*chunks, self.width)
 
-    def _compose(
-        self,
-        decision: Decision,
-        region: TrustRegion | None,
-        radius: float | None,
-        u: Tensor,
-        v: Tensor,
-        importance: Tensor,
-    ) -> Tensor:
-        """(chunks, R), float32."""
+    def _subset(self, decision: Decision) -> bool:
+        return decision.most is not None and decision.most < len(self.ranks)
+
+    def _gated(self, decision: Decision) -> tuple[Tensor, Tensor]:
+        """(gate, rank) of every rank of the experts that may be on, both (chunks, n)."""
         gates = decision.gates.reshape(-1, len(self.ranks)).double()
-        strength, ranks = decision.strength.reshape(-1, 1).double(), decision.ranks.reshape(-1, 1)
-        control = gates.new_zeros(len(gates), len(self.owner))
-        for rows, experts in decision.groups:
-            columns = self._columns_of(experts, gates.device)
-            if not len(columns):
-                continue
-            c = gates[rows][:, self.owner.to(gates.device)[columns]]
-            c = c * most_important(c.detach().abs() * importance[columns], ranks[rows])
-            c = c * strength[rows]
-            if region is not None and radius is not None:
-                bound = self.norms.bound(u, v, columns, experts, c, region.norm)
-                c = c * scale_into_ball(bound, radius)[:, None]
-            control = control.index_put((rows[:, None], columns), c)
-        return control.float() + 0.0  # no negative zeros: equal controls are equal bits
-
-    def _columns_of(self, experts: tuple[int, ...], device: torch.device) -> Tensor:
-        """The ranks of these experts, in order."""
-        if (experts, device) not in self._columns:
-            mine = torch.isin(self.owner, torch.tensor(experts, dtype=self.owner.dtype))
-            self._columns[experts, device] = mine.nonzero()[:, 0].to(device)
-        return self._columns[experts, device]
+        if not self._subset(decision):
+            columns = torch.arange(self.width, device=gates.device).expand(len(gates), -1)
+            return gates[:, self.owner], columns
+        experts = gates.detach().abs().topk(decision.most or 0, dim=-1).indices.sort(-1).values
+        columns = self.columns[experts]
+        own = gates.gather(1, experts)[..., None] * (columns < self.width)
+        return own.flatten(1), columns.flatten(1)
 
 
-def most_important(score: Tensor, k: Tensor) -> Tensor:
-    """True for the k largest scores of each row; of equal ones the first. (rows, n), (rows, 1)."""
+def most_important(score: Float[Tensor, "chunks n"], k: Int[Tensor, "chunks 1"]) -> Tensor:
+    """True for the k largest scores of each row; of equal ones the first."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.zeros_like(order).scatter_(-1, order, place) < k

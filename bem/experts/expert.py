@@ -6,37 +6,30 @@ from matters no more after reading: an `ExpertStack` takes them side by side.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from bem.adapters import checkpoint
-from bem.adapters.build import build
+from bem.adapters.attach import NAME, Attached
 from bem.adapters.lora import (
     CONFIG,
     WEIGHTS,
     Update,
     check_finite,
-    check_sites,
     read_json,
     read_lora,
-    read_tensors,
     write_lora,
 )
-from bem.adapters.sites import base_hash, find_sites
-from bem.config import AdapterConfig, parse
-from bem.errors import AttachError, BaseMismatch, CheckpointError
+from bem.adapters.peft_method import adapters_of
+from bem.errors import AttachError, CheckpointError
+from bem.variants.digest import weights_digest
 from bem.variants.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from bem.adapters.attach import Attached
 
 __all__ = ["Expert", "Update", "expert_of", "from_updates", "read_expert", "write_lora"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LONGEST_NAME = 100  # bytes; file systems take 255
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Expert:
 
     name: str
     updates: dict[str, Update]  # site name, as in `find_sites` -> update
-    digest: str  # sha256 over site names, shapes and float32 bytes
+    digest: str  # see `weights_digest`
     source: str  # where it was read from
     about: str = ""
 
@@ -65,10 +58,16 @@ def read_expert(source: str | Path, model: Any, name: str | None = None) -> Expe
     folder = _folder(source)
     if hasattr(model, "get_base_model"):  # a PeftModel: site names are those of the model inside
         model = model.get_base_model()
-    if read_json(folder / CONFIG).get("peft_type") == "LORA":
-        updates = {site: lora.update() for site, lora in read_lora(model, folder).items()}
-    else:
-        updates = _read_s0(folder, model)
+    overrides = None
+    if (folder / checkpoint.MANIFEST).is_file():  # one of ours
+        saved = checkpoint.read(folder)
+        if saved.config.variant != "s0":
+            raise CheckpointError(_not_static(saved.config.variant, str(folder)))
+        checkpoint.check_base(saved.base, model, str(folder))
+        overrides = saved.config.sites
+    elif read_json(folder / CONFIG).get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder} holds no LoRA: an expert is static and low-rank.")
+    updates = {site: lora.update() for site, lora in read_lora(model, folder, overrides).items()}
     return from_updates(name or Path(str(source)).name, updates, str(source))
 
 
@@ -78,9 +77,6 @@ def expert_of(attached: Attached, name: str, about: str = "") -> Expert:
     Raises:
         AttachError: the variant is not static, or no plain low-rank update.
     """
-    from bem.adapters.attach import NAME
-    from bem.adapters.peft_method import adapters_of
-
     parts = {site: part.update for site, part in adapters_of(attached.base, NAME)}
     if attached.config.variant != "s0":
         raise AttachError(_not_static(attached.config.variant, f"{name}: this adapter"))
@@ -107,35 +103,6 @@ def from_updates(
     return Expert(name, dict(updates), _digest(updates), source, about)
 
 
-def _read_s0(folder: Path, model: Any) -> dict[str, Update]:
-    manifest = checkpoint.check(folder)
-    config = parse(AdapterConfig, manifest["adapter"], str(folder))
-    if config.variant != "s0":
-        raise CheckpointError(_not_static(config.variant, str(folder)))
-    if manifest["base"] != (found := base_hash(model)):
-        raise BaseMismatch(
-            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}: other "
-            "weights give another model. Train the expert on this base."
-        )
-    tensors = read_tensors(folder)
-    with torch.device("meta"):  # for the scales: build alone knows them
-        parts = build(find_sites(model, config.sites), config)
-    updates = {}
-    for site, part in parts.items():
-        assert isinstance(part.update, LowRank)
-        u, v = (tensors.pop(f"base_model.model.{site}.bem_update.{f}", None) for f in "uv")
-        if u is None or v is None:
-            raise CheckpointError(f"{folder}: {WEIGHTS} holds no update of {site}.")
-        updates[site] = Update(u.float() * part.update.scale, v.float())
-    if tensors:
-        raise CheckpointError(
-            f"{folder}: {len(tensors)} tensors fit no site, as {next(iter(tensors))}."
-        )
-    shapes = {site: (len(u.u), u.v.shape[1]) for site, u in updates.items()}
-    check_sites(model, shapes, str(folder), config.sites)
-    return updates
-
-
 def _folded(part: LowRank) -> Update:
     u, v = part.u.detach().cpu().float(), part.v.detach().cpu().float()
     return Update(u * part.scale, v.clone())
@@ -151,12 +118,12 @@ def _not_static(variant: str, what: str) -> str:
 
 
 def _folder(source: str | Path) -> Path:
-    """The local folder of a source; hub ids are downloaded, safetensors and config alone."""
+    """The local folder of a source; of a hub id safetensors and config alone are downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source} is no folder, and no hub id (owner/name) either.")
+        raise CheckpointError(f"{source} is neither a folder nor a hub id (owner/name).")
     from huggingface_hub import snapshot_download
 
     try:
@@ -169,10 +136,23 @@ def _folder(source: str | Path) -> Path:
 
 
 def _digest(updates: dict[str, Update]) -> str:
-    digest = hashlib.sha256()
-    for site in sorted(updates):
-        for factor in (updates[site].u, updates[site].v):
-            data = factor.detach().float().cpu().contiguous()
-            digest.update(f"{site} {tuple(data.shape)}".encode())
-            digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
+    tensors = {f"{s}.{name}": getattr(u, name) for s, u in updates.items() for name in "uv"}
+    return weights_digest(tensors)
+
+
+def check_name(name: str) -> None:
+    """Is this a name for an expert? Names become folders.
+
+    Raises:
+        AttachError: it would leave its folder, hide it, or cannot be one.
+    """
+    odd = not name.isprintable() or any(c in name for c in '/\\:*?"<>|')
+    if odd or name != name.strip() or name[:1] in ("", ".") or len(name.encode()) > LONGEST_NAME:
+        raise AttachError(
+            f"{name!r} cannot name an expert, whose name becomes a folder: 1 to {LONGEST_NAME} bytes of letters, "
+            "digits and signs are needed, no slash, colon or wildcard, no dot in front, no space around."
+        )
+    if name == "base":
+        raise AttachError(
+            "'base' names the bare base among a router's options: call the expert otherwise."
+        )

@@ -1,77 +1,82 @@
-"""Several experts at one site, side by side along the rank axis.
+"""Several experts at one site, side by side along the rank axis: each with parameters of its own.
 
     y = W x + U (c * (V x))        V: (R, d_in)   U: (d_out, R)   R: the ranks of all experts
 
 A gate is a block of c, so experts are composed exactly (U_1 V_1 + U_2 V_2, never the cross terms of a
 sum of factors) and each row of a batch may follow another. Each expert is kept in singular-value form,
 so that its ranks are ordered by importance and a rank budget is its best approximation.
+
+Parameters are for training: every expert has its own, with its own optimiser state. What acts is a
+`SitePack` made of them, and made anew when one of them changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bem.adapters.lora import Update
 from bem.errors import AttachError
 from bem.experts.compose import CompositionEngine, Decision, TrustRegion
-from bem.experts.subspace import orthogonality_error
+from bem.experts.singular import singular_form
+from bem.experts.slab import PACKING, Form, Mounting, SitePack, experts_multiplied
+from bem.experts.subspace import orthogonality_error, orthonormality_error
 from bem.variants.base import Adapter, Code, Flops
-from bem.variants.projection import Watch
-
-# Weights in U and V of all experts, from which on reading them all for each token takes longer than
-# looking up the blocks in use. What counts is their number and not their share of the frozen layer:
-# benchmarks/results/experts.md.
-GATHER_ABOVE = 100_000
-FEW_TOKENS = 64  # up to here one product over all blocks in use is faster than one for each
+from bem.variants.projection import norm_flops
+from bem.variants.watch import Watch
 
 
 class ExpertStack(Adapter):
     """The experts of one frozen linear layer. Their control comes from decisions: see `compose`."""
-
-    owner: Tensor  # int (R,): the expert that each rank belongs to
-    importance: Tensor  # (R,): singular value of each rank
 
     def __init__(
         self,
         d_in: int,
         d_out: int,
         ranks: Sequence[int],
-        form: Literal["auto", "dense", "gathered"] = "auto",
+        form: Form = "auto",
         dtype: torch.dtype = torch.float32,
     ):
-        """ranks[e]: ranks of expert e here; 0: it does not touch this site.
-
-        form: dense multiplies all ranks, gathered only the blocks that a token uses; auto: whichever
-            is faster at this size.
-        """
+        """ranks[e]: ranks of expert e here; 0: it does not touch this site."""
         super().__init__()
-        self.ranks = tuple(ranks)
+        self.d_in, self.d_out, self.ranks = d_in, d_out, tuple(ranks)
         ends = list(accumulate(self.ranks, initial=0))
         self.spans = list(pairwise(ends))  # first and past-the-last rank
-        total = self.control_width = ends[-1]
-        self.v = nn.Parameter(torch.empty(total, d_in, dtype=dtype))
-        if total:
-            nn.init.kaiming_uniform_(self.v, a=5**0.5)
-        self.u = nn.Parameter(torch.zeros(d_out, total, dtype=dtype))  # zero: it changes nothing
-        self.engine = CompositionEngine(self.ranks)
-        self.register_buffer("owner", self.engine.owner.clone())
-        self.register_buffer("importance", torch.zeros(total))
-        large = total * (d_in + d_out) > GATHER_ABOVE
-        self.gathered = form == "gathered" or (form == "auto" and large)
-        self.form = form
+        self.control_width = ends[-1]
+        self.u, self.v = nn.ParameterDict(), nn.ParameterDict()  # expert number -> its factor
+        for expert, rank in enumerate(self.ranks):
+            if rank:
+                v = torch.empty(rank, d_in, dtype=dtype)
+                nn.init.kaiming_uniform_(v, a=5**0.5)
+                self.v[str(expert)] = nn.Parameter(v)
+                # zero: it changes nothing
+                self.u[str(expert)] = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype))
+        self.mounting = Mounting(form=form)
         self.region: TrustRegion | None = None  # for the price alone
-        self.weight_norm: float | None = None  # of the frozen weight, for a relative region
         self.bases: list[Tensor] = []
-        self._watch = Watch()
-        self._kept: tuple[Tensor, Tensor, Tensor] = ()  # type: ignore[assignment]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._watch, self._packs = Watch(), {}  # dtype -> what acts
+        self._engine = CompositionEngine(self.ranks)
 
     # --- experts ----------------------------------------------------------------------------------
+
+    def factors(self, expert: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """(u, v) of one expert: what trains, and what its optimiser state belongs to.
+
+        Raises:
+            AttachError: there is no such expert, or it does not touch this site.
+        """
+        start, stop = self._span(expert)
+        if start == stop:
+            raise AttachError(f"expert {expert} does not touch this site: it has no ranks here.")
+        return self.u[str(expert)], self.v[str(expert)]
 
     @torch.no_grad()
     def fill(self, expert: int, update: Update) -> None:
@@ -81,23 +86,42 @@ class ExpertStack(Adapter):
             AttachError: no such expert, another shape, more ranks than the block, or it leaves the
                 directions reserved for it.
         """
+        self._check(expert, update, exact=False)
         start, stop = self._span(expert)
-        (d_out, d_in), rank = (len(self.u), self.v.shape[1]), len(update.v)
-        if update.u.shape != (d_out, rank) or update.v.shape != (rank, d_in) or rank > stop - start:
-            raise AttachError(
-                f"expert {expert} has room for u {(d_out, stop - start)} and v {(stop - start, d_in)} here, got "
-                f"{tuple(update.u.shape)} and {tuple(update.v.shape)}."
-            )
-        u, v, importance = singular_form(update, stop - start)
-        if self.bases and (lost := self._outside(expert, u.to(self.u))) > 1e-3:
+        u, v = singular_form(update, stop - start)
+        if self.bases and (lost := self._outside(expert, u)) > 1e-3:
             raise AttachError(
                 f"{lost:.1%} of expert {expert} lies outside its reserved directions: train it under the same "
                 "reservation, or mount it without one."
             )
-        self.u[:, start:stop].copy_(u)
-        self.v[start:stop].copy_(v)
-        self.importance[start:stop].copy_(importance)
+        self._write(expert, u, v)
         self.after_step()
+
+    @torch.no_grad()
+    def put(self, expert: int, update: Update) -> None:
+        """Copy an update bit for bit: one that was taken from a stack, so that nothing changes.
+
+        Raises:
+            AttachError: no such expert, or another shape.
+        """
+        self._check(expert, update, exact=True)
+        self._write(expert, update.u, update.v)
+
+    def _check(self, expert: int, update: Update, exact: bool) -> None:
+        start, stop = self._span(expert)
+        rank, room = len(update.v), stop - start
+        fits = update.u.shape == (self.d_out, rank) and update.v.shape == (rank, self.d_in)
+        if not fits or rank > room or (exact and rank != room):
+            raise AttachError(
+                f"expert {expert} has room for u {(self.d_out, room)} and v {(room, self.d_in)} here, got "
+                f"{tuple(update.u.shape)} and {tuple(update.v.shape)}."
+            )
+
+    def _write(self, expert: int, u: Tensor, v: Tensor) -> None:
+        with PACKING:
+            if self.ranks[expert]:
+                for parameter, value in zip(self.factors(expert), (u, v), strict=True):
+                    parameter.copy_(value)
 
     def canonicalise(self) -> None:
         """Bring every block into singular-value form: after training in place."""
@@ -108,35 +132,77 @@ class ExpertStack(Adapter):
     def update_of(self, expert: int) -> Update:
         """A copy of one expert's update."""
         start, stop = self._span(expert)
-        return Update(self.u[:, start:stop].detach().clone(), self.v[start:stop].detach().clone())
+        if start == stop:
+            return Update(torch.zeros(self.d_out, 0), torch.zeros(0, self.d_in))
+        u, v = (p.detach().clone() for p in self.factors(expert))
+        return Update(u, v)
 
     @torch.no_grad()
     def clear(self, expert: int) -> None:
-        """Empty a block: the expert was unloaded."""
+        """Empty a block: the expert was unloaded. Its ranks stay, so that no control changes its width."""
         start, stop = self._span(expert)
-        self.u[:, start:stop].zero_()
-        self.v[start:stop].zero_()
-        self.importance[start:stop].zero_()
+        if stop > start:
+            self._write(expert, *(torch.zeros_like(p) for p in self.factors(expert)))
 
-    def reserve(self, bases: Sequence[Tensor]) -> list[float]:
+    def take(self, other: ExpertStack) -> None:
+        """Become another stack of the same shape: its parameters are copied, what acts is shared."""
+        with PACKING, torch.no_grad():
+            acting = {dtype: other.at(dtype) for dtype in {*self._packs, *other._packs}}
+            for own, theirs in ((self.u, other.u), (self.v, other.v)):
+                for name in own:
+                    own[name] = nn.Parameter(theirs[name].detach().clone(), requires_grad=False)
+            self.mounting, self.region = other.mounting, other.region
+            self.bases, self._engine = list(other.bases), other._engine
+            self._watch.changed(*self.parameters())
+            self._packs = acting
+
+    def twin(self) -> ExpertStack:
+        """A copy with parameters of its own, made without drawing random numbers."""
+        twin = ExpertStack.__new__(ExpertStack)
+        nn.Module.__init__(twin)
+        twin.d_in, twin.d_out, twin.ranks, twin.spans = (
+            self.d_in,
+            self.d_out,
+            self.ranks,
+            self.spans,
+        )
+        twin.control_width, twin.mounting, twin.region = (
+            self.control_width,
+            self.mounting,
+            self.region,
+        )
+        twin.u, twin.v = nn.ParameterDict(), nn.ParameterDict()
+        for own, copied in ((self.u, twin.u), (self.v, twin.v)):
+            for name, parameter in own.items():
+                copied[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        twin.bases = list(self.bases)
+        twin._forget()
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertStack:
+        return self.twin()
+
+    # --- reserved directions ----------------------------------------------------------------------
+
+    def reserve(self, bases: Sequence[Float[Tensor, "out dim"]]) -> list[float]:
         """Give each expert output directions of its own, now and after every optimiser step.
 
         Args:
-            bases: one (d_out, dim) for each expert, see `subspace.reserve`.
+            bases: one for each expert, see `subspace.reserve`.
         Returns:
             The share of each block's norm that lay outside and is gone (0: none, or an empty block).
         Raises:
             AttachError: bases that do not fit, or are not orthonormal within 1e-5.
         """
         shapes = [tuple(basis.shape) for basis in bases]
-        if len(bases) != len(self.ranks) or any(s[0] != len(self.u) for s in shapes):
+        if len(bases) != len(self.ranks) or any(s[0] != self.d_out for s in shapes):
             raise AttachError(
-                f"{len(self.ranks)} experts of width {len(self.u)} got bases {shapes}."
+                f"{len(self.ranks)} experts of width {self.d_out} got bases {shapes}."
             )
-        error = max([orthogonality_error(bases), *(_off_unit(b) for b in bases)])
+        error = max([orthogonality_error(bases), *map(orthonormality_error, bases)])
         if not error <= 1e-5:
             raise AttachError(f"the bases are orthonormal only within {error:.1e}: use reserve().")
-        self.bases = [basis.detach().to(self.u) for basis in bases]
+        self.bases = [basis.detach().clone() for basis in bases]
         lost = [self._outside(e, self.update_of(e).u) for e in range(len(self.ranks))]
         self.after_step()
         return lost
@@ -144,13 +210,15 @@ class ExpertStack(Adapter):
     @torch.no_grad()
     def after_step(self) -> None:
         """Keep every expert inside its reserved directions."""
-        for (start, stop), basis in zip(self.spans, self.bases, strict=False):
-            basis = basis.to(self.u.device)
-            self.u[:, start:stop].copy_(basis @ (basis.t() @ self.u[:, start:stop]))
+        for expert, basis in enumerate(self.bases):
+            if self.ranks[expert]:
+                u, _ = self.factors(expert)
+                basis = basis.to(u)
+                u.copy_(basis @ (basis.t() @ u))
 
     def _outside(self, expert: int, u: Tensor) -> float:
         """Share of ||u||_F that leaves the directions reserved for an expert."""
-        basis = self.bases[expert].to(u.device)
+        basis = self.bases[expert].to(u)
         norm = float(u.norm())
         return float((u - basis @ (basis.t() @ u)).norm()) / norm if norm > 0 else 0.0
 
@@ -159,6 +227,37 @@ class ExpertStack(Adapter):
             raise AttachError(f"there is no expert {expert}: this stack holds {len(self.ranks)}.")
         return self.spans[expert]
 
+    # --- what acts --------------------------------------------------------------------------------
+
+    def at(self, dtype: torch.dtype) -> SitePack:
+        """What acts in a dtype: the same object until a parameter changes. While a parameter trains it
+        is made for each call, differentiable where gradients are on."""
+        weights = list(self.parameters())
+        if any(p.requires_grad for p in weights):
+            return self._packed(dtype, lasting=False)
+        with PACKING, torch.inference_mode(False), torch.no_grad():
+            if self._watch.changed(*weights) or any(p.is_inference() for p in weights):
+                self._packs = {}
+            if dtype not in self._packs:
+                self._packs[dtype] = self._packed(dtype, lasting=True)
+            return self._packs[dtype]
+
+    def _packed(self, dtype: torch.dtype, lasting: bool) -> SitePack:
+        us = [u.t().to(dtype) for u in self.u.values()] or [torch.zeros(0, self.d_out, dtype=dtype)]
+        vs = [v.to(dtype) for v in self.v.values()] or [torch.zeros(0, self.d_in, dtype=dtype)]
+        rows_of_u, v = torch.cat(us), torch.cat(vs)  # always copies: nobody writes to a slab
+        if self._engine.device != v.device:
+            self._engine = CompositionEngine(self.ranks, v.device)
+        return SitePack(self._engine, rows_of_u, v, self.mounting, lasting)
+
+    def mount(
+        self, region: TrustRegion | None, weight_norm: float | None, most: int | None
+    ) -> None:
+        """Say what is known of the site; see `Mounting`."""
+        self.region = region
+        self.mounting = replace(self.mounting, weight_norm=weight_norm, most=most)
+        self._packs = {}
+
     # --- control and update -----------------------------------------------------------------------
 
     def control(self, code: Code) -> Tensor:
@@ -166,152 +265,76 @@ class ExpertStack(Adapter):
             "an ExpertStack has no control of its own: a router decides, and compose() turns the decision into it."
         )
 
-    def compose(self, decision: Decision, region: TrustRegion | None) -> Tensor:
-        """Control of each chunk, float32 (..., R)."""
-        return self.engine(decision, region, self.u, self.v, self.importance, self.weight_norm)
+    def compose(
+        self,
+        decision: Decision,
+        region: TrustRegion | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "*chunks R"]:
+        """Control of each chunk, float64, for weights that act in `dtype`; see `CompositionEngine`."""
+        return self.at(dtype).compose(decision, region)
 
-    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+    def update(
+        self,
+        y: Float[Tensor, "*tokens out"],
+        x: Float[Tensor, "*tokens in"],
+        control: Float[Tensor, "rows R"] | None,
+        slot: Int[Tensor, " n"] | None,
+    ) -> Float[Tensor, "*tokens out"]:
+        """See `Adapter.update`; under the experts as they are now."""
         assert control is not None
-        if not self.control_width:
-            return y
-        # a gate of zero has a gradient too, in the dense form alone
-        if self.form == "gathered" or (self.gathered and not control.requires_grad):
-            return self._update_gathered(y, x, control.expand(*x.shape[:-1], -1))
-        return _add(y, x, self.v, control, self.u)
+        return self.at(x.dtype).update(y, x, control, slot)
 
-    def _update_gathered(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
-        """Only the blocks that some token uses."""
-        few = x.numel() <= FEW_TOKENS * x.shape[-1]
-        return (self._update_in_one if few else self._update_by_block)(y, x, control)
+    def flops(self, tokens: int = 512, chunk_size: int = 64) -> Flops:
+        """As executed in a prefill of so many tokens. Projecting: once for every set of weights, or per
+        chunk where not all of the router's actions can be composed beforehand."""
+        rows, widths = -(-tokens // chunk_size) + 1, self.d_in + self.d_out
+        experts = experts_multiplied(self._engine, self.mounting, widths, rows)
+        everyone = experts == len(self.ranks)
+        ranks = self.control_width if everyone else experts * self._engine.largest
+        return Flops(2 * ranks * widths, self._projecting())
 
-    def _update_in_one(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
-        """Few tokens: one product over all blocks that any of them uses, since reading those takes
-        longer than multiplying them."""
-        if torch.is_grad_enabled():
-            return _add(y, x, *self._in_use(control))
-        # while a chunk is decoded, the same control comes for every token
-        if self._watch.changed(self.u, self.v, control):
-            self._kept = self._in_use(control)
-        return _add(y, x, *self._kept)
-
-    def _in_use(self, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(V, c, U) of the blocks that some token uses; a run of neighbours is not copied."""
-        used = self._experts_used(control)
-        spans = [self.spans[expert] for expert in used]
-        if all(left[1] == right[0] for left, right in pairwise(spans)):
-            start, stop = (spans[0][0], spans[-1][1]) if spans else (0, 0)
-            return self.v[start:stop], control[..., start:stop], self.u[:, start:stop]
-        ranks = torch.cat([torch.arange(*span, device=control.device) for span in spans])
-        return self.v[ranks], control[..., ranks], self.u[:, ranks]
-
-    def _update_by_block(self, y: Tensor, x: Tensor, control: Tensor) -> Tensor:
-        """Many tokens: block by block, each for the tokens that use it."""
-        control = control.reshape(-1, self.control_width)
-        x, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).clone()
-        for expert in self._experts_used(control):
-            start, stop = self.spans[expert]
-            u, v, c = self.u[:, start:stop], self.v[start:stop], control[:, start:stop]
-            rows = c.detach().abs().sum(-1).nonzero()[:, 0]
-            first, last = int(rows[0]), int(rows[-1]) + 1
-            if last - first == len(rows):  # a run of tokens, such as a chunk: nothing is copied
-                out[first:last] += _product(x[first:last], v, c[first:last], u)
-            else:
-                part = _product(x.index_select(0, rows), v, c.index_select(0, rows), u)
-                out.index_add_(0, rows, part.to(out.dtype))
-        return out.view(y.shape)
-
-    def _experts_used(self, control: Tensor) -> list[int]:
-        used = control.detach().reshape(-1, self.control_width).abs().sum(0) != 0
-        return self.owner[used].unique().tolist()
-
-    def flops(self) -> Flops:
-        """Dense: all ranks; gathered: the largest expert, as for tokens that follow one at a time.
-        Projecting: all ranks, the most it can be."""
-        ranks = max(self.ranks, default=0) if self.gathered else self.control_width
-        chunk = 0
-        if self.region is not None:
-            power = 2 if self.region.norm == "frobenius" else 3
-            chunk = 2 * self.control_width**power
-        return Flops(2 * ranks * (self.v.shape[1] + len(self.u)), chunk)
-
-
-def _product(x: Tensor, v: Tensor, control: Tensor, u: Tensor) -> Tensor:
-    return F.linear(F.linear(x, v.to(x.dtype)) * control, u.to(x.dtype))
-
-
-def _add(y: Tensor, x: Tensor, v: Tensor, control: Tensor, u: Tensor) -> Tensor:
-    return y + _product(x, v, control, u)
-
-
-def singular_form(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U S, V^T, S) of u @ v, float64, largest first, padded with zeros to `rank`.
-
-    V^T keeps unit rows where S is zero, so that an untrained rank can still learn. The SVD is that of
-    the small core R_u R_v^T of the factors' QR decompositions.
-    """
-    if (kept := _as_it_is(update, rank)) is not None:
-        return kept
-    q_u, r_u = torch.linalg.qr(update.u.detach().double())
-    q_v, r_v = torch.linalg.qr(update.v.detach().double().t())
-    left, values, right = torch.linalg.svd(r_u @ r_v.t(), full_matrices=False)
-    u, v = q_u @ (left * values), (q_v @ right.t()).t()
-    missing = rank - len(values)
-    return F.pad(u, (0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(values, (0, missing))
-
-
-def _as_it_is(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """An update that is in this form already, up to float32 rounding, keeps its bits: what is saved and
-    read again has the digest that it had."""
-    if len(update.v) != rank or not rank:
-        return None
-    u, v = update.u.detach().double(), update.v.detach().double()
-    values = u.norm(dim=0)
-    off = (v @ v.t() - torch.eye(len(v), dtype=v.dtype, device=v.device)).abs().max()
-    inner = u.t() @ u
-    across = (inner - torch.diag(inner.diagonal())).abs().max()
-    ordered = bool((values[:-1] >= values[1:] * (1 - 1e-6)).all())
-    if not ordered or off > 1e-5 or across > 1e-5 * float(values.max()) ** 2:
-        return None
-    return u, v, values
+    def _projecting(self) -> int:
+        if self.region is None:
+            return 0
+        most = min(len(self.ranks), self.mounting.most or len(self.ranks))
+        n = self.control_width if most == len(self.ranks) else most * self._engine.largest
+        return norm_flops(self.region.norm, n)
 
 
 def fixed_updates(
     stacks: dict[str, ExpertStack],
-    decision: Decision | Tensor,
+    decision: Decision | Float[Tensor, " experts"],
     region: TrustRegion | None = None,
 ) -> dict[str, Update]:
     """What the stacks of a model add under one decision, as static updates (see `write_lora`).
 
     Args:
         stacks: site name -> its experts.
-        decision: of one chunk, or the gates alone (experts,): all ranks, strength 1.
+        decision: of one chunk, or the gates alone: all ranks, strength 1.
         region: trust region of the composed update.
     Returns:
         Only ranks whose control is not zero, the control folded into u; sites without any are left out.
+    Raises:
+        AttachError: several chunks, or gates that are not finite.
     """
     updates = {}
     for site, stack in stacks.items():
         made = _all_ranks(decision, stack) if isinstance(decision, Tensor) else decision
-        with torch.no_grad():
-            control = stack.compose(made, region).flatten()
-            if len(control) != stack.control_width:
-                raise AttachError(
-                    f"an export needs one decision, this one speaks of {made.ranks.numel()} chunks."
-                )
-            on = control.nonzero()[:, 0]
-            u = stack.u.detach()[:, on].float() * control[on]
+        if made.ranks.numel() != 1:
+            raise AttachError(
+                f"an export needs one decision, this one speaks of {made.ranks.numel()} chunks."
+            )
+        if not bool(made.gates.isfinite().all() & made.strength.isfinite().all()):
+            raise AttachError("a decision holds NaN or infinite gates: the router diverged.")
+        packed = stack.at(torch.float32)
+        control = packed.compose(made, region).detach().flatten()
+        on = control.nonzero()[:, 0]
         if len(on):
-            updates[site] = Update(u, stack.v.detach()[on].float())
+            u = packed.u.detach()[:, on] * control[on]
+            updates[site] = Update(u.float(), packed.v.detach()[on])
     return updates
 
 
 def _all_ranks(gates: Tensor, stack: ExpertStack) -> Decision:
     return Decision(gates, torch.tensor(stack.control_width), torch.tensor(1.0))
-
-
-def _off_unit(basis: Tensor) -> float:
-    """How far a basis is from orthonormal."""
-    if not basis.numel():
-        return 0.0
-    basis = basis.detach().double()
-    return float((basis.t() @ basis - torch.eye(basis.shape[1], dtype=basis.dtype)).abs().max())

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bem.errors import AttachError, MeasurementError
 
 
-def reserve(d_out: int, dims: Sequence[int], seed: int) -> list[Tensor]:
+def reserve(d_out: int, dims: Sequence[int], seed: int) -> list[Float[Tensor, "out dim"]]:
     """One orthonormal basis (d_out, dim) for each expert, all orthogonal to each other. Float32.
 
     Args:
@@ -39,7 +40,7 @@ def reserve(d_out: int, dims: Sequence[int], seed: int) -> list[Tensor]:
     return [part.contiguous() for part in basis.split(list(dims), dim=1)]
 
 
-def orthogonality_error(blocks: Sequence[Tensor]) -> float:
+def orthogonality_error(blocks: Sequence[Float[Tensor, "out dim"]]) -> float:
     """Largest |cosine| between a column of one block and a column of another; zero columns count 0."""
     units = [
         torch.nn.functional.normalize(block.detach().double(), dim=0, eps=1e-300)
@@ -51,6 +52,16 @@ def orthogonality_error(blocks: Sequence[Tensor]) -> float:
             if one.numel() and other.numel():
                 worst = max(worst, float((one.t() @ other).abs().max()))
     return worst
+
+
+def orthonormality_error(basis: Float[Tensor, "out dim"]) -> float:
+    """Largest |B^T B - I| of a basis."""
+    if not basis.numel():
+        return 0.0
+    inner = basis.detach().double().t() @ basis.detach().double()
+    return float(
+        (inner - torch.eye(len(inner), dtype=inner.dtype, device=inner.device)).abs().max()
+    )
 
 
 @dataclass(frozen=True)

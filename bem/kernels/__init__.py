@@ -1,0 +1,1 @@
+"""What adapters compute. `reference` is the definition; faster kernels replace the inside of its functions."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from bem.config import ExperimentConfig, GatesConfig
 from bem.errors import DataError
-from bem.report import words as wording
+from bem.report import words
 from bem.report.words import Difference
 from bem.stats.bootstrap import joint_bca
 from bem.stats.inputs import Floats, cluster_codes, finite, sum_by_cluster
@@ -57,8 +57,8 @@ def _bca(
     table = np.stack(columns, axis=1)
     table = sum_by_cluster(table, cluster_codes(clusters, len(table)))
     statistic = Statistic("quality", table, of)
-    found = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
-    return Difference(100 * found.observed, 100 * found.lower, 100 * found.upper)
+    bca = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
+    return Difference(100 * bca.observed, 100 * bca.lower, 100 * bca.upper)
 
 
 def _share(sums: Floats) -> Floats:
@@ -101,22 +101,24 @@ def _against(
     paces: tuple[Measurement, Measurement] | None = None,
 ) -> Iterator[str]:
     """One comparison; `paces`: whose time in whose is told with it."""
-    found = gain(main, other, gates, part) if other else None
-    if other is None or other is main or found is None:
+    difference = gain(main, other, gates, part) if other else None
+    if other is None or other is main or difference is None:
         return
     place = " where the last turn shows no cue" if part == STICKY else ""
-    said = wording.compared(main.name, other.name, found, place)
-    yield said + (f"; {_paces(*paces, gates)}." if paces else ".")
+    claim = words.compared(main.name, other.name, difference, place)
+    pace = _paces(*paces, gates) if paces else ""
+    yield f"{claim}; {pace}." if pace else f"{claim}."
 
 
 def _paces(arm: Measurement, other: Measurement, gates: GatesConfig) -> str:
-    """`ar1 takes ×1.02 (...) of the time of s0 in prefill, ×1.05 (...) in decode`."""
-    found = []
-    for phase in other.latency_ms:
+    """`ar1 takes ×1.02 (...) of the time of s0 in prefill, ×1.05 (...) in decode`; "" if one of
+    them was not timed."""
+    ratios = []
+    for phase in [phase for phase in other.latency_ms if phase in arm.latency_ms]:
         r = paired_ratio(arm.latency_ms[phase], other.latency_ms[phase], gates.alpha)
-        whose = "" if found else f" of the time of {other.name}"
-        found.append(f"{wording.times(r.ratio, r.lower, r.upper)}{whose} in {phase}")
-    return f"{arm.name} takes {', '.join(found)}"
+        whose = "" if ratios else f" of the time of {other.name}"
+        ratios.append(f"{words.times(r.ratio, r.lower, r.upper)}{whose} in {phase}")
+    return f"{arm.name} takes {', '.join(ratios)}" if ratios else ""
 
 
 def _gap(
@@ -126,8 +128,8 @@ def _gap(
     if oracle is None or whole is None or gain(main, base, gates) is None:
         return
     if whole.low <= 0:
-        said = wording.compared(oracle.name, base.name, whole)
-        yield f"{said}: there is no certain gap that a router could close."
+        claim = words.compared(oracle.name, base.name, whole)
+        yield f"{claim}: there is no certain gap that a router could close."
         return
     share = closed(main, base, oracle, gates)
     yield (
@@ -137,4 +139,4 @@ def _gap(
 
 
 def _percent(share: Difference) -> str:
-    return wording.minus(f"{share.value:.0f} % [{share.low:.0f}, {share.high:.0f}]")
+    return words.minus(f"{share.value:.0f} % [{share.low:.0f}, {share.high:.0f}]")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
-from math import inf
-from typing import Any
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any
+
+from bem.config import GatesConfig
+from bem.report.checks import effect_of, subject_of
+
+if TYPE_CHECKING:
+    from bem.stats.verdict import Check, Effect, Verdict
 
 MINUS = "\u2212"
+MOST_TROUBLES = 4
+"""Checks that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -21,111 +30,109 @@ class Gate:
     why: str
 
 
-def sentence(verdict: dict[str, Any]) -> str:
+# ------------------------------------------------------------------------------------- verdicts
+
+
+def sentence(verdict: Verdict) -> str:
     """What was decided and why, for somebody who reads nothing else."""
-    failed = [c for c in verdict["checks"] if c["passed"] is False]
-    unknown = [c for c in verdict["checks"] if c["passed"] is None]
     best = best_effect(verdict)
-    gain = f"{effect(best)}" if best else "no primary metric could be computed"
-    if verdict["decision"] == "PROMOTE":
-        return (
-            f"Better than {verdict['baseline']}: {gain}. All {len(verdict['checks'])} gates passed."
-        )
-    if verdict["decision"] == "REJECT":
-        return f"Rejected: {_list([_trouble(c, verdict) for c in failed])}. Best metric: {gain}."
-    more = verdict["n_more"]
-    wanted = f" About {more:,} more examples would decide." if more else ""
-    return f"Not decided: {_list([_trouble(c, verdict) for c in unknown])}. Best metric: {gain}.{wanted}"
+    gain = effect(best) if best else "no primary metric could be computed"
+    if verdict.decision == "PROMOTE":
+        return f"Better than {verdict.baseline}: {gain}. All {len(verdict.checks)} gates passed."
+    if verdict.decision == "REJECT":
+        return f"Rejected: {_troubles(verdict, False)}. Best metric: {gain}."
+    more = f" About {verdict.n_more:,} more examples would decide." if verdict.n_more else ""
+    return f"Not decided: {_troubles(verdict, None)}. Best metric: {gain}.{more}"
 
 
-def reasons(verdict: dict[str, Any]) -> list[str]:
+def reasons(verdict: Verdict) -> list[str]:
     """Everything that stood against promotion, with the numbers."""
     return [
-        f"{'Failed' if c['passed'] is False else 'Unknown'}: {c['name']}: {c['reason']}"
-        for state in (False, None)
-        for c in verdict["checks"]
-        if c["passed"] is state
+        f"{word}: {check.name}: {check.reason}"
+        for state, word in ((False, "Failed"), (None, "Unknown"))
+        for check in verdict.checks
+        if check.passed is state
     ]
 
 
-def gates(verdict: dict[str, Any]) -> list[Gate]:
+def gates(verdict: Verdict) -> list[Gate]:
     """Every check as a row; the failed ones first."""
     order = {False: 0, None: 1, True: 2}
     state = {False: "fail", None: "unknown", True: "pass"}
     return [
         Gate(
-            check["name"],
-            _value(check, verdict, check["value"]),
-            _value(check, verdict, check["limit"], limit=True),
-            state[check["passed"]],
-            check["reason"],
+            check.name,
+            _value(check, verdict, check.value),
+            _value(check, verdict, check.limit, is_limit=True),
+            state[check.passed],
+            check.reason,
         )
-        for check in sorted(verdict["checks"], key=lambda c: order[c["passed"]])
+        for check in sorted(verdict.checks, key=lambda check: order[check.passed])
     ]
 
 
-def best_effect(verdict: dict[str, Any]) -> dict[str, Any] | None:
+def gate_changes(gates: GatesConfig) -> str:
+    """Settings that are not the defaults: `slice_margin_points 5 (default 1)`; "" if all are.
+
+    A verdict can only be read beside them.
+    """
+    usual = GatesConfig()
+    return "; ".join(
+        f"{name} {_setting(getattr(gates, name))} (default {_setting(getattr(usual, name))})"
+        for name in GatesConfig.model_fields
+        if getattr(gates, name) != getattr(usual, name)
+    )
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def best_effect(verdict: Verdict) -> Effect | None:
     """The primary effect that speaks most for the candidate: most standard errors above 0."""
-    primary = [e for e in verdict["effects"] if e["primary"]]
-    return max(primary, key=lambda e: e["gain"] / (e["se"] or 1e-12), default=None)
+    primary = [e for e in verdict.effects if e.primary]
+    return max(primary, key=lambda e: e.gain / (e.se or 1e-12), default=None)
 
 
-def effect(e: dict[str, Any]) -> str:
-    """`em +1.2 points [+0.1, +2.3]`."""
-    unit = " points" if e["points_per_unit"] else ""
-    return f"{e['metric']} {signed(e, e['gain'])}{unit} {interval(e)}"
+def _troubles(verdict: Verdict, state: bool | None) -> str:
+    parts = [_trouble(check, verdict) for check in verdict.checks if check.passed is state]
+    if len(parts) > MOST_TROUBLES:
+        parts[MOST_TROUBLES:] = [f"and {len(parts) - MOST_TROUBLES} more (see Gates)"]
+    return ", ".join(parts) or "no check is open"
 
 
-def interval(e: dict[str, Any]) -> str:
-    return f"[{signed(e, e['ci_low'])}, {signed(e, e['ci_high'])}]"
-
-
-def signed(e: dict[str, Any], value: float | None) -> str:
-    """A difference in points, or in the metric's own units if it has none."""
-    if value is None:
-        return "?"
-    points = e["points_per_unit"]
-    return minus(f"{value * points:+.1f}" if points else f"{value:+.3f}")
-
-
-def minus(text: str) -> str:
-    """A hyphen before a number becomes a minus sign."""
-    return text.replace("-", MINUS)
-
-
-def _trouble(check: dict[str, Any], verdict: dict[str, Any]) -> str:
+def _trouble(check: Check, verdict: Verdict) -> str:
     """What is wrong with one check, in a few words."""
-    kind, _, rest = check["name"].partition(".")
-    certain = check["passed"] is False
-    if check["value"] is None:
-        return f"{_plain_name(check['name'])} could not be computed"
-    value = _value(check, verdict, check["value"])
-    if kind == "quality":
+    subject, certain = subject_of(check, verdict), check.passed is False
+    if check.value is None:
+        return f"{_plain_name(check.name)} could not be computed"
+    value = _value(check, verdict, check.value)
+    if subject.kind == "quality":
         return "no useful gain" if certain else "the gain is not certain"
-    if kind in ("regression", "slice"):
-        place = " on ".join(reversed(rest.rsplit(".", 1))) if kind == "slice" else rest
-        return f"{place} fell ({value})" if certain else f"{place} may have fallen ({value})"
-    if kind == "budget":
-        return f"{value} {rest}" if rest == "parameters" else f"{value} FLOPs per token"
-    if kind in ("latency", "memory"):
-        what = f"{rest} latency" if rest else "peak memory"
-        over = "is" if certain else "may be above the limit:"
-        return f"{what} {over} {value}"
-    return f"{_plain_name(check['name'])}: {value}"
+    if subject.kind in ("regression", "slice"):
+        place = f" on {subject.slice}" if subject.slice else ""
+        verb = "fell" if certain else "may have fallen"
+        return f"{subject.metric}{place} {verb} ({value})"
+    if subject.kind == "budget":
+        return f"{value} {'FLOPs per token' if subject.metric == 'flops' else subject.metric}"
+    if subject.kind in ("latency", "memory"):
+        what = f"{subject.phase} latency" if subject.phase else "added memory"
+        return f"{what} {'is' if certain else 'may be above the limit:'} {value}"
+    return f"{_plain_name(check.name)}: {value}"
 
 
-def _value(
-    check: dict[str, Any], verdict: dict[str, Any], value: float | None, limit: bool = False
-) -> str:
+def _value(check: Check, verdict: Verdict, value: float | None, is_limit: bool = False) -> str:
     """A check's number in the unit that people expect of it."""
-    if value is None:
+    if value is None or not isfinite(value):
         return "–"
-    kind = check["name"].partition(".")[0]
+    kind = subject_of(check, verdict).kind
     if kind in ("quality", "regression", "slice"):
-        e = _effect_of(check, verdict)
-        return signed(e, value) if e else minus(f"{value:+.4g}")
+        about = effect_of(check, verdict)
+        return signed(about, value) if about else minus(f"{value:+.4g}")
     if kind == "budget":
-        return minus(f"{'±' if limit else '+' if value >= 0 else '-'}{abs(value):.1%}")
+        return minus(f"{'±' if is_limit else '+' if value >= 0 else '-'}{abs(value):.1%}")
     if kind in ("latency", "memory"):
         return f"×{value:.3f}"
     if kind == "kv_hit":
@@ -133,22 +140,34 @@ def _value(
     return minus(f"{value:.4g}")
 
 
-def _effect_of(check: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any] | None:
-    """The effect that a check is about: its metric says in which unit to show the number."""
-    kind, _, rest = check["name"].partition(".")
-    metric = rest.rsplit(".", 1)[-1]
-    fits = [e for e in verdict["effects"] if kind == "quality" or e["metric"] == metric]
-    return next((e for e in fits if e["gain"] == check["value"]), None)
-
-
 def _plain_name(name: str) -> str:
     return name.replace("_", " ").replace(".", " ")
 
 
-def _list(parts: list[str], most: int = 4) -> str:
-    if len(parts) > most:
-        parts = [*parts[:most], f"and {len(parts) - most} more (see Gates)"]
-    return ", ".join(parts) or "no check is open"
+# -------------------------------------------------------------------------------------- numbers
+
+
+def effect(e: Effect) -> str:
+    """`em +1.2 points [+0.1, +2.3]`."""
+    unit = " points" if e.points_per_unit else ""
+    return f"{e.metric} {signed(e, e.gain)}{unit} {interval(e)}"
+
+
+def interval(e: Effect) -> str:
+    return f"[{signed(e, e.ci_low)}, {signed(e, e.ci_high)}]"
+
+
+def signed(e: Effect, value: float) -> str:
+    """A difference in points, or in the metric's own units if it has none."""
+    if not isfinite(value):
+        return "?"
+    points = e.points_per_unit
+    return minus(f"{value * points:+.1f}" if points else f"{value:+.3f}")
+
+
+def minus(text: str) -> str:
+    """A hyphen before a number becomes a minus sign."""
+    return text.replace("-", MINUS)
 
 
 @dataclass(frozen=True)
@@ -165,7 +184,7 @@ class Difference:
 
 def compared(name: str, other: str, gain: Difference, where: str = "") -> str:
     """`ar1 is better than s0: +1.8 points [+0.4, +3.1]`; never more than the interval shows."""
-    verb = "is not told apart from"
+    verb = "shows no detectable difference from"
     if gain.low > 0:
         verb = "is better than"
     elif gain.high < 0:
@@ -179,3 +198,30 @@ def times(ratio: float, lower: float, upper: float) -> str:
     if upper == inf:
         return f"×{ratio:.2f} (too few rounds for limits)"
     return f"×{ratio:.2f} [{lower:.2f}, {upper:.2f}]"
+
+
+# ----------------------------------------------------------------------------------------- text
+
+
+def visible(text: str) -> str:
+    """Text that cannot disturb the page it stands on: what has no glyph is named, `⟨U+001B⟩`.
+
+    Line breaks and tabs stay. Named are control characters, halves of surrogate pairs (which UTF-8
+    cannot write), line and paragraph separators, and marks that change the direction of writing.
+    """
+    return "".join(f"⟨U+{ord(c):04X}⟩" if _has_no_glyph(c) else c for c in text)
+
+
+def _has_no_glyph(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    turns = unicodedata.bidirectional(character) in _DIRECTIONS
+    return turns or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+def shortened(text: str, most: int) -> str:
+    """The beginning of a text, and how long it is if that is not all of it."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"

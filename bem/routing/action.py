@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bem.experts.compose import Decision
@@ -66,25 +67,25 @@ class ActionSpace:
         """Name of an expert option, "base" for 0."""
         return self.experts[option - 1] if option else "base"
 
-    def full(self, experts: Tensor) -> Tensor:
-        """Whole actions (..., 4) from expert options (...) alone, everything else plain."""
+    def full(self, experts: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch heads"]:
+        """Whole actions from expert options alone, everything else plain."""
         rest = experts.new_tensor(self.plain).expand(*experts.shape, 3)
         return torch.cat([experts[..., None], rest], -1)
 
-    def in_force(self, record: Tensor) -> Tensor:
-        """The options that records (batch, RECORD) say are in force: bool (batch, options of all heads).
+    def in_force(self, record: Float[Tensor, "batch columns"]) -> Bool[Tensor, "batch options"]:
+        """The options that are in force by the records, of all heads side by side.
 
         The chosen span is not in a record; its first option stands for it.
         """
         columns = tuple(_COLUMNS[h] for h, n in enumerate(self.sizes) for _ in range(n))
         options = tuple(o for n in self.sizes for o in range(n))
         counts = tuple(float(column != SPAN_LEFT) for column in columns)
-        found = record.index_select(1, constant(columns, record.device))
-        found = found * constant(counts, record.device)
-        return found == constant(options, record.device)
+        values = record.index_select(1, constant(columns, record.device))
+        values = values * constant(counts, record.device)
+        return values == constant(options, record.device)
 
-    def decision(self, record: Tensor, fallback: int) -> Decision:
-        """What a record (..., RECORD) means for the stacks.
+    def decision(self, record: Float[Tensor, "*batch columns"], fallback: int) -> Decision:
+        """What a record means for the stacks.
 
         Args:
             fallback: option that takes what a faded gate gives up; 0: nothing does.
@@ -103,8 +104,8 @@ class ActionSpace:
         )
 
 
-def one_hot(index: Tensor, n: int) -> Tensor:
-    """Bool (..., n), True at `index`."""
+def one_hot(index: Int[Tensor, "*batch"], n: int) -> Bool[Tensor, "*batch n"]:
+    """True at `index`."""
     return index[..., None] == torch.arange(n, device=index.device)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -25,9 +26,10 @@ class HeadsDistribution:
     def __init__(
         self, logits: Sequence[Tensor], masks: Sequence[Tensor], names: Sequence[str] = ()
     ):
-        """Logits (..., n_h) and masks bool (..., n_h), True: possible, of each head h.
-
+        """
         Args:
+            logits: (..., options) of each head.
+            masks: bool, of the same shapes; True: possible.
             names: what errors call the heads; their numbers if empty.
         Raises:
             ValueError: shapes that do not fit, or a row with no possible option.
@@ -55,8 +57,8 @@ class HeadsDistribution:
         """The same distribution as a constant."""
         return HeadsDistribution([p.detach() for p in self._log_p], self.masks, self.names)
 
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """One action per row, int64 (..., heads). The generator lives on the logits' device.
+    def sample(self, generator: torch.Generator) -> Int[Tensor, "*batch heads"]:
+        """One action per row. The generator lives on the logits' device.
 
         Raises:
             ValueError: probabilities that are not finite.
@@ -68,8 +70,8 @@ class HeadsDistribution:
             drawn.append(flat.reshape(p.shape[:-1]))
         return torch.stack(drawn, -1)
 
-    def mode(self) -> Tensor:
-        """Most likely action per row, int64 (..., heads); of equal ones the first.
+    def mode(self) -> Int[Tensor, "*batch heads"]:
+        """Most likely action per row; of equal ones the first.
 
         Raises:
             ValueError: probabilities that are not finite.
@@ -78,8 +80,8 @@ class HeadsDistribution:
             _check_finite(name, p)
         return torch.stack([log_p.argmax(-1) for log_p in self._log_p], -1)
 
-    def log_prob(self, actions: Tensor) -> Tensor:
-        """Log-probability (...) of actions, int64 (..., heads).
+    def log_prob(self, actions: Int[Tensor, "*batch heads"]) -> Float[Tensor, "*batch"]:
+        """Log-probability of actions.
 
         Raises:
             ValueError: an action that the mask calls impossible: it cannot have been executed.
@@ -96,8 +98,8 @@ class HeadsDistribution:
             total = total + log_p.gather(-1, chosen)[..., 0]
         return total
 
-    def kl(self, other: HeadsDistribution) -> Tensor:
-        """KL(self || other) (...), summed over heads, in nats. Rounding can leave it just below 0.
+    def kl(self, other: HeadsDistribution) -> Float[Tensor, "*batch"]:
+        """KL(self || other), summed over heads, in nats. Rounding can leave it just below 0.
 
         Raises:
             ValueError: the masks differ, so that KL could be infinite.
@@ -110,26 +112,13 @@ class HeadsDistribution:
             total = total + (self._log_p[h].exp() * (ours - theirs)).sum(-1)
         return total
 
-    def entropy(self) -> Tensor:
-        """Entropy (...), summed over heads, in nats."""
+    def entropy(self) -> Float[Tensor, "*batch"]:
+        """Entropy, summed over heads, in nats."""
         parts = [
             -(log_p.exp() * _finite(log_p, mask)).sum(-1)
             for log_p, mask in zip(self._log_p, self.masks, strict=True)
         ]
         return torch.stack(parts).sum(0)
-
-
-def modes(logits: Tensor, possible: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`HeadsDistribution.mode` straight from logits and mask (batch, options of all heads): the forward
-    pass needs no more.
-
-    Raises:
-        ValueError: logits that are not finite.
-    """
-    if not bool(logits.isfinite().all()):
-        raise ValueError("the router's logits are not finite: the policy diverged.")
-    heads = torch.where(possible, logits, -torch.inf).split(list(sizes), -1)
-    return torch.stack([head.argmax(-1) for head in heads], -1)
 
 
 def _masked_log_softmax(name: str, logits: Tensor, mask: Tensor) -> Tensor:

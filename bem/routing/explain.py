@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from bem.control.chunks import chunk_starts
 from bem.routing.action import EXPERT, FADE, FADE_STEPS, RANK, SPAN_LEFT, STRENGTH
-
-if TYPE_CHECKING:
-    from bem.routing.mounted import Mounted
-    from bem.routing.router import Step
+from bem.routing.modes import mode
+from bem.routing.mounted import Mounted
+from bem.routing.router import Step
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Explained:
     """Share of the gate given up for lack of confidence."""
     why: str
     probabilities: dict[str, float]
-    """What the policy thinks of every loaded expert, before any rule."""
+    """The policy's probability of every loaded expert, before any rule."""
     gain: float
     """Q of the best expert minus Q of the one that was in force before."""
 
@@ -54,11 +54,8 @@ def explain(mounted: Mounted, ids: Sequence[int], turn_starts: Sequence[bool]) -
     device, router = mounted.base.device, mounted.router
     tokens = torch.tensor([list(ids)], device=device)
     turns = torch.tensor([list(turn_starts)], device=device)
-    training = mounted.model.training
-    mounted.model.eval()
-    with router.watched() as tape:
+    with mode(mounted.model, training=False), router.watched() as tape:
         mounted.model(input_ids=tokens, turn_starts=turns, use_cache=False)
-    mounted.model.train(training)
     valid, nothing = torch.ones_like(turns), torch.zeros(1, dtype=torch.long, device=device)
     starts = chunk_starts(valid, turns, nothing, router.chunk_size)[0].nonzero()[:, 0].tolist()
     ends = [*starts[1:], len(ids)]
@@ -72,8 +69,7 @@ def explain(mounted: Mounted, ids: Sequence[int], turn_starts: Sequence[bool]) -
 def _explained(mounted: Mounted, step: Step, start: int, stop: int) -> Explained:
     router, record = mounted.router, step.record[0]
     space = router.space
-    logits = router.policy.actor.logits(step.observation[0])[0]
-    probabilities = logits.masked_fill(~router.available, -torch.inf).softmax(-1).tolist()
+    probabilities = _expert_logits(mounted, step).softmax(-1).tolist()
     before = int(step.boundary.record[0, EXPERT])
     q = step.boundary.q[0]
     return Explained(
@@ -97,6 +93,8 @@ def _explained(mounted: Mounted, step: Step, start: int, stop: int) -> Explained
 def _why(mounted: Mounted, step: Step, before: int) -> str:
     space, limits, rules = mounted.router.space, mounted.router.limits, step.allowed
     now = int(step.record[0, EXPERT])
+    if not mounted.router.trained:
+        return "the router is not trained: the bare base answers"
     q = step.boundary.q[0]
     threshold = limits.switch_cost + limits.hysteresis
     if bool(rules.running[0]):
@@ -114,16 +112,21 @@ def _why(mounted: Mounted, step: Step, before: int) -> str:
     best = int(q.argmax())
     if best != now and not bool(rules.masks[0][0, best]):
         return f"hysteresis: {space.name(best)} is {q[best] - q[now]:.2f} better, needs {threshold:.2f}"
-    likes = _likes(mounted, step)
-    if likes != now and not bool(rules.masks[0][0, likes]):
+    preferred = _preferred(mounted, step)
+    if preferred != now and not bool(rules.masks[0][0, preferred]):
         return (
-            f"hysteresis: the policy leans to {space.name(likes)}, whose Q is {q[likes] - q[now]:+.2f}, "
+            f"hysteresis: the policy prefers {space.name(preferred)}, whose Q is {q[preferred] - q[now]:+.2f}, "
             f"needs {threshold:.2f}"
         )
     return "the policy prefers what is in force"
 
 
-def _likes(mounted: Mounted, step: Step) -> int:
-    """The policy's favourite, before any rule but loading."""
+def _preferred(mounted: Mounted, step: Step) -> int:
+    """The policy's most likely expert of those that are loaded, before any other rule."""
+    return int(_expert_logits(mounted, step).argmax())
+
+
+def _expert_logits(mounted: Mounted, step: Step) -> Float[Tensor, " options"]:
+    """Of every expert option; -inf for one that was unloaded."""
     logits = mounted.router.policy.actor.logits(step.observation[0])[0]
-    return int(logits.masked_fill(~mounted.router.available, -torch.inf).argmax())
+    return logits.masked_fill(~mounted.router.available, -torch.inf)

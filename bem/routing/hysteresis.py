@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bem.routing.action import (
@@ -38,10 +39,14 @@ from bem.routing.action import (
 class Boundary:
     """One chunk boundary of every row of a batch, before anything is chosen."""
 
-    record: Tensor  # (batch, RECORD): after the chunk before
-    number: Tensor  # int (batch,): of the chunk that begins, from 1
-    turn: Tensor  # bool (batch,): it begins a turn
-    q: Tensor  # (batch, experts + 1): value of each expert option
+    record: Float[Tensor, "batch columns"]
+    """After the chunk before."""
+    number: Int[Tensor, " batch"]
+    """Of the chunk that begins, from 1."""
+    turn: Bool[Tensor, " batch"]
+    """It begins a turn."""
+    q: Tensor
+    """Value of each expert option (batch, options); empty where a route was given."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,20 @@ class Limits:
 class Allowed:
     """What may be chosen, and why not more."""
 
-    possible: Tensor  # bool (batch, options of all heads)
-    in_force: Tensor  # bool, of that shape: the options of the action before
-    sizes: tuple[int, ...]  # options of each head
-    hold: Tensor  # bool (batch,): the action before goes on
-    running: Tensor  # bool (batch,): ... because its span is not over
-    full: Tensor  # bool (batch,): ... because the plan is full
-    spent: Tensor  # bool (batch,): no change of expert: the flip budget is spent
+    possible: Bool[Tensor, "batch options"]
+    """Options of all heads, side by side."""
+    in_force: Bool[Tensor, "batch options"]
+    """The options of the action before."""
+    sizes: tuple[int, ...]
+    """Options of each head."""
+    hold: Bool[Tensor, " batch"]
+    """The action before goes on ..."""
+    running: Bool[Tensor, " batch"]
+    """... because its span is not over ..."""
+    full: Bool[Tensor, " batch"]
+    """... or because the plan is full."""
+    spent: Bool[Tensor, " batch"]
+    """No change of expert: the flip budget is spent."""
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
@@ -73,16 +85,17 @@ class Allowed:
         return self.possible.split(self.sizes, 1)
 
 
-def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor) -> Allowed:
+def allowed(
+    at: Boundary, space: ActionSpace, limits: Limits, available: Bool[Tensor, " experts"]
+) -> Allowed:
     """The masks of a boundary.
 
     Args:
-        available: bool (experts + 1,), False for an expert that was unloaded.
+        available: of each expert option; False for an expert that was unloaded.
     """
     record, first = at.record, at.number == 1
     current = record[:, EXPERT].long()
-    there = available[current]
-    stays = there & ~first  # there is something to stay with
+    stays = available[current] & ~first  # there is something to stay with
     goes_on = stays & ~at.turn
     running = in_span(at, available)
     full = (record[:, PLAN] >= limits.plan_length) & goes_on & ~running
@@ -98,25 +111,30 @@ def allowed(at: Boundary, space: ActionSpace, limits: Limits, available: Tensor)
     return Allowed(possible, in_force, space.sizes, hold, running, full, spent)
 
 
-def in_span(at: Boundary, available: Tensor) -> Tensor:
-    """Bool (batch,): the span of the action before is not over, so that nothing can be chosen."""
-    there = available[at.record[:, EXPERT].long()]
-    return (at.record[:, SPAN_LEFT] > 0) & ~at.turn & (at.number != 1) & there
+def in_span(at: Boundary, available: Bool[Tensor, " experts"]) -> Bool[Tensor, " batch"]:
+    """The span of the action before is not over, so that nothing can be chosen."""
+    loaded = available[at.record[:, EXPERT].long()]
+    return (at.record[:, SPAN_LEFT] > 0) & ~at.turn & (at.number != 1) & loaded
 
 
-def go_on(record: Tensor) -> Tensor:
+def go_on(record: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch columns"]:
     """`execute` where every row is inside a span: one chunk of it has passed."""
     passed = tuple(float(column == SPAN_LEFT) for column in range(RECORD))
     return record - constant(passed, record.device)
 
 
-def execute(at: Boundary, action: Tensor, hold: Tensor, fade: Tensor, space: ActionSpace) -> Tensor:
-    """The record (batch, RECORD) after an action was taken.
+def execute(
+    at: Boundary,
+    action: Int[Tensor, "batch heads"],
+    hold: Bool[Tensor, " batch"],
+    fade: Float[Tensor, " batch"],
+    space: ActionSpace,
+) -> Float[Tensor, "batch columns"]:
+    """The record after an action was taken.
 
     Args:
-        action: int (batch, 4).
-        hold: bool (batch,), the action before simply goes on.
-        fade: (batch,), share that lacks confidence, in FADE_STEPS-ths; of a held action the old one.
+        hold: the action before simply goes on.
+        fade: share that lacks confidence, in FADE_STEPS-ths; of a held action the old one.
     """
     first, columns = at.number == 1, at.record.unbind(1)
     options = [
@@ -136,7 +154,7 @@ def execute(at: Boundary, action: Tensor, hold: Tensor, fade: Tensor, space: Act
     return torch.stack(record, 1)
 
 
-def fade_of(probability: Tensor, threshold: float) -> Tensor:
+def fade_of(probability: Float[Tensor, "*batch"], threshold: float) -> Float[Tensor, "*batch"]:
     """16ths that an expert's gate gives up: 0 at or above `threshold`, rising to all at probability 0.
 
     Rounded up, so that equal decisions are equal to the bit.

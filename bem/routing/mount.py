@@ -18,18 +18,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bem.adapters.attach import NAME
 from bem.adapters.build import Parts
 from bem.adapters.sites import Site, Sites, base_hash, find_sites
-from bem.config import EVIDENCE_FEATURES, AdapterConfig, RouterConfig, parse
+from bem.config import EVIDENCE_FEATURES, RouterConfig, parse
 from bem.errors import AttachError, BaseMismatch, CheckpointError
 from bem.experts.compose import TrustRegion
-from bem.experts.expert import Expert, Update, from_updates, read_expert
+from bem.experts.expert import Expert, Update, check_name, from_updates, read_expert
 from bem.experts.stack import ExpertStack
 from bem.experts.subspace import reserve
 from bem.routing.action import ActionSpace
+from bem.routing.composer import Rules
 from bem.routing.hysteresis import Limits
 from bem.routing.mounted import WEIGHTS, Mounted, check_files
+from bem.routing.policy import MacroPolicy, Observed
 from bem.routing.router import AgenticRouter
 
 MOST = 64  # experts of one model
@@ -41,35 +42,54 @@ def mount(
     config: RouterConfig | None = None,
     **overrides: Any,
 ) -> Mounted:
-    """Put experts side by side on a frozen model, with a router that is yet to be trained.
+    """Put experts side by side on a frozen model, with a router that is yet to be trained: until then
+    the bare base answers, or the expert that `route=` names.
 
     Args:
         model: any Hugging Face causal LM that carries no adapter.
         experts: static LoRAs: checkpoints of ours (s0), PEFT LoRA folders or hub ids, or `Expert`s.
         config: what the router may do; **overrides change fields of it.
     Raises:
-        AttachError: no experts, more than 64, two of one name, or something is attached already.
+        AttachError: no experts, more than 64, names that are alike or cannot be folders, or something
+            is attached already.
         CheckpointError: an expert that cannot be mounted; says why.
         ConfigError: an unknown or impossible setting.
     """
     values = (config or RouterConfig()).model_dump()
-    config = parse(RouterConfig, {**values, **overrides}, "mount")
+    return _mount(model, experts, parse(RouterConfig, {**values, **overrides}, "mount"), False)
+
+
+def _mount(
+    model: Any, experts: Sequence[Expert | str | Path], config: RouterConfig, as_they_are: bool
+) -> Mounted:
+    """as_they_are: the experts come from a stack, and go back into one bit for bit."""
     if getattr(model, "peft_config", None):
         raise AttachError("the model already carries a PEFT adapter: detach it first.")
-    found = [e if isinstance(e, Expert) else read_expert(e, model) for e in experts]
-    found.sort(key=lambda e: e.name == config.shared)  # the shared one stands last
-    names = [e.name for e in found]
-    if config.shared is not None and names[-1] != config.shared:
-        raise AttachError(f"no shared expert {config.shared!r}. Experts: {', '.join(names)}.")
-    if not 0 < len(found) <= MOST or len(set(names)) < len(names):
-        raise AttachError(
-            f"1 to {MOST} experts with different names are needed, got {len(found)}: {', '.join(names)}."
-        )
+    loaded = [e if isinstance(e, Expert) else read_expert(e, model) for e in experts]
+    loaded.sort(key=lambda e: e.name == config.shared)  # the shared one stands last
+    _check_names([e.name for e in loaded], config)
     sites = find_sites(model)
-    layer = _router_layer(sites, found, config)
+    layer = _router_layer(sites, loaded, config)
     config = config.model_copy(update={"router_layer": layer})
-    parts = _parts(model, sites, found, config)
-    return _inject(model, parts, config, found)
+    rules = _rules(loaded, config)
+    parts = _parts(model, sites, loaded, config, rules, as_they_are)
+    first = next(iter(parts))
+    parts[first] = replace(parts[first], controller=_router(sites, config, rules))
+    mounted = Mounted.inject(model, parts, config, loaded)
+    mounted.name_what_acts()
+    return mounted
+
+
+def _check_names(names: list[str], config: RouterConfig) -> None:
+    for name in names:
+        check_name(name)
+    if config.shared is not None and config.shared not in names:
+        raise AttachError(f"no shared expert {config.shared!r}. Experts: {', '.join(names)}.")
+    different = {name.casefold() for name in names}  # folders that some file systems hold for one
+    if not 0 < len(names) <= MOST or len(different) < len(names):
+        raise AttachError(
+            f"1 to {MOST} experts with different names are needed, got {len(names)}: {', '.join(names)}."
+        )
 
 
 def load_router(model: Any, folder: str | Path) -> Mounted:
@@ -81,16 +101,21 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
     """
     folder = Path(folder)
     manifest = check_files(folder)
-    if manifest["base"] != (found := base_hash(model)):
+    if manifest["base"] != (actual := base_hash(model)):
         raise BaseMismatch(
-            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {found[:12]}. "
+            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {actual[:12]}. "
             "Load the base that it was trained on."
         )
+    for expert in manifest["experts"]:
+        check_name(expert["name"])
     experts = [
         replace(read_expert(folder / "experts" / e["name"], model, e["name"]), about=e["about"])
         for e in manifest["experts"]
     ]
-    mounted = mount(model, experts, parse(RouterConfig, manifest["router"], str(folder)))
+    config = parse(RouterConfig, manifest["router"], str(folder))
+    mounted = _mount(model, experts, config, as_they_are=True)
+    mounted.router.trained = manifest["trained"]
+    mounted.router.available.copy_(torch.tensor(manifest["available"]))
     try:
         mounted.router.policy.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:  # torch's word for other names or shapes
@@ -137,27 +162,32 @@ def _router_layer(sites: Sites, experts: Sequence[Expert], config: RouterConfig)
 
 
 def _parts(
-    model: Any, sites: Sites, experts: Sequence[Expert], config: RouterConfig
+    model: Any,
+    sites: Sites,
+    experts: Sequence[Expert],
+    config: RouterConfig,
+    rules: Rules,
+    as_they_are: bool,
 ) -> dict[str, Parts]:
-    region = _region(config)
-    parts: dict[str, Parts] = {}
+    stacks: dict[str, ExpertStack] = {}
     for index, site in enumerate(sites.found):
         ranks = [e.updates[site.name].v.shape[0] if site.name in e.updates else 0 for e in experts]
         if not any(ranks):
             continue
-        stack = ExpertStack(site.d_in, site.d_out, ranks)
-        stack.region = region
-        if region is not None and region.relative:
-            stack.weight_norm = region.norm_of(model.get_submodule(site.name).weight)
+        stack = stacks[site.name] = ExpertStack(site.d_in, site.d_out, ranks)
         for e, expert in enumerate(experts):
             if ranks[e]:
-                stack.fill(e, expert.updates[site.name])
+                (stack.put if as_they_are else stack.fill)(e, expert.updates[site.name])
         if config.orthogonal:
             _reserve(stack, experts, site, ranks, index)
-        parts[site.name] = Parts(stack)
-    first = next(iter(parts))
-    parts[first] = replace(parts[first], controller=_router(sites, experts, config))
-    return parts
+    region, width = rules.region, sum(s.control_width for s in stacks.values())
+    weights = sum(p.numel() for s in stacks.values() for p in s.parameters())
+    priced = None if rules.tabled(width, weights) else region  # else projected beforehand
+    for name, stack in stacks.items():
+        relative = region is not None and region.relative
+        norm = region.norm_of(model.get_submodule(name).weight) if relative else None
+        stack.mount(priced, norm, rules.most)
+    return {name: Parts(stack) for name, stack in stacks.items()}
 
 
 def _reserve(
@@ -173,32 +203,27 @@ def _reserve(
         )
 
 
-def _router(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> AgenticRouter:
+def _rules(experts: Sequence[Expert], config: RouterConfig) -> Rules:
     chosen = [e for e in experts if e.name != config.shared]
     if not chosen:
         raise AttachError("a shared expert alone leaves nothing to choose: attach it as s0.")
     largest = _largest(chosen) + _largest([e for e in experts if e not in chosen])
     ranks = config.ranks or tuple(sorted({max(1, largest // 4), max(1, largest // 2), largest}))
     names = tuple(e.name for e in chosen)
-    space = ActionSpace(
-        names, config.spans, tuple(ranks), config.strengths, len(chosen) < len(experts)
-    )
+    shared = len(chosen) < len(experts)
+    space = ActionSpace(names, config.spans, tuple(ranks), config.strengths, shared)
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
+    fallback, region = space.option(config.fallback), _region(config)
+    return Rules(space, limits, config.chunk_size, config.confidence, fallback, region)
+
+
+def _router(sites: Sites, config: RouterConfig, rules: Rules) -> AgenticRouter:
+    evidence = len(EVIDENCE_FEATURES) if config.evidence else 0
+    observed = Observed(config.memory, evidence, rules.space)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return AgenticRouter(
-            sites.d_model,
-            space,
-            limits,
-            config.chunk_size,
-            config.d_read,
-            config.memory,
-            config.hidden,
-            config.confidence,
-            space.option(config.fallback),
-            len(EVIDENCE_FEATURES) if config.evidence else 0,
-            _region(config),
-        )
+        policy = MacroPolicy(sites.d_model, observed, config.d_read, config.hidden)
+    return AgenticRouter(policy, rules)
 
 
 def _largest(experts: Sequence[Expert]) -> int:
@@ -209,20 +234,3 @@ def _region(config: RouterConfig) -> TrustRegion | None:
     if config.trust_radius is None:
         return None
     return TrustRegion(config.trust_radius, config.trust_norm, config.trust_relative)
-
-
-def _inject(
-    model: Any, parts: dict[str, Parts], config: RouterConfig, experts: Sequence[Expert]
-) -> Mounted:
-    from peft import get_peft_model
-
-    from bem.adapters.peft_method import BemConfig
-
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    adapter = AdapterConfig(
-        variant="routed", router_layer=config.router_layer, chunk_size=config.chunk_size
-    )
-    method = BemConfig(**adapter.model_dump(), task_type="CAUSAL_LM")
-    method.prebuilt = parts
-    peft_model = get_peft_model(model, method, adapter_name=NAME)
-    return Mounted(peft_model, adapter, trainable, config, experts)

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bem.adapters.attach import NAME, Attached
-from bem.adapters.checkpoint import file_hash
-from bem.adapters.lora import readable
+from bem import files
+from bem.adapters.attach import NAME, Attached, attach_parts
+from bem.adapters.build import Parts
+from bem.adapters.copies import without_adapter
+from bem.adapters.peft_method import BemSite
 from bem.adapters.sites import base_hash
 from bem.config import AdapterConfig, RouterConfig
-from bem.errors import CheckpointError
-from bem.experts.expert import Expert, Update, from_updates, write_lora
+from bem.errors import AttachError, CheckpointError
+from bem.experts.expert import Expert, Update, check_name, from_updates, write_lora
+from bem.experts.slab import PACKING
 from bem.experts.stack import ExpertStack
+from bem.routing.pack import Pack
 from bem.routing.router import AgenticRouter
 
 MANIFEST = "manifest.json"
 WEIGHTS = "router.safetensors"
-FORMAT = 1
+FORMAT = 2
+KIND = "router"
 
 
 class Mounted(Attached):
     """A frozen model with experts side by side and a router. `model` is a `peft.PeftModel`.
 
-    What `parameters()` names, and so what trains, is the router's policy or the experts' weights:
-    see `training`.
+    What decides and acts is `pack`, one pointer: `unload`, `adopt` and training move it, and a sequence
+    goes on under the pack with which it began. What `parameters()` names, and so what trains, is the
+    router's policy or the experts' weights: see `training`. To train while the model answers
+    unchanged, train a `shadow` and `adopt` it.
     """
 
     def __init__(
@@ -52,19 +56,150 @@ class Mounted(Attached):
         for parameter in super().parameters():
             parameter.requires_grad = False
         peft_model.eval()
+        wiring = self.base.bem_runtime.wiring
+        sites = {id(m): n for n, m in self.base.named_modules() if isinstance(m, ExpertStack)}
+        self.stacks: dict[str, ExpertStack] = {
+            sites[id(stack)].partition(".bem_update.")[0]: stack for stack in wiring.members
+        }
+        """The experts at each site, in the order of their controls."""
+        self._pack: Pack | None = None
+        self._origin = object()
+        self._point_at(wiring.controller)
+
+    def __repr__(self) -> str:
+        gone = [
+            n
+            for n, there in zip(self._options, self.router.available[1:], strict=True)
+            if not there
+        ]
+        parts = [f"{len(self.experts)} experts ({', '.join(e.name for e in self.experts)})"]
+        parts += [f"{', '.join(gone)} unloaded"] if gone else []
+        if not self.router.trained:
+            parts.append("the router is not trained: the bare base answers where no route is given")
+        return f"Mounted({'; '.join(parts)})"
+
+    @property
+    def _options(self) -> tuple[str, ...]:
+        return self.router.space.experts
+
+    @classmethod
+    def inject(
+        cls, model: Any, parts: dict[str, Parts], config: RouterConfig, experts: Sequence[Expert]
+    ) -> Mounted:
+        """Put finished modules on a model that carries nothing; see `bem.mount`."""
+        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        adapter = AdapterConfig(
+            variant="routed", router_layer=config.router_layer, chunk_size=config.chunk_size
+        )
+        assert config.router_layer is not None, "bem.mount has resolved it"
+        peft_model = attach_parts(model, parts, config.router_layer)
+        return cls(peft_model, adapter, trainable, config, experts)
+
+    # --- what acts --------------------------------------------------------------------------------
 
     @property
     def router(self) -> AgenticRouter:
         """The router itself."""
-        return next(m for m in self.modules() if isinstance(m, AgenticRouter))
+        return self._router
 
     @property
-    def stacks(self) -> dict[str, ExpertStack]:
-        """The experts at each site."""
-        from bem.adapters.peft_method import adapters_of
+    def _home(self) -> nn.ModuleDict:
+        """Where PEFT keeps the router."""
+        homes = (m.bem_controller for m in self.base.modules() if isinstance(m, BemSite))
+        return next(home for home in homes if NAME in home)
 
-        parts = {site: p.update for site, p in adapters_of(self.base, NAME)}
-        return {site: u for site, u in parts.items() if isinstance(u, ExpertStack)}
+    @property
+    def pack(self) -> Pack:
+        """What decides and acts for every sequence that begins now; the same until something changes."""
+        return self._current(self.base.dtype)
+
+    def _current(self, dtype: torch.dtype) -> Pack:
+        with PACKING:
+            members = tuple(stack.at(dtype) for stack in self.stacks.values())
+            pack, router = self._pack, self._router
+            same = pack is not None and pack.controller is router
+            if same and all(a is b for a, b in zip(pack.members, members, strict=True)):
+                return pack
+            made = Pack(router, members, self._origin, tuple(self.stacks))
+            self._pack = made
+            return made
+
+    def _acting(self) -> Pack | None:
+        """For forward passes; None while experts train: then their parameters act as they are."""
+        return None if self.trains == "experts" else self.pack
+
+    def _point_at(self, router: AgenticRouter) -> None:
+        router.source, router.origin = self._acting, self._origin
+        self._router = router
+        self._home[NAME] = router
+
+    def acting(self, applied: Float[Tensor, " width"]) -> str:
+        """Digest of the experts that act under an applied control, for `chunk_keys`; of a cache that
+        began under another pack ask that one."""
+        return self.pack.acting(applied)
+
+    def unload(self, name: str) -> None:
+        """Take one expert away: no sequence that begins now meets it. One that runs goes on as if nothing
+        had happened.
+
+        Raises:
+            ValueError: no expert of that name can be chosen.
+        """
+        option = self.router.space.option(name)
+        with PACKING:
+            for stack in self.stacks.values():
+                stack.clear(option - 1)
+            router = self.router.twin(self.router.policy)
+            router.available[option] = False
+            self._point_at(router)
+
+    def shadow(self) -> Mounted:
+        """A second one on the same base tensors, with experts, router and hooks of its own: train it while
+        this one answers unchanged, then `adopt` it. It draws no random numbers."""
+        plain = without_adapter(self)
+        sites = list(self.stacks)
+        parts = {site: Parts(stack.twin()) for site, stack in self.stacks.items()}
+        home = next(n for n, m in self.base.named_modules() if m is self._home)
+        at = home.rpartition(".")[0]
+        parts[at] = Parts(parts[at].update, controller=self.router.twin())
+        assert list(parts) == sites
+        config, experts = self.router_config.model_copy(), list(self.experts)
+        return Mounted.inject(plain, parts, config, experts)
+
+    def adopt(self, shadow: Mounted) -> None:
+        """Take over what acts in a shadow, by moving one pointer; the shadow stays what it is.
+
+        Raises:
+            AttachError: it does not stand on the same base tensors, or other experts, sites, ranks or
+                options make it another model; or its weights are not finite.
+        """
+        self._check_shadow(shadow)
+        shadow.pack.check_finite()
+        router = shadow.router.twin()
+        with PACKING:
+            for site, stack in self.stacks.items():
+                stack.take(shadow.stacks[site])
+            self.experts, self.router_config = list(shadow.experts), shadow.router_config
+            self._point_at(router)
+
+    def _check_shadow(self, shadow: Mounted) -> None:
+        ours, theirs = (
+            {n: p for n, p in m.base.named_parameters() if ".bem_" not in n} for m in (self, shadow)
+        )
+        if ours.keys() != theirs.keys() or any(p is not theirs[n] for n, p in ours.items()):
+            raise AttachError(
+                "only a shadow of this model can be adopted: it shares the base's tensors."
+            )
+        shapes = [
+            ({n: s.ranks for n, s in m.stacks.items()}, m.router.space, m.router.observed)
+            for m in (self, shadow)
+        ]
+        if shapes[0] != shapes[1]:
+            raise AttachError(
+                "other experts, sites, ranks or options: mount it as a model of its own."
+            )
+
+    # --- training ---------------------------------------------------------------------------------
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of what trains; of everything while nothing does."""
@@ -76,13 +211,17 @@ class Mounted(Attached):
     @contextmanager
     def training(self, what: Literal["router", "experts"]) -> Iterator[None]:
         """Only these parameters train inside; experts are brought into their canonical form after."""
-        self.trains = what
-        chosen = [self.router.policy] if what == "router" else list(self.stacks.values())
-        parameters = [p for module in chosen for p in module.parameters()]
+        modules = [self.router.policy] if what == "router" else list(self.stacks.values())
+        parameters = [p for module in modules for p in module.parameters()]
+        before = self.router.trained
+        self.trains, self.router.trained = what, before or what == "router"
         for parameter in parameters:
             parameter.requires_grad = True
         try:
             yield
+        except BaseException:
+            self.router.trained = before
+            raise
         finally:
             for parameter in parameters:
                 parameter.requires_grad, parameter.grad = False, None
@@ -94,34 +233,21 @@ class Mounted(Attached):
     def _canonicalise(self) -> None:
         for stack in self.stacks.values():
             stack.canonicalise()
-        names = [e.name for e in self.experts]
+        self.name_what_acts()
+
+    def name_what_acts(self) -> None:
+        """Renew `experts` from the weights as they are: digests are of what acts."""
         self.experts = [
-            from_updates(n, self.updates_of(n), e.source, e.about)
-            for n, e in zip(names, self.experts, strict=True)
+            from_updates(e.name, self.updates_of(e.name), e.source, e.about) for e in self.experts
         ]
 
     def updates_of(self, name: str) -> dict[str, Update]:
         """One expert's updates as they are now."""
-        at = [e.name for e in self.experts].index(name)
-        found = {site: stack.update_of(at) for site, stack in self.stacks.items()}
-        return {site: update for site, update in found.items() if update.v.shape[0]}
+        number = [e.name for e in self.experts].index(name)
+        updates = {site: stack.update_of(number) for site, stack in self.stacks.items()}
+        return {site: update for site, update in updates.items() if update.v.shape[0]}
 
-    def unload(self, name: str) -> None:
-        """Take one expert away. Sequences that follow it choose anew at their next chunk; the rest of
-        their running chunk gets the bare base."""
-        at = self.router.space.option(name)
-        self.router.available[at] = False
-        for stack in self.stacks.values():
-            stack.clear(at - 1)
-
-    def acting(self, applied: Tensor) -> str:
-        """Digest of the experts that act under an applied control (width,), for `chunk_keys`."""
-        used: set[int] = set()
-        for member in self.base.bem_runtime.wiring.members:
-            c, applied = applied[: member.control_width], applied[member.control_width :]
-            used |= set(member.owner[c.to(member.owner.device) != 0].tolist())
-        digests = [self.experts[e].digest for e in sorted(used)]
-        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    # --- the folder -------------------------------------------------------------------------------
 
     def save(  # type: ignore[override]
         self, folder: str | Path, data_hash: str = "", extra: dict[str, Any] | None = None
@@ -132,49 +258,46 @@ class Mounted(Attached):
             data_hash: sha256 of the training data.
             extra: anything JSON that belongs to the record.
         Raises:
-            CheckpointError: the disk is full or not writable.
+            CheckpointError: the disk is full or not writable, or the folder holds what this library
+                did not write.
         """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        base = getattr(self.base.config, "_name_or_path", "") or None
+        with files.whole_folder(folder, written_here, CheckpointError) as work:
             for expert in self.experts:
-                write_lora(self.updates_of(expert.name), work / "experts" / expert.name)
+                check_name(expert.name)
+                write_lora(self.updates_of(expert.name), work / "experts" / expert.name, base)
             policy = {k: v.detach().cpu() for k, v in self.router.policy.state_dict().items()}
             save_file(policy, work / WEIGHTS)
-            (work / MANIFEST).write_text(
-                json.dumps(self._manifest(work, data_hash, extra), indent=2)
-            )
-            readable(work)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(work, folder)
-        except OSError as error:
-            raise CheckpointError(
-                f"could not write the router {folder}: {error}. Nothing was left behind."
-            ) from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            files.write_json(work / MANIFEST, self._manifest(work, data_hash, extra))
         return folder
 
     def _manifest(self, work: Path, data_hash: str, extra: dict[str, Any] | None) -> dict[str, Any]:
-        files = sorted(f for f in work.rglob("*") if f.is_file())
+        written = sorted(f for f in work.rglob("*") if f.is_file())
         return {
             "format": FORMAT,
-            "kind": "router",
+            "kind": KIND,
             "router": self.router_config.model_dump(mode="json"),
+            "trained": self.router.trained,
+            "available": self.router.available.tolist(),
             "experts": [{"name": e.name, "about": e.about} for e in self.experts],
             "base": base_hash(self.base),
             "data": data_hash,
             "extra": extra or {},
-            "files": {f.relative_to(work).as_posix(): file_hash(f) for f in files},
+            "files": {f.relative_to(work).as_posix(): files.sha256_file(f) for f in written},
         }
 
 
 def is_router(folder: str | Path) -> bool:
-    """Does the folder hold what `Mounted.save` wrote?"""
+    """Does the folder hold what `Mounted.save` wrote? Its manifest says so."""
     manifest = Path(folder) / MANIFEST
-    return manifest.is_file() and '"kind": "router"' in manifest.read_text(encoding="utf-8")
+    return manifest.is_file() and _read(manifest).get("kind") == KIND
+
+
+def written_here(folder: Path) -> list[str]:
+    """Files of a folder that this library wrote: what its manifest lists, and the manifest."""
+    manifest = folder / MANIFEST
+    return [*_read(manifest).get("files", {}), MANIFEST] if manifest.is_file() else []
 
 
 def check_files(folder: Path) -> dict[str, Any]:
@@ -188,15 +311,17 @@ def check_files(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: not a router that `Mounted.save` wrote."
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if manifest.get("kind") != "router":
+    manifest = _read(path)
+    if manifest.get("kind") != KIND:
         raise CheckpointError(f"{folder} holds a single adapter: load it with bem.load.")
-    for name, digest in manifest["files"].items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: {name} is missing.")
-        if file_hash(folder / name) != digest:
-            raise CheckpointError(f"{folder}: {name} was changed after saving.")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}: train the router again."
+        )
+    files.check_listed(folder, manifest["files"], CheckpointError)
     return manifest
+
+
+def _read(path: Path) -> dict[str, Any]:
+    manifest = files.read_json(path, CheckpointError)
+    return manifest if isinstance(manifest, dict) else {}

@@ -2,9 +2,9 @@
 
     h = tanh(W [memory, evidence, turn, chunk number, value] + V [last action, span, plan] + b)
     logits of expert, span, rank budget and strength = heads(h)
-    logits of expert += opinion(memory)
+    logits of expert += expert_bias(memory)
 
-The opinion is linear and comes with the memory: learning to read is learning to hold it.
+`expert_bias` is a linear map from memory to expert logits, trained with the reader.
 What is read (W) is the same for all chunks of a prompt at once; only what was done before (V) must
 wait for the chunk before. The critic is a network of its own that sees what was read, and nothing of
 what was done: it gives the value of the state and Q of every expert, which hysteresis compares.
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bem.routing.action import HEADS, ActionSpace
@@ -46,8 +47,10 @@ class Observed:
         """Numbers of a whole observation."""
         return self.read + 1 + self.done
 
-    def valued(self, observation: Tensor, value: Tensor) -> Tensor:
-        """An observation (..., width) with another value (...)."""
+    def valued(
+        self, observation: Float[Tensor, "*batch width"], value: Float[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch width"]:
+        """An observation with another value."""
         read, _, done = observation.split([self.read, 1, self.done], -1)
         return torch.cat([read, value[..., None], done], -1)
 
@@ -68,15 +71,20 @@ class Net(nn.Module):
         nn.init.zeros_(self.read.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, read: Tensor, done: Tensor | None = None) -> Tensor:
-        """read: (..., read) as it is."""
+    def forward(
+        self, read: Float[Tensor, "*batch read"], done: Float[Tensor, "*batch done"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
         return self.finish(self.begin(read), done)
 
-    def begin(self, read: Tensor) -> Tensor:
+    def begin(self, read: Float[Tensor, "*batch read"]) -> Float[Tensor, "*batch hidden"]:
         """The half of the hidden layer that needs no action; feed it to `finish`."""
         return self.read(self.dropout(read))
 
-    def finish(self, begun: Tensor, done: Tensor | None = None) -> Tensor:
+    def finish(
+        self,
+        begun: Float[Tensor, "*batch hidden"],
+        done: Float[Tensor, "*batch done"] | None = None,
+    ) -> Float[Tensor, "*batch out"]:
         """The output, once what was done is known."""
         if self.done is not None:
             begun = begun + self.done(done)
@@ -94,28 +102,42 @@ class Actor(nn.Module):
     def __init__(self, observed: Observed, hidden: int):
         super().__init__()
         self.observed, self.sizes = observed, observed.space.sizes
-        self.opinion = nn.Linear(observed.memory, self.sizes[0])
+        self.expert_bias = nn.Linear(observed.memory, self.sizes[0])
         self.net = Net(observed.read + 1, observed.done, hidden, sum(self.sizes), 0.01)
 
-    def logits(self, observation: Tensor) -> tuple[Tensor, ...]:
-        """Logits (..., n_h) of each head, for observations (..., width)."""
+    def logits(self, observation: Float[Tensor, "*batch width"]) -> tuple[Tensor, ...]:
+        """Logits (..., options) of each head."""
         read, done = observation.split([self.observed.read + 1, self.observed.done], -1)
         return self.finish(self.begin(read), done).split(self.sizes, -1)
 
-    def begin(self, read: Tensor) -> tuple[Tensor, Tensor]:
-        """What needs no action, from memory ... value (..., read + 1): feed it to `finish`."""
-        opinion = self.opinion(read[..., : self.observed.memory])
+    def begin(self, read: Float[Tensor, "*batch read"]) -> tuple[Tensor, Tensor]:
+        """What needs no action, from all that was read and its value: feed it to `finish`.
+
+        Returns:
+            (hidden layer's half (..., hidden), bias of all logits (..., options of all heads)).
+        """
+        bias = self.expert_bias(read[..., : self.observed.memory])
         others = sum(self.sizes) - self.sizes[0]
-        return self.net.begin(read), nn.functional.pad(opinion, (0, others))
+        return self.net.begin(read), nn.functional.pad(bias, (0, others))
 
-    def finish(self, begun: tuple[Tensor, Tensor], done: Tensor) -> Tensor:
-        """Logits of all heads side by side (..., options of all heads)."""
-        hidden, opinion = begun
-        return opinion + self.net.finish(hidden, done)
+    def finish(
+        self, begun: tuple[Tensor, Tensor], done: Float[Tensor, "*batch done"]
+    ) -> Float[Tensor, "*batch options"]:
+        """Logits of all heads side by side."""
+        hidden, bias = begun
+        return bias + self.net.finish(hidden, done)
 
-    def distribution(self, observation: Tensor, masks: Sequence[Tensor]) -> HeadsDistribution:
-        """Over actions, for observations (..., width)."""
+    def distribution(
+        self,
+        observation: Float[Tensor, "*batch width"],
+        masks: Sequence[Bool[Tensor, "*batch _"]],
+    ) -> HeadsDistribution:
+        """Distribution over actions; `masks` (..., options) of each head: True where possible."""
         return HeadsDistribution(self.logits(observation), masks, HEADS)
+
+    def flops(self) -> int:
+        """Matrix FLOPs of one observation."""
+        return self.net.flops() + 2 * self.expert_bias.weight.numel()
 
 
 class Critic(nn.Module):
@@ -126,8 +148,10 @@ class Critic(nn.Module):
         self.read = observed.read
         self.net = Net(observed.read, 0, hidden, 1 + observed.space.sizes[0], 1.0)
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """(V (...), Q (..., experts + 1)) of observations, or of what was read alone (..., read)."""
+    def forward(
+        self, observation: Float[Tensor, "*batch width"]
+    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch experts"]]:
+        """V and Q of every expert option, of whole observations or of what was read alone."""
         out = self.net(observation[..., : self.read])
         return out[..., 0], out[..., 1:]
 
@@ -143,4 +167,4 @@ class MacroPolicy(nn.Module):
 
     def flops(self, tokens: int) -> int:
         """Matrix FLOPs of one decision, for a chunk of so many tokens."""
-        return self.reader.flops(tokens) + self.actor.net.flops() + self.critic.net.flops()
+        return self.reader.flops(tokens) + self.actor.flops() + self.critic.net.flops()

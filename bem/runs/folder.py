@@ -6,7 +6,8 @@
       arms/ARM/seed-N/     checkpoint/ metrics.jsonl predictions.jsonl measurement.json cell.json
       evidence.json        facts about the evidence: leaked rows, ranks of the gold passages
       evidence/TASK-KEY.json.gz   what was retrieved for the rows, and their worse variants
-      latency.json         interleaved timings of all arms
+      plans.json           rank and adapted layers of each arm
+      latency.json         interleaved timings of all arms, and the memory that each adds
       verdicts.json        what was decided, and the sha256 of everything it rests on
       report.html report.md
     runs/promoted.json     the pointer that `promote` moves
@@ -18,9 +19,6 @@ a key of everything that the cell's result depends on.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,60 +28,49 @@ import yaml
 
 from bem.config import ExperimentConfig, parse
 from bem.errors import CheckpointError, ConfigError
+from bem.files import json_lines, locked, read_json, write_json, write_text
 
 NOT_COMPARED = {"output", "device", "threads", "workers", "data.root"}
 """Config keys that may change between two commands on one run: they say where, not what."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a reader, or a full disk, never leaves half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of the run; CheckpointError if it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"No {path.name} in {path.parent}. Has the run finished? `bem run` resumes it."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Delete it and run again.") from None
+MOST_CHANGES = 12
+"""Settings that a refusal lists."""
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Rows of a JSONL file; empty if there is none."""
+    """Rows of one of the run's JSON Lines files; none if the run did not write it.
+
+    Raises:
+        DataError: a line that is not JSON; names file and line.
+    """
+    return [row for _, row in json_lines(path)] if path.is_file() else []
+
+
+def written(path: Path) -> Path:
+    """The path of a file that a finished run has.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
     if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        raise CheckpointError(
+            f"No {path.name} in {path.parent}. Has the run finished? `bem run` resumes it."
+        )
+    return path
 
 
-def digest_of(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def checkpoint_kind(checkpoint: Path) -> str:
+    """What a checkpoint's manifest says it is: `router`, `peer` (a method of PEFT's) or `adapter`.
 
+    A folder without a manifest is somebody else's adapter: whoever loads it will say so.
 
-def sha256(path: Path) -> str:
-    """sha256 of a file; CheckpointError if there is none."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the run is not complete.") from None
+    Raises:
+        CheckpointError: the manifest is not JSON, or no object.
+    """
+    path = checkpoint / "manifest.json"
+    manifest = read_json(path, CheckpointError) if path.is_file() else {}
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path} holds no manifest: it must be a JSON object.")
+    return str(manifest.get("kind", "adapter"))
 
 
 @dataclass(frozen=True)
@@ -91,6 +78,11 @@ class Cell:
     """The folder of one arm and seed."""
 
     path: Path
+
+    @property
+    def route(self) -> Path:
+        """Facts for the report about the route of an arm that has one."""
+        return self.path / "route.json"
 
     @property
     def checkpoint(self) -> Path:
@@ -111,7 +103,7 @@ class Cell:
     def is_finished(self, key: str) -> bool:
         """The cell was finished, and under the same conditions."""
         mark = self.path / "cell.json"
-        return mark.is_file() and read_json(mark)["key"] == key
+        return mark.is_file() and read_json(mark, CheckpointError)["key"] == key
 
     def finish(self, key: str) -> None:
         write_json(self.path / "cell.json", {"key": key})
@@ -140,6 +132,11 @@ class RunFolder:
         return Cell(self.path / "arms" / arm / f"seed-{seed}")
 
     @property
+    def plans(self) -> Path:
+        """What was decided for each arm before training: layers, rank; see `experiments.plan`."""
+        return self.path / "plans.json"
+
+    @property
     def config(self) -> ExperimentConfig:
         """The resolved config that the run was started with."""
         path = self.path / "config.yaml"
@@ -148,53 +145,50 @@ class RunFolder:
         return parse(ExperimentConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
     def claim(self, config: ExperimentConfig, environment: dict[str, Any]) -> None:
-        """Take the folder for this config, or refuse it because another one lives there.
+        """Take the folder for this config.
 
         Raises:
-            ConfigError: the folder holds a run of another config, other data or another base.
+            ConfigError: the folder belongs to another config, other data or another base.
         """
-        known = self.path / "config.yaml"
-        if known.is_file():
-            before = _flat(self.config.model_dump(mode="json"))
-            after = _flat(config.model_dump(mode="json"))
-            recorded = self.path / "environment.json"
-            if recorded.is_file():
-                was = read_json(recorded)
-                before |= _flat({"data": {"sha256": was["data"]}, "base_sha256": was["base"]})
-                after |= _flat(
-                    {"data": {"sha256": environment["data"]}, "base_sha256": environment["base"]}
-                )
-            changes = [
-                f"  {key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
-                for key in sorted(before.keys() | after.keys())
-                if key not in NOT_COMPARED and before.get(key) != after.get(key)
-            ]
-            if changes:
-                raise ConfigError(
-                    f"{self.path} already holds a run of this name with other settings:\n"
-                    + "\n".join(changes[:12])
-                    + f"\nGive this one a name of its own (--name {config.name}-2), "
-                    "or delete the folder."
-                )
-        else:
-            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            write_text(known, text)
+        resolved = self.path / "config.yaml"
+        if not resolved.is_file():
+            write_text(resolved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        elif changes := self._changes(config, environment):
+            raise ConfigError(
+                f"{self.path} already holds a run of this name with other settings:\n"
+                + "\n".join(changes[:MOST_CHANGES])
+                + f"\nGive this one a name of its own (--name {config.name}-2), "
+                "or delete the folder."
+            )
         write_json(self.path / "environment.json", environment)
+
+    def _changes(self, config: ExperimentConfig, environment: dict[str, Any]) -> list[str]:
+        """Settings, data and base that differ from those the run was started with, one a line."""
+        before = _flat(self.config.model_dump(mode="json"))
+        after = _flat(config.model_dump(mode="json"))
+        recorded = self.path / "environment.json"
+        if recorded.is_file():
+            before |= _flat(_inputs(read_json(recorded, CheckpointError)))
+            after |= _flat(_inputs(environment))
+        return [
+            f"  {key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+            for key in sorted(before.keys() | after.keys())
+            if key not in NOT_COMPARED and before.get(key) != after.get(key)
+        ]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Two commands on one run would write over each other: the second is refused."""
-        import fcntl
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"Another command is working on {self.path}. Wait, or use another --name."
-                ) from None
+        busy = ConfigError(
+            f"Another command is working on {self.path}. Wait, or use another --name."
+        )
+        with locked(self.path / ".lock", busy):
             yield
+
+
+def _inputs(environment: dict[str, Any]) -> dict[str, Any]:
+    """Hashes of the data and of the base, under the names that a refusal shows."""
+    return {"data": {"sha256": environment["data"]}, "base_sha256": environment["base"]}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

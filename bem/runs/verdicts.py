@@ -8,19 +8,21 @@ contrasts    each candidate against each control of its variant: is it the idea,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bem.config import ArmConfig, ExperimentConfig
-from bem.errors import MeasurementError
-from bem.runs.folder import RunFolder, digest_of, read_json, sha256, write_json
+from bem.errors import CheckpointError, MeasurementError
+from bem.files import read_json, sha256_file, sha256_json, write_json
+from bem.runs.folder import RunFolder, written
 from bem.stats.files import load
 from bem.stats.gates import judge
-from bem.stats.measurement import Measurement
-from bem.stats.verdict import Verdict
+from bem.stats.measurement import Measurement, RouterFacts
+from bem.stats.verdict import Check, Effect, Verdict
 
 FORMAT = "bem-verdicts-1"
 
@@ -29,10 +31,25 @@ FORMAT = "bem-verdicts-1"
 class Judgement:
     """Everything that was judged in one run."""
 
+    family: tuple[str, ...]
+    """Primary metrics, declared before looking."""
     candidates: dict[str, Verdict]
     controls: dict[str, Verdict]
     contrasts: dict[str, dict[str, Verdict]]
     """candidate -> control -> verdict of the candidate against the control."""
+
+
+@dataclass(frozen=True)
+class VerdictFile:
+    """What `verdicts.json` holds."""
+
+    judgement: Judgement
+    evidence: dict[str, str]
+    """sha256 of every file that the verdicts rest on, by its path inside the run."""
+    sha256: str
+    """Of the rest of the file, as it says itself."""
+    unchanged: bool
+    """The rest of the file has that sha256."""
 
 
 def judge_run(folder: RunFolder, config: ExperimentConfig, family: Sequence[str]) -> Judgement:
@@ -41,16 +58,34 @@ def judge_run(folder: RunFolder, config: ExperimentConfig, family: Sequence[str]
     content = {
         "format": FORMAT,
         "family": list(family),
-        "candidates": {name: v.to_dict() for name, v in judgement.candidates.items()},
-        "controls": {name: v.to_dict() for name, v in judgement.controls.items()},
-        "contrasts": {
-            name: {control: v.to_dict() for control, v in row.items()}
-            for name, row in judgement.contrasts.items()
-        },
+        "candidates": _dicts(judgement.candidates),
+        "controls": _dicts(judgement.controls),
+        "contrasts": {name: _dicts(row) for name, row in judgement.contrasts.items()},
         "evidence": evidence(folder, config),
     }
-    write_json(folder.verdicts, {**content, "sha256": digest_of(content)})
+    write_json(folder.verdicts, {**content, "sha256": sha256_json(content)})
     return judgement
+
+
+def read_verdicts(path: Path) -> VerdictFile:
+    """Read `verdicts.json`.
+
+    Raises:
+        CheckpointError: the run has not written it, or it is not JSON.
+        MeasurementError: another version wrote it.
+    """
+    content = read_json(written(path), CheckpointError)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise MeasurementError(f"{path} holds no verdicts of this version. Run `bem run` again.")
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    stated = content.get("sha256", "")
+    judgement = Judgement(
+        tuple(content["family"]),
+        _verdicts(content["candidates"]),
+        _verdicts(content["controls"]),
+        {name: _verdicts(row) for name, row in content["contrasts"].items()},
+    )
+    return VerdictFile(judgement, content["evidence"], stated, sha256_json(rest) == stated)
 
 
 def judge_arms(
@@ -60,8 +95,8 @@ def judge_arms(
 
     def against(arms: list[ArmConfig]) -> dict[str, Verdict]:
         verdicts: dict[str, Verdict] = {}
-        for opponent in dict.fromkeys(arm.compare_to or config.baseline.name for arm in arms):
-            group = [a for a in arms if (a.compare_to or config.baseline.name) == opponent]
+        for opponent in dict.fromkeys(opponent_of(config, arm) for arm in arms):
+            group = [arm for arm in arms if opponent_of(config, arm) == opponent]
             sides = {arm.name: measured[arm.name] for arm in group}
             verdicts |= judge(measured[opponent], sides, config.gates, family)
         return {arm.name: verdicts[arm.name] for arm in arms}
@@ -74,7 +109,12 @@ def judge_arms(
             side = {candidate.name: measured[candidate.name]}
             verdict = judge(measured[control.name], side, config.gates, family)[candidate.name]
             contrasts.setdefault(candidate.name, {})[control.name] = verdict
-    return Judgement(against(candidates), against(controls), contrasts)
+    return Judgement(tuple(family), against(candidates), against(controls), contrasts)
+
+
+def opponent_of(config: ExperimentConfig, arm: ArmConfig) -> str:
+    """Name of the arm that one is judged against."""
+    return arm.compare_to or config.baseline.name
 
 
 def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfig]:
@@ -82,92 +122,140 @@ def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfi
 
     Of routes only those that a router must beat: the oracle and other methods are shown, not passed.
     """
-    variant = config.adapter_of(candidate).variant
-    shared = config.adapter_of(config.baseline).variant
+    variant = config.variant_of(candidate)
+    shared = config.variant_of(config.baseline)
     return [
         arm
         for arm in config.arms
         if arm.role == "control"
-        and config.adapter_of(arm).variant in (variant, shared)
+        and config.variant_of(arm) in (variant, shared)
         and arm.route in (None, "linear", "single", "random", "wrong")
     ]
 
 
+# ------------------------------------------------------------------------------------ measurements
+
+
 def measurements(folder: RunFolder, config: ExperimentConfig) -> dict[str, Measurement]:
-    """Every arm's measurement over all seeds, with the interleaved timings and peak memory."""
-    timings = read_json(folder.latency)
-    return {
-        arm.name: replace(
-            over_seeds(
-                arm.name, [load(folder.cell(arm.name, s).measurement) for s in config.seeds]
-            ),
-            latency_ms=timings["latency_ms"][arm.name],
-            memory_bytes=timings["memory_bytes"][arm.name],
+    """Every arm's measurement over all seeds, with the interleaved timings and the added memory."""
+    timings = read_json(written(folder.latency), CheckpointError)
+    sides = {}
+    for arm in config.arms:
+        parts = [load(written(folder.cell(arm.name, s).measurement)) for s in config.seeds]
+        sides[arm.name] = replace(
+            over_seeds(arm.name, parts),
+            latency_ms=timings["latency_ms"].get(arm.name, {}),
+            memory_bytes=timings["memory_bytes"].get(arm.name),
         )
-        for arm in config.arms
-    }
+    return sides
 
 
 def over_seeds(name: str, parts: Sequence[Measurement]) -> Measurement:
-    """One measurement of several seeds, measured on the same examples."""
+    """One measurement of several seeds, measured on the same examples.
+
+    Scores are stacked. Cache use is averaged over the seeds of a request: requests are independent
+    of each other, the seeds of one request are not. A fact that one seed lacks is missing (None).
+
+    Raises:
+        MeasurementError: the seeds were measured on different examples.
+    """
     first = parts[0]
     for part in parts[1:]:
         if part.example_ids != first.example_ids:
             raise MeasurementError(f"{name}: its seeds were measured on different examples.")
-
-    def stacked(key: str) -> dict[str, Any]:
-        return {
-            metric: np.concatenate([np.asarray(getattr(part, key)[metric]) for part in parts])
-            for metric in getattr(first, key)
-        }
-
-    def largest(key: str) -> float | None:
-        values = [getattr(part, key) for part in parts]
-        return None if any(v is None for v in values) else max(values)
-
-    def joined(key: str) -> Any:
-        values = [getattr(part, key) for part in parts]
-        return None if any(v is None for v in values) else np.concatenate(values)
-
-    def swapped(key: str) -> dict[str, Any] | None:
-        facts = [getattr(part.router, key, None) for part in parts]
-        if any(f is None for f in facts):
-            return None
-        return {c: np.concatenate([np.atleast_2d(f[c]) for f in facts]) for c in facts[0]}  # type: ignore[index]
-
-    plans = [list(getattr(part.router, "plan_lengths", None) or ()) for part in parts]
-    router = first.router and replace(
-        first.router,
-        plan_lengths=[n for lengths in plans for n in lengths] if all(plans) else None,
-        index_swap=swapped("index_swap"),
-        answer_loss=swapped("answer_loss"),
-    )
     return replace(
         first,
         name=name,
-        router=router,
-        kv_hits=joined("kv_hits"),
-        kv_needed=joined("kv_needed"),
-        metrics=stacked("metrics"),
-        corpus=stacked("corpus"),
-        adapter_parameters=largest("adapter_parameters"),
-        adapter_flops_per_token=largest("adapter_flops_per_token"),
+        metrics=_stacked([part.metrics for part in parts]),
+        corpus=_stacked([part.corpus for part in parts]),
+        kv_hits=_over_requests([part.kv_hits for part in parts]),
+        kv_needed=_over_requests([part.kv_needed for part in parts]),
+        adapter_parameters=_largest([part.adapter_parameters for part in parts]),
+        adapter_flops_per_token=_largest([part.adapter_flops_per_token for part in parts]),
+        router=_router_facts([part.router for part in parts]),
     )
 
 
+def _stacked(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """[seeds, ...] of every metric that all seeds have."""
+    return {
+        metric: np.concatenate([np.asarray(part[metric]) for part in parts])
+        for metric in parts[0]
+        if all(metric in part for part in parts)
+    }
+
+
+def _over_requests(rows: Sequence[Any]) -> Any:
+    return None if any(row is None for row in rows) else np.mean([*rows], axis=0)
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return max(present) if len(present) == len(values) else None
+
+
+def _router_facts(parts: Sequence[RouterFacts | None]) -> RouterFacts | None:
+    """Facts that every seed has; None: no seed has any."""
+    facts = [part or RouterFacts() for part in parts]
+    if all(part is None for part in parts):
+        return None
+    plans = [part.plan_lengths for part in facts]
+    return RouterFacts(
+        plan_lengths=(
+            [int(n) for lengths in plans for n in lengths or ()]
+            if all(lengths is not None for lengths in plans)
+            else None
+        ),
+        index_swap=_by_condition([part.index_swap for part in facts]),
+        clusters=facts[0].clusters,
+        answer_loss=_by_condition([part.answer_loss for part in facts]),
+    )
+
+
+def _by_condition(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """[seeds, examples] of every condition that all seeds have."""
+    if any(part is None for part in parts):
+        return None
+    return _stacked([{c: np.atleast_2d(v) for c, v in (part or {}).items()} for part in parts])
+
+
 def evidence(folder: RunFolder, config: ExperimentConfig) -> dict[str, str]:
-    """sha256 of every file that the verdicts rest on, by its path inside the run."""
+    """sha256 of every file that the verdicts rest on, by its path inside the run.
+
+    Raises:
+        CheckpointError: one of them is not there.
+    """
     files = [folder.path / "config.yaml", folder.latency]
     for arm in config.arms:
         for seed in config.seeds:
             cell = folder.cell(arm.name, seed)
             files += [cell.measurement, cell.checkpoint / "manifest.json"]
-    return {str(path.relative_to(folder.path)): sha256(path) for path in files}
+    return {str(path.relative_to(folder.path)): sha256_file(written(path)) for path in files}
 
 
-def read_verdicts(path: Path) -> dict[str, Any]:
-    """The content of `verdicts.json` as plain values."""
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise MeasurementError(f"{path} holds no verdicts of this version. Run `bem run` again.")
-    return content
+# -------------------------------------------------------------------------------------- as JSON
+
+
+def _dicts(verdicts: Mapping[str, Verdict]) -> dict[str, dict[str, Any]]:
+    return {name: verdict.to_dict() for name, verdict in verdicts.items()}
+
+
+def _verdicts(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Verdict]:
+    return {name: _verdict(dict(row)) for name, row in values.items()}
+
+
+def _verdict(values: dict[str, Any]) -> Verdict:
+    """The inverse of `Verdict.to_dict`, where numbers that are not finite have become null."""
+    values["checks"] = tuple(_record(Check, row) for row in values["checks"])
+    values["effects"] = tuple(_record(Effect, row) for row in values["effects"])
+    return _record(Verdict, values)
+
+
+def _record(kind: type, values: Mapping[str, Any]) -> Any:
+    given = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+    for field in fields(kind):
+        if field.type == "float" and given.get(field.name) is None:
+            given[field.name] = nan
+        elif isinstance(given.get(field.name), list):
+            given[field.name] = tuple(given[field.name])
+    return kind(**given)

@@ -19,6 +19,7 @@ from bem.stats.gates import judge
 from bem.stats.latency import RatioLimits, paired_ratio
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.stats.paired import SignFlip, sign_flip_test, swap_test, variance_components
+from bem.stats.pairing import with_shared_groups
 from bem.stats.power import minimal_detectable_effect, more_examples
 from bem.stats.scores import (
     METRICS,
@@ -70,4 +71,5 @@ __all__ = [
     "swap_test",
     "token_f1",
     "variance_components",
+    "with_shared_groups",
 ]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, sqrt
+from math import inf, ldexp, sqrt
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import stdtr, stdtrit
 
 from bem.errors import DataError
-from bem.stats import normal
 from bem.stats.engines import Engine, function_law, law_of, mean_of, resampled_laws
-from bem.stats.inputs import Floats, cluster_codes, over_seeds, sum_by_cluster
+from bem.stats.inputs import ROUNDING, Floats, cluster_codes, over_seeds, sum_by_cluster
 from bem.stats.laws import Law
+from bem.stats.normal import cdf, quantile
+from bem.stats.scale import Scale, ScaledLaw, standardised
 from bem.stats.weights import Statistic, ratio
 
 SMALL_SAMPLE = 200
@@ -64,8 +66,8 @@ class Bca:
         if self.law is None:
             return replace(self, alpha=alpha, margin=margin)
         parts = _Parts(self.observed, self.bias_correction, self.acceleration, self.se, self.n)
-        kept = [f for f in self.flags if f == "undefined_resamples"]
-        return _read(self.law, parts, alpha, margin, self.engine, kept)
+        flags = [f for f in self.flags if f == "undefined_resamples"]
+        return _read(self.law, parts, alpha, margin, self.engine, flags)
 
 
 def bca_bootstrap(
@@ -134,26 +136,33 @@ def joint_bca(
     """
     _check_options(n_bootstrap, alpha)
     margins = margins if margins is not None else [0.0] * len(statistics)
-    results: list[Bca | None] = [None] * len(statistics)
-    waiting: list[int] = []
-    parts = [_parts(s) for s in statistics]
-    for i, statistic in enumerate(statistics):
-        if parts[i].se == 0.0:
-            results[i] = _degenerate(parts[i], alpha, margins[i])
-            continue
-        law, name = law_of(mean_of(statistic), n_bootstrap, seed, engine)
-        if law is None:
-            waiting.append(i)
-        else:
-            results[i] = _read(
-                law, _clamped(parts[i], law, n_bootstrap), alpha, margins[i], name, []
-            )
-    if waiting:
-        laws = resampled_laws([statistics[i] for i in waiting], n_bootstrap, seed)
-        for i, (law, flags) in zip(waiting, laws, strict=True):
-            clamped = _clamped(parts[i], law, n_bootstrap)
-            results[i] = _read(law, clamped, alpha, margins[i], "weights", flags)
-    return [r for r in results if r is not None]
+    standard = [standardised(s) for s in statistics]
+    parts = [_parts(s) for s, _ in standard]
+    laws: dict[int, tuple[Law, str, list[str]]] = {}
+    for i, (statistic, _) in enumerate(standard):
+        if parts[i].se > 0:
+            law, name = law_of(mean_of(statistic), n_bootstrap, seed, engine)
+            laws |= {i: (law, name, [])} if law is not None else {}
+    waiting = [i for i in range(len(parts)) if parts[i].se > 0 and i not in laws]
+    drawn = resampled_laws([standard[i][0] for i in waiting], n_bootstrap, seed) if waiting else []
+    laws |= {i: (law, "weights", flags) for i, (law, flags) in zip(waiting, drawn, strict=True)}
+    return [
+        _in_its_units(parts[i], scale, laws.get(i), n_bootstrap, alpha, margins[i])
+        for i, (_, scale) in enumerate(standard)
+    ]
+
+
+def _in_its_units(
+    parts: _Parts, scale: Scale, resampled: tuple[Law, str, list[str]] | None,
+    n_bootstrap: int, alpha: float, margin: float,
+) -> Bca:  # fmt: skip
+    """The interval of a standardised statistic, put back."""
+    observed, se = scale.back(parts.observed), ldexp(parts.se, scale.exponent)
+    if resampled is None:
+        return _degenerate(replace(parts, observed=observed), alpha, margin)
+    law, engine, flags = resampled
+    parts = replace(_clamped(parts, law, n_bootstrap), observed=observed, se=se)
+    return _read(ScaledLaw(law, scale), parts, alpha, margin, engine, flags)
 
 
 @dataclass(frozen=True)
@@ -181,21 +190,26 @@ def _parts(statistic: Statistic) -> _Parts:
 
 def _jackknifed(observed: float, left_out: Floats) -> _Parts:
     n = left_out.size
-    if n < 2 or not np.isfinite(left_out).all():
+    size = max(abs(observed), float(np.abs(left_out).max(initial=0.0)))
+    if n < 2 or not 0 < size < inf:
         return _Parts(observed, 0.0, 0.0, 0.0, n)
-    d = left_out.mean() - left_out
-    rounding = 1e-12 * max(abs(observed), float(np.abs(left_out).max()))
-    if np.abs(d).max() <= rounding:
+    d = (
+        left_out / size
+    ).mean() - left_out / size  # in these units squares neither vanish nor overflow
+    largest = float(np.abs(d).max())
+    if largest <= ROUNDING:
         return _Parts(observed, 0.0, 0.0, 0.0, n)
+    d /= largest
     squares = float(d @ d)
     acceleration = float(d @ (d * d)) / (6 * squares**1.5)
-    return _Parts(observed, 0.0, acceleration, sqrt((n - 1) / n * squares), n)
+    se = size * (largest * sqrt((n - 1) / n * squares))
+    return _Parts(observed, 0.0, acceleration, se, n)
 
 
 def _clamped(parts: _Parts, law: Law, n_bootstrap: int) -> _Parts:
     share = law.mid(parts.observed)
     clamp = 0.5 / n_bootstrap
-    return replace(parts, z0=normal.quantile(min(max(share, clamp), 1 - clamp)))
+    return replace(parts, z0=quantile(min(max(share, clamp), 1 - clamp)))
 
 
 def _degenerate(parts: _Parts, alpha: float, margin: float) -> Bca:
@@ -215,11 +229,11 @@ def _read(
     if min(1 - a * (z0 + z), 1 - a * (z0 - z)) <= 0:
         a = 0.0  # one unit dominates: the correction would leave the range of the data
         flags.append("acceleration_dropped")
-    low, high = (normal.cdf(z0 + (z0 + s) / (1 - a * (z0 + s))) for s in (z, -z))
+    low, high = (cdf(z0 + (z0 + s) / (1 - a * (z0 + s))) for s in (z, -z))
     if min(low, 1 - high) < law.floor:
         flags.append("few_resamples")
-    w_below = normal.quantile(_clip(law.at_most(margin), law.floor))
-    w_above = -normal.quantile(_clip(law.at_least(margin), law.floor))
+    w_below = quantile(_clip(law.at_most(margin), law.floor))
+    w_above = -quantile(_clip(law.at_least(margin), law.floor))
     p_greater = max(widen.cdf(_inverted(w_below, z0, a)), law.floor)
     p_less = max(widen.cdf(-_inverted(w_above, z0, a)), law.floor)
     lower, upper = (_snap(end, margin, law.eps) for end in (law.lower(low), law.upper(high)))
@@ -252,16 +266,12 @@ class _Widening:
 
     def quantile(self, p: float) -> float:
         if not self.active:
-            return normal.quantile(p)
-        from scipy.special import stdtrit
-
+            return quantile(p)
         return self.factor * float(stdtrit(self.df, p))
 
     def cdf(self, z: float) -> float:
         if not self.active or np.isinf(z):
-            return normal.cdf(z)
-        from scipy.special import stdtr
-
+            return cdf(z)
         return float(stdtr(self.df, z / self.factor))
 
 

@@ -51,7 +51,7 @@ def law_of(
     if lattice is not None:
         return LatticeLaw(lattice), "exact"
     if engine == "exact":
-        raise DataError("engine 'exact' needs discrete scores (multiples of 1/k, k <= 60).")
+        raise DataError("engine 'exact' needs discrete scores: equal steps, and not too many.")
     if engine == "saddlepoint" or _smooth(values):
         return SaddlepointLaw(values), "saddlepoint"
     return None, "weights"

@@ -8,17 +8,18 @@ a BCa p-value and a BCa interval can never contradict each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd, sqrt
+from math import sqrt
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bem.stats.inputs import Floats
 
 TIE = 1e-5
 """Values closer than this many standard deviations are ties: float32 sums err by about 1e-6."""
-MAX_DENOMINATOR = 60
-"""Multiples of 1/k for some k up to this are discrete scores (EM averaged over k seeds)."""
+ON_GRID = 1e-7
+"""Values no further from a grid than this many of its steps lie on it."""
 MAX_LATTICE = 1 << 20
 """Longest lattice (40 standard deviations of the sum, in steps) that the exact engine convolves."""
 
@@ -61,7 +62,7 @@ class EmpiricalLaw:
 
     def __init__(self, values: Floats):
         self.sorted = np.sort(values)
-        self.eps = TIE * float(values.std())
+        self.eps = TIE * _spread(values)
         self.floor = 1.0 / (values.size + 1)
 
     def mid(self, x: float) -> float:
@@ -89,39 +90,61 @@ class EmpiricalLaw:
         return int(np.searchsorted(self.sorted, x + self.eps, "right"))
 
 
+def _spread(values: Floats) -> float:
+    """Standard deviation; squares neither overflow nor vanish, whatever the unit."""
+    largest = float(np.abs(values).max())
+    return largest * float((values / largest).std()) if largest > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Lattice:
-    """Values as integers: value = (start + code) * step."""
+    """Values on a grid: value = offset + code * step."""
 
-    codes: np.ndarray
+    codes: NDArray[np.int64]
     """[n] integers from 0."""
-    start: int
+    offset: float
     step: float
+
+    @property
+    def start(self) -> int:
+        """The smallest value in whole steps from 0; of values of which one is 0."""
+        return round(self.offset / self.step)
 
 
 def as_lattice(values: Floats) -> Lattice | None:
-    """`values` on the coarsest grid through 0 of step m/k, k <= MAX_DENOMINATOR; else None."""
-    if _denominator(values[:16]) is None:  # continuous data leave here
+    """`values` on the coarsest grid that holds them all, or None if it had too many points.
+
+    The step is the greatest common divisor of their gaps, so that neither a shift nor a change of
+    unit makes scores continuous that were discrete.
+    """
+    longest = MAX_LATTICE / (20 * sqrt(values.size) + 32)
+    if _common_step(np.unique(values[:16]), longest) is None:  # continuous data leave here
         return None
     support = np.unique(values)
-    k = _denominator(support) if support.size <= 4096 else None
-    if k is None or (support[-1] - support[0]) * k * (20 * sqrt(values.size) + 32) > MAX_LATTICE:
+    step = _common_step(support, longest) if support.size <= 4096 else None
+    if step is None:
         return None
-    whole = np.rint(values * k).astype(np.int64)
-    common = gcd(*np.unique(whole - whole.min()).tolist()) or 1
-    if whole.min() % common:  # the grid does not go through 0: keep the finer one
-        common = gcd(common, int(whole.min()))
-    start = int(whole.min()) // common
-    return Lattice(whole // common - start, start, common / k)
+    offset = float(support[0])
+    return Lattice(np.rint((values - offset) / step).astype(np.int64), offset, step)
 
 
-def _denominator(values: Floats) -> int | None:
-    """Smallest k <= MAX_DENOMINATOR for which every value is a multiple of 1/k."""
-    if np.abs(values).max() > 1e6:
-        return None
-    scaled = values * np.arange(1, MAX_DENOMINATOR + 1)[:, None]
-    fits = (np.abs(scaled - np.rint(scaled)) < 1e-7).all(axis=1)
-    return int(np.argmax(fits)) + 1 if fits.any() else None
+def _common_step(support: Floats, longest: float) -> float | None:
+    """Greatest common divisor of the gaps between sorted values, by Euclid's algorithm on floats.
+
+    None if the range would hold more than `longest` steps. Equal values: any step is one, say 1.
+    """
+    gaps = support[1:] - support[0]
+    if not gaps.size:
+        return 1.0
+    step, rest = float(gaps[-1]), gaps
+    while (rest := rest[rest > step / (8 * longest)]).size:  # less is rounding: no step is so small
+        step = float(rest.min())
+        if gaps[-1] > longest * step:
+            return None
+        rest = np.abs(gaps - np.rint(gaps / step) * step)
+    step = float(gaps[-1] / np.rint(gaps[-1] / step))  # the longest gap knows it best
+    off = np.abs(gaps / step - np.rint(gaps / step)).max()
+    return step if off < ON_GRID else None
 
 
 def power_of_pmf(pmf: Floats, n: int, periods: int) -> Floats:
@@ -150,7 +173,7 @@ class LatticeLaw:
         law = np.roll(wrapped, -(first % periods))
         self.cdf = np.cumsum(law)
         self.sf = np.cumsum(law[::-1])[::-1]
-        self.values = (lattice.start * n + first + np.arange(periods)) * (lattice.step / n)
+        self.values = lattice.offset + (first + np.arange(periods)) * (lattice.step / n)
         self.eps = 1e-6 * lattice.step / n
 
     def mid(self, x: float) -> float:

@@ -7,8 +7,8 @@ from math import inf, log, sqrt
 
 import numpy as np
 
-from bem.stats import normal
 from bem.stats.inputs import Floats
+from bem.stats.normal import cdf, quantile
 
 NEAR = 0.05
 """|w| below which the tail formula is 0/0 and its limit is taken instead."""
@@ -46,13 +46,13 @@ class SaddlepointLaw:
         target = (x - self.mean) / self.sd
         if target <= self.low + 1e-12:  # at the smallest score the law has an atom
             return self._all_draws(self.low) if target >= self.low - 1e-12 else 0.0
-        return normal.cdf(self._r_at(target)) if target < self.high else 1.0
+        return cdf(self._r_at(target)) if target < self.high else 1.0
 
     def at_least(self, x: float) -> float:
         target = (x - self.mean) / self.sd
         if target >= self.high - 1e-12:
             return self._all_draws(self.high) if target <= self.high + 1e-12 else 0.0
-        return normal.cdf(-self._r_at(target)) if target > self.low else 1.0
+        return cdf(-self._r_at(target)) if target > self.low else 1.0
 
     def _all_draws(self, end: float) -> float:
         """P(every draw is one of the units at this end of the range)."""
@@ -94,7 +94,7 @@ class SaddlepointLaw:
     def _quantile(self, p: float) -> float:
         if not 0 < p < 1:
             return self.mean + self.sd * (self.low if p <= 0 else self.high)
-        goal = normal.quantile(p)
+        goal = quantile(p)
         # dr/dt is close to sqrt(n K''): the step is Newton's up to O(n^-1/2)
         _, cumulants = self._solve(
             lambda t, c: self._r(t, c) - goal,

@@ -10,18 +10,39 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import inf, isfinite
 from typing import Any, Literal
+
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from bem.errors import DataError
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric's numbers mean."""
+    """What a metric's numbers mean.
+
+    Raises:
+        DataError: points that are not positive, or a range that is none.
+    """
 
     higher_is_better: bool
     points_per_unit: float | None
     """Points (0-100 scale) in one unit of the score; None: the score has no such scale (a loss)."""
     kind: Literal["mean", "corpus"] = "mean"
     """mean: average of per-example scores; corpus: a function of summed sufficient statistics."""
+    range: tuple[float, float] | None = None
+    """Least and greatest possible score; None: not known."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.higher_is_better, bool) or self.kind not in ("mean", "corpus"):
+            raise DataError(f"A metric is (true or false, points, 'mean' or 'corpus'), got {self}.")
+        points = self.points_per_unit
+        if points is not None and not (_is_number(points) and 0 < points < inf):
+            raise DataError(f"points_per_unit must be a positive number or None, got {points!r}.")
+        if self.range is not None:
+            object.__setattr__(self, "range", _checked_range(self.range))
 
     @property
     def core(self) -> bool:
@@ -33,13 +54,39 @@ class Metric:
     def sign(self) -> float:
         return 1.0 if self.higher_is_better else -1.0
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Least and greatest score that can be right; infinite where nothing is known.
 
+        A hundred points are the whole scale: of a metric without a range, twice that is another unit.
+        """
+        if self.range is not None:
+            return self.range
+        reach = 200 / self.points_per_unit if self.points_per_unit else inf
+        return -reach, reach
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checked_range(ends: Any) -> tuple[float, float]:
+    if len(ends) != 2 or not all(_is_number(e) and isfinite(e) for e in ends) or ends[0] >= ends[1]:
+        raise DataError(f"range must be (least, greatest) score, got {ends!r}.")
+    return float(ends[0]), float(ends[1])
+
+
+_SHARE = Metric(True, 100.0, range=(0.0, 1.0))
+_OF_100 = Metric(True, 1.0, range=(0.0, 100.0))
 METRICS: dict[str, Metric] = {  # new metric: one line here, or declare it in the Measurement
-    "em": Metric(True, 100.0),
-    "f1": Metric(True, 100.0),
-    "validity": Metric(True, 100.0),
-    "chrf": Metric(True, 1.0),
-    "bleu": Metric(True, 1.0),
+    "em": _SHARE,
+    "f1": _SHARE,
+    "validity": _SHARE,
+    "acc": _SHARE,  # lm-eval's names
+    "acc_norm": _SHARE,
+    "exact_match": _SHARE,
+    "chrf": _OF_100,
+    "bleu": _OF_100,
     "corpus_chrf": Metric(True, 1.0, "corpus"),
     "corpus_bleu": Metric(True, 1.0, "corpus"),
     "loss": Metric(False, None),
@@ -106,12 +153,9 @@ def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
 
 
 @cache
-def sacrebleu_metric(name: str) -> Any:
-    """One shared sacrebleu scorer; the library is loaded only when a score needs it."""
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
-    return {"chrf": CHRF, "bleu": lambda: BLEU(effective_order=True)}[name]()
+def sacrebleu_metric(name: str) -> BLEU | CHRF:
+    """One shared scorer of sacrebleu."""
+    return CHRF() if name == "chrf" else BLEU(effective_order=True)
 
 
 def _refuse_constant(name: str) -> None:

@@ -10,20 +10,18 @@ from math import exp, factorial, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from bem.stats.inputs import Floats
+from bem.stats.inputs import ROUNDING, Floats
 
 CELLS = 1 << 20
 """Weights per block: a few MiB of working memory whatever n and B are."""
 BUFFER_ROWS = 1024
 """Resamples whose sums are held at once before the statistics are taken."""
 PIECE = 1 << 16
-"""Weights that are converted and multiplied at once: a quarter MiB, inside the second-level cache."""
+"""Weights that are converted and multiplied at once: a quarter MiB of float32."""
 SMALL = 200
 """Below this many units index draws are as fast as Poisson counts, and simpler."""
 TOP_UP = 2.0
 """Poisson rate is 1 - TOP_UP / sqrt(n): few rows overshoot n, few units have to be topped up."""
-DISTINCT = 64
-"""Discrete data with at most this many distinct rows are resampled row by distinct row."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,11 @@ def resample(statistics: Sequence[Statistic], n_bootstrap: int, seed: int) -> Fl
 def _resampled_sums(columns: Floats, n_bootstrap: int, seed: int) -> Iterator[Floats]:
     """Blocks [rows, k] of column sums over resamples; n_bootstrap rows in all."""
     n = len(columns)
-    rows, counts = _collapse(columns)
     centre, spread = columns.mean(axis=0), columns.std(axis=0)
-    live = np.flatnonzero(spread > 1e-12 * np.abs(centre))  # the others sum to n * centre, always
-    scaled = np.ascontiguousarray((rows - centre)[:, live] / spread[live], dtype=np.float32)
-    if counts is None:
-        blocks = weight_blocks(n, n_bootstrap, seed)
-    else:
-        blocks = _distinct_blocks(counts, n_bootstrap, seed)
+    live = np.flatnonzero(spread > ROUNDING * np.abs(centre))  # others always sum to n * centre
+    scaled = np.ascontiguousarray((columns - centre)[:, live] / spread[live], dtype=np.float32)
     buffer, held = np.tile(n * centre, (BUFFER_ROWS, 1)), 0
-    for weights in blocks:
+    for weights in weight_blocks(n, n_bootstrap, seed):
         for start in range(0, len(weights), BUFFER_ROWS):
             part = weights[start : start + BUFFER_ROWS]
             if held + len(part) > BUFFER_ROWS:
@@ -124,7 +117,7 @@ def _draw_by_index(n: int, rows: int, rng: np.random.Generator) -> NDArray[np.ui
 
 
 class _PoissonTopUp:
-    """Multinomial rows from iid Poisson counts: about 1 ns per weight, 46 for `multinomial`.
+    """Multinomial rows from iid Poisson counts: comparing bytes, not a binomial draw per weight.
 
     Poisson(r) counts given their sum N are Multinomial(N, uniform), whatever r is; adding n - N
     uniform draws makes them Multinomial(n, uniform). Rows with N > n are drawn again, which
@@ -196,23 +189,3 @@ def _split_poisson(rate: float) -> tuple[NDArray[np.uint8], np.uint8, NDArray[np
         np.uint8(whole.sum()),
         rest_steps[rest_steps < 65536].astype(np.uint16),
     )
-
-
-def _collapse(columns: Floats) -> tuple[Floats, NDArray[np.intp] | None]:
-    """Distinct rows and their counts if there are few; else the rows themselves and None."""
-    n = len(columns)
-    if n < SMALL or len(np.unique(columns[: 4 * DISTINCT], axis=0)) > DISTINCT:
-        return columns, None
-    rows, counts = np.unique(columns, axis=0, return_counts=True)
-    return (rows, counts) if len(rows) <= DISTINCT else (columns, None)
-
-
-def _distinct_blocks(
-    counts: NDArray[np.intp], n_bootstrap: int, seed: int
-) -> Iterator[NDArray[np.int64]]:
-    """Blocks [rows, K] of how often each distinct row is drawn: multinomial(n, counts / n),
-    exact."""
-    n = int(counts.sum())
-    for number, start in enumerate(range(0, n_bootstrap, BUFFER_ROWS)):
-        rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, number])))
-        yield rng.multinomial(n, counts / n, size=min(BUFFER_ROWS, n_bootstrap - start))

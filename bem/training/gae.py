@@ -6,6 +6,9 @@ by gamma^d_k, not by gamma:
     delta_k = r_k + gamma^d_k V(s_{k+1}) - V(s_k)
     A_k     = delta_k + gamma^d_k lambda A_{k+1}           cut where an episode ends
 
+`span_rewards` makes r_k of the rewards of its chunks, discounted to the decision: one span of two chunks
+is then worth what two spans of one are worth under the same rewards.
+
 Lambda enters once per decision, whatever its length: it weighs after how many *value estimates* to
 trust V instead of rewards, and there is one estimate per decision. With lambda^d_k a long span would
 rest more on the critic only because it is long, and the policy could change its own credit by
@@ -45,8 +48,7 @@ def gae(
     Further axes, if any, are independent streams (environments that run side by side).
 
     Args:
-        rewards: (steps, ...) of each decision; rewards inside its span are already discounted to
-            the decision: sum_i gamma^i r_i over its chunks i = 0 .. d-1.
+        rewards: (steps, ...) of each decision, discounted to it: see `span_rewards`.
         values: V at each decision.
         durations: chunks that each decision governed, >= 1.
         terminated: bool, the episode ended here; nothing follows.
@@ -71,6 +73,28 @@ def gae(
         advantages[k] = delta + discount[k] * lam * np.where(last, 0.0, following)
         following, next_value = advantages[k], v[k]
     return Advantages(advantages, advantages + v)
+
+
+def span_rewards(rewards: ArrayLike, durations: ArrayLike, gamma: float) -> NDArray[np.float64]:
+    """Reward of each decision (decisions,): sum_i gamma^i r_i over its chunks i = 0 .. d-1.
+
+    Args:
+        rewards: (chunks,) of every chunk, decision after decision.
+        durations: (decisions,) chunks of each decision, >= 1.
+        gamma: discount per chunk, in [0, 1].
+    Raises:
+        ValueError: durations that are not positive or do not add up to the chunks.
+    """
+    r, d = np.asarray(rewards, dtype=np.float64), np.asarray(durations, dtype=np.int64)
+    if r.ndim != 1 or d.ndim != 1 or not (d >= 1).all() or d.sum() != len(r):
+        raise ValueError(
+            f"durations must be positive and add up to the {r.shape} rewards; got {d.shape} with sum {d.sum()}."
+        )
+    if not len(d):
+        return r
+    first = np.cumsum(d) - d
+    place = np.arange(len(r)) - np.repeat(first, d)  # of each chunk in its span, from 0
+    return np.add.reduceat(gamma**place * r, first)
 
 
 def _check(r, v, d, ended, cut, after, gamma: float, lam: float) -> None:

@@ -3,7 +3,7 @@
     roll out episodes -> advantages (GAE) -> one TRPO step of the actor -> fit of the value
 
 Every conversation is answered several times, and what the other answers to it got is taken from an
-episode's last reward: some questions are hard whoever speaks, and that is most of the variance. The
+episode's last reward: some questions are hard whoever answers, and that is most of the variance. The
 others' draws do not depend on this episode's, so the gradient stays unbiased (leave-one-out baseline,
 arXiv:1906.08312 for sequences).
 The value that advantages are measured against is a network of its own, which serving does not need.
@@ -16,32 +16,40 @@ the same bits.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from bem.adapters.sites import base_hash
+from bem.config import PolicyGradientConfig
 from bem.errors import TrainingError
-from bem.routing.policy import Net
-from bem.routing.router import AgenticRouter
-from bem.training.data import Encoded, Example
+from bem.files import sha256_json, write_text
+from bem.routing.modes import mode
+from bem.training.baseline import fit_value, leave_one_out, value_like
+from bem.training.data import Encoded, Example, data_hash
 from bem.training.environment import Environment, Rollout
-from bem.training.fit import write_atomically
-from bem.training.gae import gae
-from bem.training.trpo import Batch, StepResult, TRPOOptimizer, fit_value
+from bem.training.gae import gae, span_rewards
+from bem.training.state import (
+    METRICS,
+    STATE,
+    check_same_run,
+    check_same_start,
+    disk,
+    read_state,
+    tensors_digest,
+    write_state,
+)
+from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer
 
-if TYPE_CHECKING:
-    from bem.config import PolicyGradientConfig
-
-STATE, METRICS = "state.pt", "metrics.jsonl"
+LABEL = "policy gradient"
 
 
 @dataclass(frozen=True)
@@ -92,18 +100,23 @@ def improve(
         folder: gets state.pt and metrics.jsonl.
         on_progress: called after every iteration.
     Raises:
-        TrainingError: the folder belongs to a run with other settings.
-        KeyboardInterrupt: passed on; the last finished iteration is kept.
+        TrainingError: the folder belongs to another run, holds a damaged state or one that is further
+            than `config.iterations`, or the disk is full.
+        Diverged: advantages or values were not finite.
+        Whatever is raised, the router is as the last finished iteration left it.
     """
-    run = _Run(environment, config, folder, seed)
-    run.restore()
+    run = _Run(environment, examples, prompts, config, folder, seed)
+    run.resume()
     with environment.mounted.training("router"):
         while len(run.done) < config.iterations:
-            found = run.iterate(examples, prompts)
-            run.done.append(found)
-            run.save()
+            try:
+                iteration = run.iterate()
+            except BaseException:
+                run.rewind()
+                raise
+            run.finish(iteration)
             if on_progress:
-                on_progress(found)
+                on_progress(iteration)
     return run.done
 
 
@@ -111,15 +124,27 @@ class _Run:
     """What is saved, restored and advanced together."""
 
     def __init__(
-        self, environment: Environment, config: PolicyGradientConfig, folder: Path, seed: int
+        self,
+        environment: Environment,
+        examples: Sequence[Example],
+        prompts: Sequence[Encoded],
+        config: PolicyGradientConfig,
+        folder: Path,
+        seed: int,
     ):
-        self.environment, self.config, self.folder, self.seed = environment, config, folder, seed
+        if not examples or len(examples) != len(prompts):
+            raise TrainingError(
+                f"{len(examples)} conversations and {len(prompts)} prompts: one prompt for each, and at least one."
+            )
+        self.environment, self.config = environment, config
+        self.examples, self.prompts = examples, prompts
+        self.folder, self.seed = folder, seed
         self.router = environment.mounted.router
         self.policy = self.router.policy
-        self.value = _value_like(self.router, seed)
+        self.value = value_like(self.router, seed)
         self.done: list[Iteration] = []
-        settings = config.model_dump(mode="json", exclude={"iterations"})
-        self.fingerprint = json.dumps([settings, seed, list(self.router.space.sizes)])
+        self.start = tensors_digest(self.policy.state_dict())
+        self.fingerprint = self._fingerprint()
         self.optimizer = TRPOOptimizer(
             self.policy.actor,
             config.delta,
@@ -127,26 +152,93 @@ class _Run:
             config.cg_iterations,
             config.backtracks,
         )
+        self.finished = self._weights()
 
-    def iterate(self, examples: Sequence[Example], prompts: Sequence[Encoded]) -> Iteration:
+    def _fingerprint(self) -> dict[str, Any]:
+        """Everything but the start that the weights depend on."""
+        environment, router = self.environment, self.router
+        tokens = [[p.input_ids, p.turn_starts, p.relevance] for p in self.prompts]
+        return {
+            "policy_gradient": self.config.model_dump(mode="json", exclude={"iterations"}),
+            "environment": {
+                "reward": environment.reward.model_dump(mode="json"),
+                "max_new_tokens": environment.max_new_tokens,
+                "batch_size": environment.batch_size,
+            },
+            "seed": self.seed,
+            "base": base_hash(environment.mounted.base),
+            "experts": [expert.digest for expert in environment.mounted.experts],
+            "rules": repr((router.space, router.limits, router.region, router.available.tolist())),
+            "chunks": [router.chunk_size, router.confidence, router.fallback],
+            "data": data_hash(self.examples),
+            "prompts": sha256_json(tokens),
+        }
+
+    # --- one iteration ----------------------------------------------------------------------------
+
+    def iterate(self) -> Iteration:
+        """Roll out, step, fit; what is drawn depends on (seed, iteration) alone."""
         started, number = time.perf_counter(), len(self.done)
         rng = np.random.default_rng([self.seed, number])
         samples = self.config.samples
         count = self.config.episodes // samples
-        drawn = rng.choice(len(examples), count, len(examples) < count)
+        drawn = rng.choice(len(self.examples), count, len(self.examples) < count)
         rows = drawn.repeat(samples).tolist()
         device = self.environment.mounted.base.device
         draws = torch.Generator(device).manual_seed(int(rng.integers(1 << 62)))
-        self.environment.mounted.model.eval()
-        rollout = self.environment.rollout(
-            [examples[i] for i in rows], [prompts[i] for i in rows], draws
+        with mode(self.environment.mounted.model, training=False):
+            rollout = self.environment.rollout(
+                [self.examples[i] for i in rows], [self.prompts[i] for i in rows], draws
+            )
+            step, explained = self._learn(rollout, int(rng.integers(1 << 62)))
+        return self._described(rollout, step, explained, time.perf_counter() - started)
+
+    def _learn(self, rollout: Rollout, seed: int) -> tuple[PolicyStep, float]:
+        """One step of the actor and a fit of the value; (the step, variance explained before it)."""
+        config, like = self.config, rollout.log_probs
+        nothing = np.zeros(len(rollout.durations))
+        advantages = gae(
+            _decision_rewards(rollout, config),
+            self._values(rollout),
+            rollout.durations,
+            rollout.ends,
+            nothing.astype(bool),
+            nothing,
+            config.gamma,
+            config.lam,
         )
-        step, explained = self._learn(rollout, int(rng.integers(1 << 62)))
+        step = self.optimizer.step(
+            Batch(
+                rollout.observations,
+                rollout.masks,
+                rollout.actions,
+                rollout.log_probs,
+                torch.from_numpy(advantages.advantages).to(like),
+            )
+        )
+        fitted = fit_value(
+            self.value,
+            rollout.observations,
+            torch.from_numpy(advantages.targets).to(like),
+            config.value_epochs,
+            64,
+            config.value_rate,
+            torch.Generator().manual_seed(seed),
+        )
+        return step, fitted.before
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout) -> NDArray[np.float64]:
+        return self.value(rollout.observations).double().cpu().numpy()
+
+    def _described(
+        self, rollout: Rollout, step: PolicyStep, explained: float, seconds: float
+    ) -> Iteration:
         use = rollout.expert_chunks / max(1, rollout.expert_chunks.sum())
-        means = rollout.returns.reshape(-1, samples).mean(1)
+        means = rollout.returns.reshape(-1, self.config.samples).mean(1)
         error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
         return Iteration(
-            iteration=number + 1,
+            iteration=len(self.done) + 1,
             reward=float(rollout.returns.mean()),
             reward_se=float(error),
             scores=rollout.scores,
@@ -162,96 +254,83 @@ class _Run:
             expert_use=[round(float(u), 4) for u in use],
             alarm=_alarm(use, step, self.router.space.experts, self.config),
             episodes=len(rollout.returns),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
         )
 
-    def _learn(self, rollout: Rollout, seed: int) -> tuple[StepResult, float]:
-        none = np.zeros(len(rollout.rewards))
-        rewards = rollout.rewards.copy()
-        rewards[rollout.ends] -= leave_one_out(rollout.returns, self.config.samples)
-        found = gae(
-            rewards,
-            self._values(rollout),
-            rollout.durations,
-            rollout.ends,
-            none.astype(bool),
-            none,
-            self.config.gamma,
-            self.config.lam,
-        )
-        like = rollout.log_probs
-        step = self.optimizer.step(
-            Batch(
-                rollout.observations,
-                rollout.masks,
-                rollout.actions,
-                rollout.log_probs,
-                torch.from_numpy(found.advantages).to(like),
+    # --- state ------------------------------------------------------------------------------------
+
+    def finish(self, iteration: Iteration) -> None:
+        """Count an iteration as done, in memory and on disk."""
+        self.finished = self._weights()
+        self.done.append(iteration)
+        saved = f"The state after iteration {len(self.done) - 1} is whole. "
+        with disk(LABEL, "the router's state", self.folder, saved):
+            policy, value = self.finished
+            write_state(
+                self.folder / STATE,
+                {
+                    "fingerprint": json.dumps(self.fingerprint),
+                    "start": self.start,
+                    "policy": policy,
+                    "value": value,
+                    "done": json.dumps([asdict(i) for i in self.done]),
+                },
             )
-        )
-        seen, targets = rollout.observations, torch.from_numpy(found.targets).to(like)
-        fitted = fit_value(
-            self.value,
-            seen,
-            targets,
-            self.config.value_epochs,
-            64,
-            self.config.value_rate,
-            torch.Generator().manual_seed(seed),
-        )
-        return step, fitted.before
+            self._write_metrics()
 
-    @torch.no_grad()
-    def _values(self, rollout: Rollout) -> Any:
-        return self.value(rollout.observations).double().cpu().numpy()
-
-    def save(self) -> None:
-        state = {
-            "fingerprint": self.fingerprint,
-            "policy": {k: v.detach().cpu() for k, v in self.policy.state_dict().items()},
-            "value": {k: v.detach().cpu() for k, v in self.value.state_dict().items()},
-            "done": json.dumps([asdict(i) for i in self.done]),
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        lines = "".join(json.dumps(asdict(i)) + "\n" for i in self.done)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / STATE, buffer.getbuffer())
-            write_atomically(self.folder / METRICS, lines.encode())
-        except OSError as error:
-            raise TrainingError(
-                f"the router's state could not be written to {self.folder}: {error}. Free some space and "
-                "start again: it goes on from the last finished iteration."
-            ) from error
-
-    def restore(self) -> None:
+    def resume(self) -> None:
+        """Go on where the folder's state ends, if it holds one."""
         path = self.folder / STATE
         if not path.is_file():
             return
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != self.fingerprint:
+        state = read_state(path, self.environment.mounted.base.device, LABEL)
+        check_same_run(path, json.loads(state["fingerprint"]), self.fingerprint, LABEL)
+        start, policy = state["start"], state["policy"]
+        check_same_start(path, start, policy, self.policy.state_dict(), LABEL)
+        done = [Iteration(**i) for i in json.loads(state["done"])]
+        if len(done) > self.config.iterations:
             raise TrainingError(
-                f"{path} belongs to a run with other settings. Set them back, or delete {self.folder}."
+                f"{path} holds the weights after {len(done)} iterations, {self.config.iterations} are asked "
+                f"for: they cannot be taken back. Ask for {len(done)}, or delete {self.folder} to begin anew."
             )
-        self.policy.load_state_dict(state["policy"])
-        self.value.load_state_dict(state["value"])
-        self.done = [Iteration(**i) for i in json.loads(state["done"])][: self.config.iterations]
+        self.start, self.done = start, done
+        self.finished = policy, state["value"]
+        self.rewind()
+        with disk(LABEL, "the metrics", self.folder, ""):
+            self._write_metrics()  # a kill may have come between state and metrics
+
+    def rewind(self) -> None:
+        """Back to the weights of the last finished iteration."""
+        policy, value = self.finished
+        self.policy.load_state_dict(policy)
+        self.value.load_state_dict(value)
+
+    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(policy, value), copied."""
+        policy, value = (
+            {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+            for module in (self.policy, self.value)
+        )
+        return policy, value
+
+    def _write_metrics(self) -> None:
+        lines = "".join(json.dumps(asdict(i)) + "\n" for i in self.done)
+        write_text(self.folder / METRICS, lines)
 
 
-def leave_one_out(returns: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
-    """What the other episodes of the same conversation returned on average (episodes,); 0 if there are none.
-
-    Args:
-        returns: (episodes,), `samples` in a row of each conversation.
-    """
-    if samples == 1:
-        return np.zeros_like(returns)
-    groups = returns.reshape(-1, samples)
-    return ((groups.sum(1, keepdims=True) - groups) / (samples - 1)).reshape(-1)
+def _decision_rewards(rollout: Rollout, config: PolicyGradientConfig) -> NDArray[np.float64]:
+    """Reward of each decision, discounted to it, less what other answers to the conversation got."""
+    rewards = rollout.rewards.copy()
+    rewards[rollout.last_chunks] -= leave_one_out(rollout.returns, config.samples)
+    return span_rewards(rewards, rollout.durations, config.gamma)
 
 
-def _alarm(use: Any, step: StepResult, experts: Sequence[str], config: PolicyGradientConfig) -> str:
+def _alarm(
+    use: NDArray[np.float64],
+    step: PolicyStep,
+    experts: Sequence[str],
+    config: PolicyGradientConfig,
+) -> str:
     """Why the policy seems to have collapsed, or ""."""
     most = int(np.argmax(use))
     if use[most] > config.collapse_share:
@@ -260,22 +339,3 @@ def _alarm(use: Any, step: StepResult, experts: Sequence[str], config: PolicyGra
     if step.entropy < config.collapse_entropy:
         return f"mean entropy {step.entropy:.3f} nats: the policy no longer explores"
     return ""
-
-
-class _Value(nn.Module):
-    """Value of an observation, (n, width) -> (n,); starts near zero."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.net = Net(width, 0, hidden, 1, 0.01)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        return self.net(observation)[:, 0]
-
-
-def _value_like(router: AgenticRouter, seed: int) -> _Value:
-    """A value network of the actor's size: the critic stays as it is, hysteresis rests on it."""
-    read = router.policy.actor.net.read
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _Value(router.observed.width, read.out_features).to(read.weight.device)

@@ -13,28 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bem.control.chunks import chunk_starts
+from bem.adapters.sites import base_hash
+from bem.config import CloningConfig
+from bem.errors import TrainingError
+from bem.files import sha256_json, write_bytes
+from bem.routing.action import ActionSpace
+from bem.routing.mounted import Mounted
 from bem.routing.oracle import best_path
-from bem.training.data import IGNORED, Encoded, collate
-from bem.training.fit import write_atomically
-from bem.training.losses import answer_logits
+from bem.training.chunk_losses import Floats, LossReader
+from bem.training.data import Encoded
 
-if TYPE_CHECKING:
-    from bem.config import CloningConfig
-    from bem.routing.action import ActionSpace
-    from bem.routing.mounted import Mounted
-
-Floats = NDArray[np.float32]
+FORMAT = 4  # of a trace file; it is part of its key
 
 
 @dataclass(frozen=True)
@@ -74,52 +71,79 @@ def trace(
     on_progress: Callable[[int, int], None] | None = None,
     experts_alone: bool = False,
 ) -> Traces:
-    """Trace conversations; a finished trace of the same rows, experts and costs is read from `cache`.
+    """Trace conversations; a finished trace of the same base, experts, rows and costs is read from `cache`.
 
     Args:
         cache: an .npz file, written whole or not at all.
         on_progress: called with (passes done, passes in all).
         experts_alone: leave rank budgets and strengths out: no options, (rows, chunks, 0).
+    Raises:
+        TrainingError: no conversations, or `cache` is damaged.
     """
+    if not rows:
+        raise TrainingError("no conversations to trace.")
+    sizes = mounted.router.space.sizes
+    others = (0, 0) if experts_alone else sizes[2:]
+    passes = _counted(sizes[0] + max(0, sum(others) - 1), on_progress)
+
+    def read() -> Traces:
+        reader = LossReader(mounted, rows, pad_id, batch_size, passes)
+        return _traced(reader, mounted.router.space, others, config.switch_cost)
+
+    if cache is None:
+        return read()
     key = _key(mounted, rows, config, experts_alone)
-    if cache is not None and cache.is_file():
-        with np.load(cache) as known:
-            if str(known["key"]) == key:
-                return Traces(**{name: known[name] for name in Traces.__dataclass_fields__})
-    space = mounted.router.space
-    others = (0, 0) if experts_alone else space.sizes[2:]
-    counter = _Counter(space.sizes[0] + max(0, sum(others) - 1), on_progress)
-    reader = _Reader(mounted, rows, pad_id, batch_size, counter)
+    if (cached := _read_cache(cache, key)) is not None:
+        return cached
+    traces = read()
+    _write_cache(cache, key, traces)
+    return traces
+
+
+def _traced(
+    reader: LossReader, space: ActionSpace, others: tuple[int, ...], switch_cost: float
+) -> Traces:
+    """others: options of rank budget and strength that are read."""
     experts = np.stack([reader.losses(o, None, None) for o in range(space.sizes[0])], -1)
-    oracle = best_path(experts, config.switch_cost, real=reader.real)
+    oracle = best_path(experts, switch_cost, real=reader.real)
     path = np.where(reader.real, oracle.path, -1)
-    plain = space.plain
-    known = {}  # the plain action is an option of both heads
-
-    def under(rank: int, strength: int) -> Floats:
-        if (rank, strength) not in known:
-            known[rank, strength] = reader.losses(path, rank, strength)
-        return known[rank, strength]
-
-    ranks = [under(rank, plain[2]) for rank in range(others[0])]
-    strengths = [under(plain[1], strength) for strength in range(others[1])]
-    none = np.zeros((*path.shape, 0), np.float32)
-    traces = Traces(
+    ranks, strengths = _other_heads(reader, path, space.plain, others)
+    return Traces(
         experts=experts.astype(np.float32),
-        ranks=np.stack(ranks, -1) if ranks else none,
-        strengths=np.stack(strengths, -1) if strengths else none,
+        ranks=ranks,
+        strengths=strengths,
         path=oracle.path,
         cost_to_go=oracle.cost_to_go.astype(np.float32),
         answers=reader.answers,
         turns=reader.turns,
         chunks=reader.real.sum(1),
     )
-    if cache is not None:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, key=key, **vars(traces))
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, buffer.getvalue())
-    return traces
+
+
+def _other_heads(
+    reader: LossReader,
+    path: NDArray[np.int64],
+    plain: tuple[int, int, int],
+    sizes: tuple[int, ...],
+) -> tuple[Floats, Floats]:
+    """Losses under every rank budget and every strength along a path: (rows, chunks, options) each."""
+    losses: dict[tuple[int, int], Floats] = {}  # the plain action is an option of both heads
+
+    def under(rank: int, strength: int) -> Floats:
+        if (rank, strength) not in losses:
+            losses[rank, strength] = reader.losses(path, rank, strength)
+        return losses[rank, strength]
+
+    none = np.zeros((*path.shape, 0), np.float32)
+    ranks = [under(rank, plain[2]) for rank in range(sizes[0])]
+    strengths = [under(plain[1], strength) for strength in range(sizes[1])]
+    return (np.stack(ranks, -1) if ranks else none, np.stack(strengths, -1) if strengths else none)
+
+
+def _counted(total: int, show: Callable[[int, int], None] | None) -> Callable[[], None]:
+    """Tells `show` how many passes are done each time it is called."""
+    done = itertools.count(1)
+    return lambda: show(next(done), total) if show else None
 
 
 def target_actions(
@@ -162,118 +186,59 @@ def _clearly_best(costs: NDArray[np.floating], plain: int, margin: float) -> NDA
 
 
 def best_expert(traces: Traces, switch_cost: float, row: int, chunk: int, current: int) -> int:
-    """The oracle's expert option at a chunk when `current` is in force: it may have erred before."""
+    """The oracle's expert option at a chunk when `current` is in force, on its path or off it."""
     cost = traces.cost_to_go[row, chunk] + switch_cost
-    cost = cost.copy()
     cost[current] -= switch_cost
     return int(cost.argmin())
 
 
-class _Counter:
-    def __init__(self, total: int, show: Callable[[int, int], None] | None):
-        self.done, self.total, self.show = 0, total, show
-
-    def tick(self) -> None:
-        self.done += 1
-        if self.show:
-            self.show(self.done, self.total)
-
-
-class _Reader:
-    """Reads the same conversations again and again, under one route after the other."""
-
-    def __init__(
-        self, mounted: Mounted, rows: Sequence[Encoded], pad_id: int, size: int, counter: _Counter
-    ):
-        self.mounted, self.counter = mounted, counter
-        self.device = mounted.base.device
-        self.batches: list[tuple[list[int], dict[str, Tensor], Tensor]] = []
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        plain = [replace(row, route=[]) for row in rows]
-        for at in range(0, len(rows), size):
-            chosen = order[at : at + size]
-            batch = collate([plain[i] for i in chosen], pad_id)
-            self.batches.append((chosen, batch, chunk_numbers(batch, mounted.router.chunk_size)))
-        longest = max(int(number.max()) for _, _, number in self.batches)
-        self.shape = (len(rows), longest)
-        self.real = np.zeros(self.shape, bool)
-        self.answers = np.zeros(self.shape, bool)
-        self.turns = np.zeros(self.shape, bool)
-        for chosen, batch, number in self.batches:
-            self._describe(chosen, batch, number)
-
-    def _describe(self, chosen: list[int], batch: dict[str, Tensor], number: Tensor) -> None:
-        predicts = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        predicts[:, :-1] = batch["labels"][:, 1:] != IGNORED
-        for r, i in enumerate(chosen):
-            self.real[i, : int(number[r].max())] = True
-            self.answers[i, np.unique(number[r][predicts[r]].numpy()) - 1] = True
-            self.turns[i, number[r][batch["turn_starts"][r]].numpy() - 1] = True
-
-    @torch.inference_mode()
-    def losses(
-        self, expert: int | NDArray[np.int64], rank: int | None, strength: int | None
-    ) -> Floats:
-        """Loss of every chunk (rows, chunks) under one expert option, or one for each chunk."""
-        found = np.zeros(self.shape, np.float64)
-        plain = self.mounted.router.space.plain
-        rest = (0, plain[1] if rank is None else rank, plain[2] if strength is None else strength)
-        for chosen, batch, number in self.batches:
-            options = torch.full_like(batch["input_ids"], expert if isinstance(expert, int) else 0)
-            if not isinstance(expert, int):
-                of_chunk = torch.from_numpy(expert[chosen])
-                options = of_chunk.gather(1, (number - 1).clamp(min=0))
-            route = torch.cat(
-                [options[..., None], options.new_tensor(rest).expand(*options.shape, 3)], -1
-            )
-            found[chosen] = self._read(
-                batch, number, torch.where(options[..., None] < 0, -1, route)
-            )
-        self.counter.tick()
-        return found.astype(np.float32)
-
-    def _read(self, batch: dict[str, Tensor], number: Tensor, route: Tensor) -> NDArray[np.float64]:
-        inputs = {k: v.to(self.device) for k, v in {**batch, "route": route}.items()}
-        logits = answer_logits(self.mounted.model, inputs)
-        kept = logits.shape[1]
-        labels = inputs["labels"][:, -kept:]
-        nll = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2),
-            labels[:, 1:],
-            ignore_index=IGNORED,
-            reduction="none",
-        ).cpu()
-        counted = (labels[:, 1:] != IGNORED).cpu()
-        turn = batch["turn_starts"].long().cumsum(1)[:, -kept:-1]
-        at = number[:, -kept:-1]
-        weight = _per_turn(counted, turn)
-        losses = torch.zeros(len(number), self.shape[1], dtype=torch.float64)
-        losses.scatter_add_(1, (at - 1).clamp(min=0), (nll * weight).double())
-        return losses.numpy()
-
-
-def chunk_numbers(batch: dict[str, Tensor], chunk_size: int) -> Tensor:
-    """Number of each token's chunk from 1, int (batch, tokens); 0 at padding before the first."""
-    valid = batch["attention_mask"].bool()
-    carried = torch.zeros(len(valid), dtype=torch.long)
-    return chunk_starts(valid, batch["turn_starts"], carried, chunk_size).long().cumsum(1)
-
-
-def _per_turn(counted: Tensor, turn: Tensor) -> Tensor:
-    """1 / (answer tokens of the turn) at every counted position, 0 elsewhere."""
-    n = torch.zeros(len(turn), int(turn.max()) + 1)
-    n.scatter_add_(1, turn, counted.float())
-    return counted / n.gather(1, turn).clamp(min=1)
+# --- cache ----------------------------------------------------------------------------------------
 
 
 def _key(
     mounted: Mounted, rows: Sequence[Encoded], config: CloningConfig, experts_alone: bool
 ) -> str:
-    costs = f"3 {config.switch_cost} {mounted.router.chunk_size} {experts_alone} "
-    digest = hashlib.sha256(costs.encode())
-    digest.update(repr((mounted.router.space, mounted.router.region)).encode())
-    for expert in mounted.experts:
-        digest.update(expert.digest.encode())
+    """Digest of everything that a trace depends on."""
+    router, digest = mounted.router, hashlib.sha256()
     for row in rows:
-        digest.update(np.array([*row.input_ids, -1, *row.labels], np.int64).tobytes())
-    return digest.hexdigest()
+        ids = [*row.input_ids, -1, *row.labels, -1, *map(int, row.turn_starts)]
+        digest.update(np.array(ids, np.int64).tobytes())
+        digest.update(np.array(row.relevance, np.float64).tobytes())
+    return sha256_json(
+        {
+            "format": FORMAT,
+            "base": base_hash(mounted.base),
+            "experts": [expert.digest for expert in mounted.experts],
+            "loaded": router.available.tolist(),
+            "space": repr(router.space),
+            "region": repr(router.region),
+            "chunk_size": router.chunk_size,
+            "switch_cost": config.switch_cost,
+            "experts_alone": experts_alone,
+            "rows": digest.hexdigest(),
+        }
+    )
+
+
+def _read_cache(path: Path, key: str) -> Traces | None:
+    """The cached trace if it has this key; None: there is none, or it is another one."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as file:
+            if str(file["key"]) != key:
+                return None
+            return Traces(**{field.name: file[field.name] for field in fields(Traces)})
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+        raise TrainingError(
+            f"{path} cannot be read ({type(error).__name__}). Delete it to trace anew."
+        ) from error
+
+
+def _write_cache(path: Path, key: str, traces: Traces) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, key=np.array(key), **vars(traces))
+    try:
+        write_bytes(path, buffer.getbuffer())
+    except OSError as error:
+        raise TrainingError(f"the traces could not be written to {path}: {error}.") from error

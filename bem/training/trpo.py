@@ -1,4 +1,4 @@
-"""Trust region policy optimisation (TRPO; arXiv:1502.05477, appendix C) and the critic's fit.
+"""Trust region policy optimisation (TRPO; arXiv:1502.05477, appendix C).
 
     maximise   mean[ pi(a|s) / mu(a|s) * A ]      subject to   mean KL(pi_old || pi) <= delta
 
@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bem.errors import Diverged
@@ -67,7 +68,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class PolicyStep:
     """What one step did. Means are over rows in which there was something to choose."""
 
     accepted: bool
@@ -117,7 +118,7 @@ class TRPOOptimizer:
         self.policy, self.delta, self.damping = policy, delta, damping
         self.cg_iterations, self.backtracks, self.shrink = cg_iterations, backtracks, shrink
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: Batch) -> PolicyStep:
         """Improve the policy on one batch, or leave it as it is and say why.
 
         Raises:
@@ -154,11 +155,11 @@ class TRPOOptimizer:
         old: HeadsDistribution,
         before: float,
         full: Tensor,
-        unchanged: StepResult,
-    ) -> StepResult:
+        unchanged: PolicyStep,
+    ) -> PolicyStep:
         """Leave the policy at the longest acceptable step, or exactly where it was."""
         saved = [p.detach().clone() for p in parameters]
-        found, kl, gain = None, math.nan, math.nan
+        accepted, kl, gain = None, math.nan, math.nan
         try:
             for k in range(self.backtracks + 1):
                 step = full * self.shrink**k
@@ -168,10 +169,10 @@ class TRPOOptimizer:
                 if kl <= self.delta and 0 < gain < math.inf and _all_finite(parameters):
                     length = torch.linalg.norm(step).item()
                     residual = unchanged.cg_residual
-                    found = StepResult(True, kl, gain, entropy, k, length, residual, "")
-                    return found
+                    accepted = PolicyStep(True, kl, gain, entropy, k, length, residual, "")
+                    return accepted
         finally:  # also if the policy raised at a candidate
-            if found is None:
+            if accepted is None:
                 _set(parameters, saved)
         reason = (
             f"no candidate kept KL <= {self.delta:g} and improved the surrogate; the last of "
@@ -190,7 +191,7 @@ class TRPOOptimizer:
 
 
 def fisher_vector_product(
-    policy: Policy, obs: Tensor, masks: Sequence[Tensor], damping: float = 0.0
+    policy: Policy, obs: Float[Tensor, "n d"], masks: Sequence[Tensor], damping: float = 0.0
 ) -> Operator:
     """v -> (F + damping I) v, F the policy's mean Fisher matrix over the rows of obs.
 
@@ -210,8 +211,8 @@ def fisher_vector_product(
 
 
 def conjugate_gradient(
-    product: Operator, b: Tensor, iterations: int, tolerance: float = 1e-5
-) -> tuple[Tensor, float]:
+    product: Operator, b: Float[Tensor, " n"], iterations: int, tolerance: float = 1e-5
+) -> tuple[Float[Tensor, " n"], float]:
     """Approximate solution of A x = b from x = 0, and the relative residual ||A x - b|| / ||b||.
 
     Stops early at `tolerance`, or where p^T A p <= 0: rounding has left A indefinite along p, and
@@ -231,65 +232,6 @@ def conjugate_gradient(
             break
         p = r + (squared / before) * p
     return x, (squared / start).sqrt().item()
-
-
-@dataclass(frozen=True)
-class ValueFit:
-    """Explained variance 1 - Var(target - value) / Var(target); NaN if all targets are equal."""
-
-    before: float
-    after: float
-
-
-def fit_value(
-    value: nn.Module,
-    obs: Tensor,
-    targets: Tensor,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: torch.Generator,
-) -> ValueFit:
-    """Fit a critic, obs (n, d) -> (n,), to targets (n,) by least squares with Adam (eps 1e-5).
-
-    Args:
-        generator: CPU generator that shuffles the rows.
-    Raises:
-        ValueError: the critic's output is not (n,), where broadcasting would fit it to nonsense.
-        Diverged: targets or weights are not finite; the critic is left as it was.
-    """
-    if not torch.isfinite(targets).all():
-        raise Diverged(f"{int((~torch.isfinite(targets)).sum())} value targets are not finite.")
-    before = explained_variance(value, obs, targets)
-    parameters = list(value.parameters())
-    saved = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(obs), generator=generator).split(batch_size):
-            rows = rows.to(obs.device)
-            loss = (value(obs[rows]) - targets[rows]).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if not _all_finite(parameters):
-        _set(parameters, saved)
-        raise Diverged(f"the critic diverged; lower its learning rate ({learning_rate:g}).")
-    return ValueFit(before, explained_variance(value, obs, targets))
-
-
-@torch.no_grad()
-def explained_variance(value: nn.Module, obs: Tensor, targets: Tensor) -> float:
-    """1 - Var(target - value) / Var(target): 1 is perfect, 0 is no better than a constant."""
-    predicted = value(obs)
-    if predicted.shape != targets.shape:
-        raise ValueError(
-            f"the critic gives {tuple(predicted.shape)} for targets {tuple(targets.shape)}: "
-            "it must return one number per row, (n,)."
-        )
-    spread = targets.double().var(correction=0).item()
-    rest = (targets.double() - predicted.double()).var(correction=0).item()
-    return 1 - rest / spread if spread > 0 else math.nan
 
 
 def _surrogate(new: HeadsDistribution, batch: Batch) -> Tensor:
@@ -335,11 +277,11 @@ def _all_finite(parameters: Sequence[nn.Parameter]) -> bool:
 
 def _check(batch: Batch) -> None:
     n, heads = len(batch.obs), len(batch.masks)
-    found = {name: tuple(getattr(batch, name).shape) for name in ("actions", *_PER_ROW)}
-    if found != {"actions": (n, heads), **dict.fromkeys(_PER_ROW, (n,))}:
+    shapes = {name: tuple(getattr(batch, name).shape) for name in ("actions", *_PER_ROW)}
+    if shapes != {"actions": (n, heads), **dict.fromkeys(_PER_ROW, (n,))}:
         raise ValueError(
             f"{n} rows of obs and {heads} masks need actions ({n}, {heads}), log_probs ({n},) and "
-            f"advantages ({n},); got {found}."
+            f"advantages ({n},); got {shapes}."
         )
     for name in ("obs", *_PER_ROW):
         count = int((~torch.isfinite(getattr(batch, name))).sum())
@@ -360,5 +302,5 @@ def _normalised(batch: Batch) -> Batch:
     return replace(batch, advantages=torch.where(differ, centred / spread, 0.0))
 
 
-def _refused(reason: str, entropy: float, residual: float = 1.0) -> StepResult:
-    return StepResult(False, 0.0, 0.0, entropy, 0, 0.0, residual, reason)
+def _refused(reason: str, entropy: float, residual: float = 1.0) -> PolicyStep:
+    return PolicyStep(False, 0.0, 0.0, entropy, 0, 0.0, residual, reason)

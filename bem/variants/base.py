@@ -1,31 +1,40 @@
-"""What every adapter declares, and the code from which it makes its control.
+"""What every variant declares, and the code from which it makes its control.
 
-An adapter adds an update to the output of one frozen linear layer. What changes from chunk to chunk
-is its *control*: a short vector that it derives from the controller's code and that then holds for
-every token of the chunk. An adapter without control (width 0) is static.
+A variant adds an update to the output of one frozen linear layer, or modulates the residual stream.
+What changes from chunk to chunk is its *control*: a short vector that it derives from the
+controller's code and that then holds for every token of the chunk. Width 0: static.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Code:
-    """What the controller knows about each chunk, from the tokens before it. Float32."""
+    """What the controller knows about each chunk, from the tokens before it.
 
-    z: Tensor  # (batch, chunks, d_control)
-    heads: (
-        Tensor | None
-    )  # (batch, chunks, 2 * n_heads): statistics of each head over the last chunk
-    number: Tensor  # int (batch, chunks): how many chunks came before in the sequence, plus one
-    evidence: Tensor | None = (
-        None  # (batch, chunks, len(EVIDENCE_FEATURES)): known before each chunk
-    )
-    real: Tensor | None = None  # bool (batch, chunks): the slot holds tokens
+    z and heads lie on a coarse grid (see `Controller`), so that a sequence has the same code alone, in a
+    batch and through a cache. Whatever is made of them is computed in float64 and rounded once.
+    """
+
+    z: Float[Tensor, "batch chunks d_control"]
+    heads: Float[Tensor, "batch chunks stats"] | None
+    """2 statistics of each head over the last chunk."""
+    number: Int[Tensor, "batch chunks"]
+    """How many chunks came before in the sequence, plus one."""
+    real: Bool[Tensor, "batch chunks"]
+    """The slot holds tokens."""
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> (batch, chunks, width), known before each chunk; all zero where nothing was given."""
+    dtype: torch.dtype = torch.float32
+    """In which the control will be applied."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +49,28 @@ class Adapter(nn.Module, ABC):
     """An update to one frozen linear layer. Abstract: subclasses are final."""
 
     control_width: int = 0  # floats of control per chunk; 0: static
+    rank: int = 0
+    scale: float = 1.0  # factor of the update
 
-    def control(self, code: Code) -> Tensor:
-        """The control of each chunk, (batch, chunks, control_width). Static adapters are never asked."""
+    def control(self, code: Code) -> Float[Tensor, "batch chunks width"]:
+        """The control of each chunk, float64. Static adapters are never asked."""
         raise NotImplementedError(f"{type(self).__name__} is static: it has no control.")
 
     @abstractmethod
-    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+    def update(
+        self,
+        y: Float[Tensor, "*tokens out"],
+        x: Float[Tensor, "*tokens in"],
+        control: Float[Tensor, "rows width"] | None,
+        slot: Int[Tensor, " n"] | None,
+    ) -> Float[Tensor, "*tokens out"]:
         """y plus the update for input x.
 
         Args:
-            y: output of the frozen layer (batch, tokens, d_out).
-            x: its input (batch, tokens, d_in).
-            control: (batch, tokens, control_width) in the dtype of x, or None if static.
+            y: output of the frozen layer.
+            x: its input.
+            control: table of controls in the dtype of x; None if static.
+            slot: row of the table of each token, in flattened order; None: see `masked_low_rank`.
         """
 
     @abstractmethod
@@ -65,3 +83,9 @@ class Adapter(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Called after every optimiser step: keep the weights inside their bounds."""
+
+
+def linear64(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in float64, whatever dtype its weights have."""
+    bias = None if layer.bias is None else layer.bias.double()
+    return F.linear(x.double(), layer.weight.double(), bias)

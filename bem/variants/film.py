@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bem.variants.base import Code, Flops
+from bem.variants.base import Code, Flops, linear64
 
 
 class ResidualFiLMModule(nn.Module):
@@ -30,14 +30,24 @@ class ResidualFiLMModule(nn.Module):
 
     def control(self, code: Code) -> Tensor:
         """gamma - 1 and beta, side by side: (batch, chunks, 2 * d_model)."""
-        gamma, beta = torch.tanh(self.head(code.z)).chunk(2, -1)
+        gamma, beta = torch.tanh(linear64(self.head, code.z)).chunk(2, -1)
         if self.wide:
             return torch.cat([torch.exp2(gamma) - 1, 0.5 * beta], -1)
         return torch.cat([0.2 * gamma, 0.1 * beta], -1)
 
-    def modulate(self, h: Tensor, control: Tensor) -> Tensor:
-        """h (batch, tokens, d_model), control (batch, tokens, 2 * d_model) -> h + (gamma - 1) h + beta."""
-        gamma_less_one, beta = control.chunk(2, -1)
+    def modulate(self, h: Tensor, control: Tensor, slot: Tensor | None) -> Tensor:
+        """h + (gamma - 1) h + beta.
+
+        Args:
+            h: (batch, tokens, d_model).
+            control: table (rows, 2 * d_model) in the dtype of h.
+            slot: row of each token, see `masked_low_rank`.
+        """
+        spread = control if slot is None else control.index_select(0, slot)
+        spread = spread.view(
+            *(h.shape[:-1] if len(spread) > 1 or h.numel() == h.shape[-1] else (1, 1)), -1
+        )
+        gamma_less_one, beta = spread.chunk(2, -1)
         return torch.addcmul(h + beta, gamma_less_one, h)
 
     def flops(self) -> Flops:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.config import EVIDENCE_FEATURES
-from bem.variants.base import Code, Flops
+from bem.variants.base import Code, Flops, linear64
 
 MARGIN = EVIDENCE_FEATURES.index("margin")
 PRESENT = EVIDENCE_FEATURES.index("present")
@@ -37,9 +37,10 @@ class GateShapingV2(nn.Module):
 
     def control(self, code: Code) -> Tensor:
         """1 / T_h of each chunk: (batch, chunks, n_heads)."""
-        assert code.evidence is not None, "the controller must hand over evidence"
         shift = math.log(2)  # sigmoid(-ln 2) = 1/3, so T = 1 exactly
-        return 1 / (0.5 + 1.5 * torch.sigmoid(self.head(code.evidence) - shift))
+        return 1 / (
+            0.5 + 1.5 * torch.sigmoid(linear64(self.head, code.conditioning["evidence"]) - shift)
+        )
 
     def flops(self) -> Flops:
         return Flops(per_chunk=2 * self.head.weight.numel())

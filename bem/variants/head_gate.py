@@ -6,14 +6,33 @@ rows of V see only that group's heads; a rank mask is a k-hot c.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bem.variants.base import Adapter, Code, Flops
+from bem.kernels.reference import masked_low_rank
+from bem.variants.base import Adapter, Code, Flops, linear64
 from bem.variants.gate_shaping import margin_alignment
-from bem.variants.projection import GramCache, into_ball
+from bem.variants.projection import Ball
 from bem.variants.rank_mask import RankMask
+from bem.variants.watch import ComputeCopies
+
+
+@dataclass(frozen=True)
+class Gating:
+    """Sizes of the gates' head, and what draws on it while it trains."""
+
+    groups: int
+    d_control: int
+    n_heads: int
+    n_evidence: int = 0
+    decorrelation: float = 0.0
+    """Weight of the penalty on the correlation between gates."""
+    alignment: float = 0.0
+    """Weight of (mean gate - margin_scale * margin of the evidence)^2."""
+    margin_scale: float = 2.0
 
 
 class HeadGate(Adapter):
@@ -30,66 +49,57 @@ class HeadGate(Adapter):
         d_out: int,
         rank: int,
         alpha: float,
-        groups: int,
-        d_control: int,
-        n_heads: int,
+        gating: Gating,
         mask: RankMask | None = None,
         radius: float | None = None,
-        decorrelation: float = 0.0,
-        n_evidence: int = 0,
-        alignment: float = 0.0,
-        margin_scale: float = 2.0,
     ):
-        """rank is split evenly over `groups`; alpha / rank scales the update; see `AdapterConfig`."""
+        """rank is split evenly over the groups; alpha / rank scales the update; see `AdapterConfig`."""
         super().__init__()
+        groups = gating.groups
         if rank % groups or d_in % groups:
             raise ValueError(
                 f"{groups} head groups must divide rank {rank} and input width {d_in}."
             )
-        self.v = nn.Parameter(torch.empty(groups, d_in // groups, rank // groups))
+        self.v = nn.Parameter(torch.empty(groups, rank // groups, d_in // groups))
         bound = (groups / d_in) ** 0.5  # as LoRA's V, for the inputs that a group sees
         nn.init.uniform_(self.v, -bound, bound)
         self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
-        self.gate = nn.Linear(d_control + 2 * n_heads + n_evidence, groups)
+        width = gating.d_control + 2 * gating.n_heads + gating.n_evidence
+        self.gate = nn.Linear(width, groups)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)  # 2 sigmoid(0) = 1
-        self.mask = mask
-        self.groups, self.rank, self.scale = groups, rank, alpha / rank
-        self.radius, self.decorrelation = radius, decorrelation
-        self.n_evidence, self.alignment, self.margin_scale = n_evidence, alignment, margin_scale
-        self.gram = GramCache()
+        self.mask, self.gating = mask, gating
+        self.rank, self.scale = rank, alpha / rank
+        self.ball = None if radius is None else Ball(radius)
         self.control_width = rank
+        self._cast = ComputeCopies()
         self._seen: tuple[Tensor, Code] | None = None  # gates of the last pass, for the penalty
 
     def control(self, code: Code) -> Tensor:
-        assert code.heads is not None, "the controller must hand over head statistics"
-        read = [code.z, code.heads]
-        if self.n_evidence:
-            assert code.evidence is not None, "the controller must hand over evidence"
-            read.append(code.evidence)
-        gates = 2 * torch.sigmoid(self.gate(torch.cat(read, -1)))
-        judged = self.training and (self.decorrelation or self.alignment)
+        gates = 2 * torch.sigmoid(linear64(self.gate, self._read(code)))
+        judged = self.training and (self.gating.decorrelation or self.gating.alignment)
         self._seen = (gates, code) if judged else None
-        c = self.scale * gates.repeat_interleave(self.rank // self.groups, -1)
+        c = self.scale * gates.repeat_interleave(self.rank // self.gating.groups, -1)
         if self.mask is not None:
             c = c * self.mask(code)
-        if self.radius is None:
-            return c
-        return into_ball(self.gram(self.u, self.v, self._dense_v), c, self.radius)
+        return c if self.ball is None else self.ball(self.u, self.dense_v(), c, code.dtype)
 
-    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+    def _read(self, code: Code) -> Tensor:
+        """What the gates are made from (batch, chunks, width)."""
+        assert code.heads is not None, "the controller must hand over head statistics"
+        parts = [code.z, code.heads]
+        if self.gating.n_evidence:
+            parts.append(code.conditioning["evidence"])
+        return torch.cat([p.double() for p in parts], -1)
+
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None
-        v = self.v.to(x.dtype)
-        if x.numel() == x.shape[-1]:  # one decoded token: its slices are a batch as they lie
-            h = torch.bmm(x.reshape(self.groups, 1, -1), v).view(*x.shape[:-1], self.rank)
-        else:  # V_g^T x_g^T for all tokens: twice as fast as x_g V_g, whose result is too thin
-            slices = x.reshape(-1, *v.shape[:2]).permute(1, 2, 0)
-            h = torch.bmm(v.mT, slices).view(self.rank, -1).t().view(*x.shape[:-1], self.rank)
-        return y + F.linear(h * control, self.u.to(x.dtype))
+        v, u = self._cast(x.dtype, self.v, self.u)
+        return masked_low_rank(y, x, v, control, slot, u)
 
     def flops(self) -> Flops:
         head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)
-        trust = 2 * self.rank**2 if self.radius is not None else 0
+        trust = 2 * self.rank * (self.rank + 1) if self.ball is not None else 0
         return Flops(2 * (self.v.numel() + self.u.numel()), per_chunk=head + trust)
 
     def magnitude(self, control: Tensor) -> Tensor:
@@ -100,25 +110,25 @@ class HeadGate(Adapter):
         """Weighted: correlation between the gates, and their distance from the evidence's margin."""
         if self._seen is None:
             return None
-        gates, code = self._seen
-        found = [self._correlation(gates)] if self.decorrelation else []
-        if self.alignment and code.evidence is not None and code.real is not None:
-            error = margin_alignment(gates, code.evidence, code.real, self.margin_scale)
-            found.append(None if error is None else self.alignment * error)
-        parts = [p for p in found if p is not None]
-        return torch.stack(parts).sum() if parts else None
+        (gates, code), gating = self._seen, self.gating
+        terms = [self._correlation(gates[code.real])] if gating.decorrelation else []
+        if gating.alignment and "evidence" in code.conditioning:
+            evidence = code.conditioning["evidence"]
+            error = margin_alignment(gates, evidence, code.real, gating.margin_scale)
+            terms.append(None if error is None else gating.alignment * error)
+        parts = [t for t in terms if t is not None]
+        return torch.stack(parts).sum().float() if parts else None
 
     def _correlation(self, gates: Tensor) -> Tensor | None:
-        """Mean squared correlation between the gates of different groups over the chunks seen."""
-        if gates[..., 0].numel() < 3:
+        """Mean squared correlation between the gates (chunks, groups) of different groups."""
+        if len(gates) < 3:
             return None
-        centred = gates.flatten(0, -2)
-        centred = F.normalize(centred - centred.mean(0), dim=0, eps=1e-6)
+        groups = self.gating.groups
+        centred = F.normalize(gates - gates.mean(0), dim=0, eps=1e-6)
         correlation = centred.t() @ centred
         off = correlation - torch.diag(correlation.diagonal())
-        return self.decorrelation * off.square().sum() / max(1, self.groups * (self.groups - 1))
+        return self.gating.decorrelation * off.square().sum() / max(1, groups * (groups - 1))
 
-    @staticmethod
-    def _dense_v(v: Tensor) -> Tensor:
+    def dense_v(self) -> Tensor:
         """V as one (rank, d_in) matrix, zero where a group's rows do not see an input."""
-        return torch.block_diag(*v.transpose(1, 2))
+        return torch.block_diag(*self.v)

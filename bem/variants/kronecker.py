@@ -1,8 +1,7 @@
 """V3: a sum of Kronecker products at the MLP down projection, applied without forming it.
 
 Delta W = sum_t A_t (x) B_t with A_t (a1, a2), B_t (b1, b2), a1 b1 = d_out, a2 b2 = d_in, each the
-most square factor pair. For x read row by row as X (a2, b2), (A (x) B) x = vec_r(A X B^T)
-(Van Loan, "The ubiquitous Kronecker product", 2000; KronA, arXiv:2212.10650).
+most square factor pair (KronA, arXiv:2212.10650); applied by `kernels.reference.kronecker`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bem.kernels.reference import kronecker
 from bem.variants.base import Adapter, Flops
+from bem.variants.watch import ComputeCopies
 
 
 class KroneckerFactorization(Adapter):
@@ -31,26 +32,15 @@ class KroneckerFactorization(Adapter):
             torch.zeros(terms, self.a1, self.a2)
         )  # zero: attaching changes nothing
         self.b = nn.Parameter(torch.randn(terms, self.b1, self.b2) / self.b2**0.5)
+        self.rank = terms
         self.terms, self.scale, self.spectral_cap = terms, scale, spectral_cap
         self.d_in, self.d_out = d_in, d_out
         self.register_buffer("probe", torch.randn(d_in) / d_in**0.5, persistent=False)
+        self._cast = ComputeCopies()
 
-    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
-        left, b = self._factors(x)
-        return torch.addmm(y.reshape(-1, self.b1), left, b, alpha=self.scale).view(y.shape)
-
-    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The two matrices whose product is the unscaled update of all rows of x.
-
-        A_t X for all t side by side (rows * a1, terms * b2), and B_t^T below each other (terms * b2, b1).
-        A comes first: where d_out < d_in that is the cheaper order, and the second product is one
-        plain matrix product.
-        """
-        a = self.a.to(x.dtype).transpose(0, 1).reshape(self.a1 * self.terms, self.a2)
-        b = self.b.to(x.dtype).transpose(1, 2).reshape(self.terms * self.b2, self.b1)
-        rows = x.reshape(-1, self.a2, self.b2)
-        left = torch.bmm(a.expand(len(rows), -1, -1), rows)  # (rows, a1 * terms, b2)
-        return left.view(-1, self.terms * self.b2), b
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
+        a, b = self._cast(x.dtype, self.a, self.b)
+        return kronecker(y, x, a, b, self.scale)
 
     def flops(self) -> Flops:
         first = self.a1 * self.a2 * self.terms * self.b2
@@ -59,14 +49,21 @@ class KroneckerFactorization(Adapter):
 
     @torch.no_grad()
     def sigma(self, tolerance: float = 1e-4, iterations: int = 200) -> float:
-        """Largest singular value of the scaled update, by power iteration from the last answer."""
+        """Largest singular value of the scaled update, by power iteration from the last answer.
+
+        A tenth of a random direction is mixed in: an iteration that starts exactly where the largest
+        direction was never leaves it when another one outgrows it.
+        """
         if not self.a.any():
             return 0.0
-        x, last = self.probe.to(self.a.dtype), 0.0
+        a, b = self.a.double(), self.b.double()
+        generator = torch.Generator().manual_seed(self.d_in)
+        fresh = torch.randn(self.d_in, generator=generator, dtype=torch.float64).to(a.device)
+        x, last, sigma = self.probe.double() + 0.1 * fresh / self.d_in**0.5, 0.0, 0.0
+        zero = a.new_zeros(self.d_out)
         for _ in range(iterations):
-            left, b = self._factors(x)
-            y = (left @ b).view(-1)
-            x = self._transposed(y)
+            y = kronecker(zero, x, a, b, 1.0)
+            x = torch.einsum("tij,ik,tkl->jl", a, y.view(self.a1, self.b1), b).reshape(-1)
             sigma = float(x.norm() / y.norm().clamp(min=1e-30))
             x = x / x.norm().clamp(min=1e-30)
             if abs(sigma - last) <= tolerance * sigma:
@@ -74,10 +71,6 @@ class KroneckerFactorization(Adapter):
             last = sigma
         self.probe.copy_(x)
         return self.scale * sigma
-
-    def _transposed(self, y: Tensor) -> Tensor:
-        """Delta W^T y for one vector: sum_t A_t^T Y B_t."""
-        return torch.einsum("tij,ik,tkl->jl", self.a, y.view(self.a1, self.b1), self.b).reshape(-1)
 
     @torch.no_grad()
     def after_step(self) -> None:

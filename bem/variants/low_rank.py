@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bem.kernels.reference import masked_low_rank
 from bem.variants.base import Adapter, Flops
 from bem.variants.projection import low_rank_norm
+from bem.variants.watch import ComputeCopies
 
 
 class LowRank(Adapter):
-    """Adds (alpha / rank) * U V x to a frozen linear layer (LoRA, arXiv:2106.09685).
+    """Adds scale * U V x to a frozen linear layer, scale = alpha / rank (LoRA, arXiv:2106.09685).
 
     Equal to PEFT's LoRA with lora_A = V and lora_B = U, initialised as PEFT does it.
     """
@@ -22,12 +23,13 @@ class LowRank(Adapter):
         self.v = nn.Parameter(torch.empty(rank, d_in))
         nn.init.kaiming_uniform_(self.v, a=5**0.5)
         self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
-        self.scale = alpha / rank
+        self.rank, self.scale = rank, alpha / rank
         self.radius = radius
+        self._cast = ComputeCopies()
 
-    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
-        product = F.linear(F.linear(x, self.v.to(x.dtype)), self.u.to(x.dtype))
-        return torch.add(y, product, alpha=self.scale)
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
+        v, u = self._cast(x.dtype, self.v, self.u)
+        return masked_low_rank(y, x, v, x.new_full((1, len(v)), self.scale), None, u)
 
     def flops(self) -> Flops:
         return Flops(per_token=2 * (self.v.numel() + self.u.numel()))

@@ -1,170 +1,165 @@
-"""Trust region: norms of a controlled low-rank update, without ever forming it.
+"""Trust region: norms of a controlled low-rank update, bounded without ever forming it.
 
-For an update U diag(c) V with c constant in a chunk,
+For an update U diag(c) V with c constant in a chunk, G_u = U^T U and G_v = V V^T (R x R, float64),
 
-    ||U diag(c) V||_F^2 = c^T [(U^T U) * (V V^T)] c        (* elementwise; exact, R^2 work per chunk)
-    sigma_1(U diag(c) V) = sigma_1(R_u diag(c) R_v^T)      (U = Q_u R_u, V^T = Q_v R_v; R x R)
+    ||U diag(c) V||_F^2     = c^T [G_u * G_v] c                        (* elementwise; R^2 per chunk)
+    sigma_1(U diag(c) V)^2  = lambda_max(L^T diag(c) G_u diag(c) L)    (G_v = L L^T; R^3 per chunk)
+    lambda_max(M)          <= ||M^p||_F^(1/p)                          (p = 2^16: above it by R^(1/2p))
 
-The Gram matrix and the triangular factors depend on the weights alone, so at inference they are
-computed once per set of weights. The projection onto a norm ball scales radially, which for the
-Frobenius norm is the nearest point (Parikh & Boyd, "Proximal Algorithms", 2014); for the spectral
-norm it keeps the direction, where the nearest point would clip each singular value on its own.
+What the model adds is U diag(c) V in the dtype that computes, with c rounded to it. Both norms are
+therefore bounded from above: the rounding of c moves the update by at most eps(dtype) * sum_i |c_i|
+||u_i|| ||v_i||, and the float64 sums themselves are off by a known share of that sum squared. Nothing
+here reads a number back to the host.
+
+The projection onto a norm ball scales radially, which for the Frobenius norm is the nearest point
+(Parikh & Boyd, "Proximal Algorithms", 2014); for the spectral norm it keeps the direction, where the
+nearest point would clip each singular value on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from bem.variants.watch import Watch
+
 Norm = Literal["frobenius", "spectral"]
-# Rounding of c to float32 (2^-24 of each rank's own norm) and of the squared norm, whose root is
-# worst where ranks cancel: the square root of 10^4 float64 roundings. Both lie below this.
-SLACK = 1e-6
-SETS_KEPT = 64  # sets of columns whose factors are remembered
+SQUARINGS = 16
+UNIT = torch.finfo(torch.float64).eps / 2
+TINY = torch.finfo(torch.float64).tiny
 
 
-def gram(u: Tensor, v: Tensor) -> Tensor:
-    """(U^T U) * (V V^T) in float32: (out, R), (R, in) -> (R, R)."""
-    u, v = u.float(), v.float()
-    return (u.t() @ u) * (v @ v.t())
+@dataclass(frozen=True)
+class Grams:
+    """What a norm of U diag(c) V needs of the weights, in float64. Rows of V count as unit vectors and
+    their lengths as U's, so that a large row of one beside a small one of the other costs no digits."""
+
+    norm: Norm
+    matrices: tuple[Tensor, ...]
+    """Frobenius: (G_u * G_v,), spectral: (G_u, G_v); each (..., R, R)."""
+    sizes: Float[Tensor, "*sets R"]
+    """||u_i|| ||v_i||, the norm of each rank alone."""
+    widths: int
+    """d_in + d_out: how many products each number is a sum of."""
+
+    @property
+    def error(self) -> float:
+        """Of a squared norm: the float64 rounding, in units of (sum_i |c_i| sizes_i)^2."""
+        ranks = self.sizes.shape[-1]
+        return 4 * max(1, ranks) * (ranks + self.widths) * UNIT
+
+    def select(self, columns: Int[Tensor, "sets n"]) -> Grams:
+        """Those of the given ranks, one set of n ranks for each control."""
+        down, across = columns[:, :, None], columns[:, None, :]
+        chosen = tuple(matrix[down, across] for matrix in self.matrices)
+        return replace(self, matrices=chosen, sizes=self.sizes[columns])
 
 
-class GramCache:
-    """The Gram matrix of a site, computed anew only when a weight changed or a gradient is wanted."""
-
-    def __init__(self) -> None:
-        self._key: tuple[int, ...] = ()
-        self._matrix: Tensor | None = None
-
-    def __call__(
-        self, u: Tensor, v: Tensor, rows: Callable[[Tensor], Tensor] = lambda v: v
-    ) -> Tensor:
-        """Gram matrix of U and rows(V), where `rows` writes V as one (R, in) matrix."""
-        if torch.is_grad_enabled():
-            return gram(u, rows(v))
-        key = (u.data_ptr(), u._version, v.data_ptr(), v._version)
-        if self._matrix is None or key != self._key:
-            self._key, self._matrix = key, gram(u, rows(v))
-        return self._matrix
+def grams(u: Float[Tensor, "out R"], v: Float[Tensor, "R in"], norm: Norm) -> Grams:
+    """The Gram matrices of weights as they are."""
+    u, v = u.double(), v.double()
+    lengths = v.norm(dim=1)
+    u, v = u * lengths, v / lengths.clamp(min=TINY)[:, None]
+    left, right = u.mT @ u, v @ v.mT
+    matrices = (left * right,) if norm == "frobenius" else (left, right)
+    return Grams(norm, matrices, u.norm(dim=0), len(u) + v.shape[1])
 
 
-def low_rank_norm(u: Tensor, v: Tensor) -> Tensor:
-    """||U V||_F as a scalar tensor."""
-    return gram(u, v).sum().clamp(min=0.0).sqrt()
-
-
-def controlled_norm(matrix: Tensor, c: Tensor) -> Tensor:
-    """||U diag(c) V||_F for each control: Gram (R, R), c (..., R) -> (...)."""
-    squared = ((c @ matrix) * c).sum(-1)
-    return squared.clamp(min=1e-30).sqrt()  # rounding may leave it just below zero
-
-
-def into_ball(matrix: Tensor, c: Tensor, radius: float) -> Tensor:
-    """Scale each control so that its update lies inside the Frobenius ball of `radius`.
+def norm_bound(weights: Grams, c: Float[Tensor, "*chunks R"], eps: float) -> Tensor:
+    """The norm of U diag(c) V for each control (...), never underestimated.
 
     Args:
-        matrix: Gram matrix of the site (R, R), see `gram`.
-        c: controls (..., R).
+        c: float64.
+        eps: relative rounding that each c_i is still to undergo; 0: none.
+    """
+    total = (c.abs() * weights.sizes).sum(-1)
+    if weights.norm == "frobenius":
+        squared = ((c[..., None, :] @ weights.matrices[0])[..., 0, :] * c).sum(-1)
+    else:
+        squared = _largest_eigenvalue(weights, c, total.square())
+    return (squared + weights.error * total.square()).clamp(min=TINY).sqrt() + eps * total
+
+
+def _largest_eigenvalue(weights: Grams, c: Tensor, otherwise: Tensor) -> Tensor:
+    """lambda_max(L^T diag(c) G_u diag(c) L) from above; `otherwise` where G_v has no factor L."""
+    left, right = weights.matrices
+    lift = weights.error * torch.eye(right.shape[-1], dtype=right.dtype, device=right.device)
+    factor, info = torch.linalg.cholesky_ex(right + lift)
+    power = factor.mT @ (c[..., :, None] * left * c[..., None, :]) @ factor
+    size = power.square().sum((-2, -1)).clamp(min=TINY).sqrt()
+    value = size
+    for k in range(1, SQUARINGS + 1):
+        power = power / size[..., None, None]
+        power = power @ power
+        size = power.square().sum((-2, -1)).clamp(min=TINY).sqrt()
+        value = value * size.pow(0.5**k)  # ||M^(2^k)||^(1/2^k), factor by factor
+    return torch.where(info > 0, otherwise, value)
+
+
+def norm_flops(norm: Norm, rank: int) -> int:
+    """Matrix FLOPs of the norm of one control."""
+    return 2 * rank**2 if norm == "frobenius" else 2 * (2 + SQUARINGS) * rank**3
+
+
+def low_rank_norm(
+    u: Float[Tensor, "out R"], v: Float[Tensor, "R in"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, ""]:
+    """||U V||_F in float64, never underestimated, whatever rounding U and V to `dtype` does."""
+    ones = torch.ones(u.shape[1], dtype=torch.float64, device=u.device)
+    return norm_bound(grams(u, v, "frobenius"), ones, 1.01 * torch.finfo(dtype).eps)
+
+
+def into_ball(
+    u: Float[Tensor, "out R"],
+    v: Float[Tensor, "R in"],
+    c: Float[Tensor, "*chunks R"],
+    radius: float,
+    norm: Norm = "frobenius",
+    dtype: torch.dtype = torch.float32,
+    cache: NormCache | None = None,
+) -> Float[Tensor, "*chunks R"]:
+    """Scale each control so that its update lies inside the norm ball of `radius` as it is applied:
+    U and V cast to `dtype`, the control rounded to it once.
+
+    Differentiable in c, and in U and V where they want a gradient.
+
+    Args:
+        u, v: grouped rows of V are given as one dense matrix.
+        c: float64 controls.
         radius: largest norm, in the units of the weights; must be > 0.
+        dtype: that computes the update.
+        cache: remembers what depends on the weights alone.
     Raises:
         ValueError: radius is not positive.
     """
-    if not radius > 0:
+    if not radius > 0:  # also true for NaN
         raise ValueError(f"radius must be > 0, got {radius}. To drop an update, do not attach it.")
-    return c * (radius / controlled_norm(matrix, c)).clamp(max=1.0)[..., None]
+    weights = (NormCache() if cache is None else cache)(u, v, dtype, norm)
+    return c * ball_scale(weights, c, radius, dtype)[..., None]
 
 
-def triangular(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(R_u, R_v) of U = Q_u R_u and V^T = Q_v R_v, in float64."""
-    return (
-        torch.linalg.qr(u.double(), mode="r").R,
-        torch.linalg.qr(v.double().t(), mode="r").R,
-    )
+def ball_scale(
+    weights: Grams, c: Float[Tensor, "*chunks R"], radius: float, dtype: torch.dtype
+) -> Tensor:
+    """The factor (...) of at most 1 that brings each control's update inside the ball of `radius`."""
+    info = torch.finfo(dtype)
+    bound = norm_bound(weights, c, info.eps / 2)
+    # below the smallest normal number rounding is absolute
+    lost = info.tiny * info.eps * ((c != 0) * weights.sizes).sum(-1)
+    scale = scale_into_ball(bound.detach(), (radius - lost.detach()).clamp(min=0.0))
+    if (
+        bound.requires_grad
+    ):  # the steps of the scale are flat: its gradient is that of radius / bound
+        smooth = (radius / bound).clamp(max=1.0)
+        scale = scale + (smooth - smooth.detach())
+    return scale
 
 
-def spectral_norm(r_u: Tensor, r_v: Tensor, c: Tensor) -> Tensor:
-    """sigma_1(U diag(c) V) for each control: triangular factors, c (..., R) float64 -> (...)."""
-    return torch.linalg.matrix_norm((r_u * c[..., None, :]) @ r_v.t(), ord=2)
-
-
-class Watch:
-    """Says whether tensors are still those of the last look. For what is computed once per set of weights.
-
-    It goes by address and by torch's count of writes, and keeps the tensors alive, so that no address
-    is used for another. Writing through `.data` or in inference mode is not counted.
-    """
-
-    def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._held: list[Tensor] = []
-
-    def changed(self, *tensors: Tensor) -> bool:
-        """Other tensors, or written to, since the last call."""
-        key = tuple(
-            (t.data_ptr(), t.shape, t.dtype, -1 if t.is_inference() else t._version)
-            for t in tensors
-        )
-        if key == self._key:
-            return False
-        self._key, self._held = key, [t.detach() for t in tensors]
-        return True
-
-
-class NormCache:
-    """Norms of U diag(c) V for controls that use only some ranks, never underestimated.
-
-    What depends on the weights alone is kept for each set of ranks until a weight changes.
-    """
-
-    def __init__(self) -> None:
-        self._weights = Watch()
-        self._factors: dict[Hashable, tuple[Tensor, ...]] = {}
-
-    @torch.no_grad()
-    def bound(
-        self, u: Tensor, v: Tensor, columns: Tensor, name: Hashable, c: Tensor, norm: Norm
-    ) -> Tensor:
-        """The norm for each control, plus what rounding c to float32 may add.
-
-        Args:
-            u, v: (out, R), (R, in).
-            columns: the n ranks that c speaks of; `name` stands for them in the cache.
-            c: float64 (rows, n).
-        """
-        factors = self._factors_of(u, v, columns, name, norm)
-        c, own = c.detach(), factors[-1]
-        if norm == "frobenius":
-            value = ((c @ factors[0]) * c).sum(-1).clamp(min=0.0).sqrt()
-        else:
-            value = spectral_norm(factors[0], factors[1], c)
-        return value + SLACK * (c.abs() @ own)
-
-    def _factors_of(
-        self, u: Tensor, v: Tensor, columns: Tensor, name: Hashable, norm: Norm
-    ) -> tuple[Tensor, ...]:
-        if self._weights.changed(u, v):
-            self._factors = {}
-        if (name, norm) not in self._factors:
-            if len(self._factors) >= SETS_KEPT:
-                del self._factors[next(iter(self._factors))]
-            self._factors[name, norm] = _factors(u[:, columns], v[columns], norm)
-        return self._factors[name, norm]
-
-
-def _factors(u: Tensor, v: Tensor, norm: Norm) -> tuple[Tensor, ...]:
-    """What a norm needs of the weights, and last ||u_i|| ||v_i|| of each rank."""
-    u, v = u.double(), v.double()
-    own = u.norm(dim=0) * v.norm(dim=1)
-    if norm == "frobenius":
-        return (u.t() @ u) * (v @ v.t()), own
-    return *triangular(u, v), own
-
-
-def scale_into_ball(bound: Tensor, radius: float) -> Tensor:
+def scale_into_ball(bound: Tensor, radius: float | Tensor) -> Tensor:
     """Largest factor of at most 1 that brings norms <= bound inside the ball, rounded down.
 
     Ten significant bits: multiples of 1/1024 from a half to one, finer below, so that a huge update is
@@ -174,39 +169,53 @@ def scale_into_ball(bound: Tensor, radius: float) -> Tensor:
 
     Args:
         bound: float64 (...), not negative.
-        radius: > 0, in the units of the weights.
+        radius: >= 0, in the units of the weights.
     """
     scale = (radius * (1 - 1e-9) / bound).clamp(max=1.0)  # bound 0: infinity, so 1
-    return (scale.view(torch.int64) >> 43 << 43).view(torch.float64)  # keep 9 of 52 stored bits
+    mantissa, exponent = torch.frexp(scale)  # 0.5 <= mantissa < 1
+    return (mantissa * 1024).floor() / 1024 * torch.exp2(exponent.to(scale.dtype))
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Largest singular value and Frobenius norm of one update."""
+class Ball:
+    """A norm ball around zero for the update U diag(c) V of one site."""
 
-    sigma: float
-    frobenius: float
-
-
-class SpectralMonitor:
-    """Reports the norms of a low-rank site's update for any control, from factors kept once.
-
-    QR costs (in + out) R^2 when the weights change; every later control costs R^3.
-    """
-
-    def __init__(self, u: Tensor, v: Tensor):
-        self._r_u, self._r_v = triangular(u.detach(), v.detach())
-
-    def spectrum(self, c: Tensor) -> Spectrum:
-        """Norms of U diag(c) V for one control c (R,).
+    def __init__(self, radius: float, norm: Norm = "frobenius"):
+        """radius: in the units of the weights; must be > 0.
 
         Raises:
-            ValueError: c holds NaN or inf, that is, the controller diverged.
+            ValueError: radius is not positive.
         """
-        if not torch.isfinite(c).all():
+        if not radius > 0:  # also true for NaN
             raise ValueError(
-                f"control holds {int((~torch.isfinite(c)).sum())} non-finite values: diverged."
+                f"radius must be > 0, got {radius}. To drop an update, do not attach it."
             )
-        core = self._r_u * c.double() @ self._r_v.t()
-        values = torch.linalg.svdvals(core)
-        return Spectrum(float(values[0]), float(values.square().sum().sqrt()))
+        self.radius, self.norm, self.cache = radius, norm, NormCache()
+
+    def __call__(self, u: Tensor, v: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `into_ball`."""
+        return into_ball(u, v, c, self.radius, self.norm, dtype, self.cache)
+
+
+class NormCache:
+    """The Gram matrices of a site, computed anew when a weight changed or wants a gradient."""
+
+    def __init__(self) -> None:
+        self._watch = Watch()
+        self._kept: dict[tuple[torch.dtype, Norm], Grams] = {}
+
+    def __call__(
+        self,
+        u: Float[Tensor, "out R"],
+        v: Float[Tensor, "R in"],
+        dtype: torch.dtype,
+        norm: Norm,
+    ) -> Grams:
+        """Of the weights as cast to `dtype`."""
+        if torch.is_grad_enabled() and (u.requires_grad or v.requires_grad):
+            return grams(u.to(dtype), v.to(dtype), norm)
+        if self._watch.changed(u, v) or u.is_inference() or v.is_inference():
+            self._kept = {}  # nobody counts the writes to an inference tensor
+        if (dtype, norm) not in self._kept:
+            with torch.inference_mode(False):  # a later step may want gradients of the control
+                self._kept[dtype, norm] = grams(u.detach().to(dtype), v.detach().to(dtype), norm)
+        return self._kept[dtype, norm]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bem.variants.base import Adapter, Code, Flops
-from bem.variants.projection import GramCache, into_ball
+from bem.kernels.reference import masked_low_rank
+from bem.variants.base import Adapter, Code, Flops, linear64
+from bem.variants.projection import Ball
+from bem.variants.watch import ComputeCopies
 
 RANDOM_PERIOD = 64  # the random control repeats after this many chunks
 
@@ -49,8 +50,8 @@ class RankMask(nn.Module):
     def forward(self, code: Code) -> Tensor:
         """(batch, chunks, rank), k ones each."""
         if self.scores is None:
-            return self.table[code.number % RANDOM_PERIOD]
-        scores = self.scores(code.z)
+            return self.table[code.number % RANDOM_PERIOD].double()
+        scores = linear64(self.scores, code.z)
         if not self.training:
             return torch.zeros_like(scores).scatter_(-1, scores.topk(self.k).indices, 1.0)
         noise = -torch.log(-torch.log(torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)))
@@ -78,20 +79,22 @@ class MaskedLowRank(Adapter):
         nn.init.kaiming_uniform_(self.v, a=5**0.5)
         self.u = nn.Parameter(torch.zeros(d_out, rank))  # zero: attaching changes nothing
         self.mask = mask
-        self.scale, self.radius = alpha / rank, radius
-        self.gram = GramCache()
+        self.rank, self.scale = rank, alpha / rank
+        self.ball = None if radius is None else Ball(radius)
         self.control_width = rank
+        self._cast = ComputeCopies()
 
     def control(self, code: Code) -> Tensor:
         c = self.scale * self.mask(code)
-        return c if self.radius is None else into_ball(self.gram(self.u, self.v), c, self.radius)
+        return c if self.ball is None else self.ball(self.u, self.v, c, code.dtype)
 
-    def update(self, y: Tensor, x: Tensor, control: Tensor | None) -> Tensor:
+    def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None
-        return y + F.linear(F.linear(x, self.v.to(x.dtype)) * control, self.u.to(x.dtype))
+        v, u = self._cast(x.dtype, self.v, self.u)
+        return masked_low_rank(y, x, v, control, slot, u)
 
     def flops(self) -> Flops:
-        trust = 2 * self.control_width**2 if self.radius is not None else 0
+        trust = 2 * self.control_width * (self.control_width + 1) if self.ball is not None else 0
         return Flops(2 * (self.v.numel() + self.u.numel()), self.mask.flops() + trust)
 
 

@@ -1,15 +1,11 @@
-import json
-import os
-
 import pytest
 import torch
 
 import bem
 from bem.adapters.checks import _ids, _logits, _perturbed
 from bem.adapters.checks_models import tiny_model
-from bem.adapters.sites import base_hash
 from bem.config import AdapterConfig
-from bem.errors import AttachError, BaseMismatch, CheckpointError, ConfigError
+from bem.errors import AttachError, ConfigError
 
 
 def test_an_unknown_variant_names_the_known_ones():
@@ -72,57 +68,6 @@ def test_state_goes_out_and_in_again():
         other.load_state_dict({})
 
 
-def test_another_base_is_refused(tmp_path):
-    bem.attach(tiny_model("llama"), "v1", rank=4).save(tmp_path / "a")
-    other = tiny_model("llama")
-    with torch.no_grad():
-        other.model.embed_tokens.weight[0, 0] += 1
-    with pytest.raises(BaseMismatch, match="made for a base with hash"):
-        bem.load(other, tmp_path / "a")
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_missing_file_is_named(tmp_path, name):
-    bem.attach(tiny_model("llama"), "v1", rank=4).save(tmp_path / "a")
-    os.remove(tmp_path / "a" / name)
-    with pytest.raises(CheckpointError, match=name):
-        bem.load(tiny_model("llama"), tmp_path / "a")
-
-
-def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    bem.attach(tiny_model("llama"), "v1", rank=4).save(tmp_path / "a")
-    os.remove(tmp_path / "a" / "manifest.json")
-    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
-        bem.load(tiny_model("llama"), tmp_path / "a")
-
-
-def test_the_manifest_tells_where_a_checkpoint_comes_from(tmp_path):
-    attached = bem.attach(tiny_model("llama"), "v1", rank=4)
-    attached.save(tmp_path / "a", data_hash="d" * 64, parent="p" * 64, extra={"step": 3})
-    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    assert manifest["data"] == "d" * 64 and manifest["parent"] == "p" * 64
-    assert manifest["extra"] == {"step": 3} and manifest["adapter"]["variant"] == "v1"
-    assert manifest["base"] == base_hash(tiny_model("llama"))
-    assert set(manifest["files"]) == {p.name for p in (tmp_path / "a").iterdir()} - {
-        "manifest.json"
-    }
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
-    attached = bem.attach(tiny_model("llama"), "v1", rank=4)
-    attached.save(tmp_path / "a")
-    before = (tmp_path / "a" / "manifest.json").read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(attached.model, "save_pretrained", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        attached.save(tmp_path / "a")
-    assert (tmp_path / "a" / "manifest.json").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
 def test_a_loaded_checkpoint_is_frozen_unless_it_shall_train(tmp_path):
     bem.attach(tiny_model("llama"), "v1", rank=4).save(tmp_path / "a")
     assert not any(
@@ -130,3 +75,29 @@ def test_a_loaded_checkpoint_is_frozen_unless_it_shall_train(tmp_path):
     )
     trainable = bem.load(tiny_model("llama"), tmp_path / "a", trainable=True)
     assert all(p.requires_grad for p in trainable.parameters())
+
+
+def test_attaching_to_a_compiled_model_adapts_the_model_inside():
+    model = tiny_model("llama")
+    compiled = torch.compile(model, backend="eager")
+    attached = _perturbed(bem.attach(compiled, "v1", rank=4, chunk_size=8))
+    plain = _perturbed(bem.attach(tiny_model("llama"), "v1", rank=4, chunk_size=8))
+    assert torch.equal(_logits(attached.model, _ids()), _logits(plain.model, _ids()))
+    assert attached.detach() is model
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_an_adapter_per_row_is_refused_unless_it_is_the_one_that_acts(call):
+    attached = bem.attach(tiny_model("llama"), "v1", rank=4, chunk_size=8)
+    attached.base.generation_config.pad_token_id = 0
+    run = attached.model if call == "forward" else attached.model.generate
+    for model in (attached.model, attached.base):
+        run = model if call == "forward" else model.generate
+        with pytest.raises(AttachError, match=r"one BEM adapter is active.*bem\.mount"):
+            run(input_ids=_ids(), adapter_names=["__base__", "default"])
+    attached.model(input_ids=_ids(), adapter_names=["default", "default"])
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(AttachError, match="str is no model"):
+        bem.attach("bem-tiny", "s0")

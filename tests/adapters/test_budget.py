@@ -26,8 +26,34 @@ def test_the_controller_is_always_counted():
 def test_a_rank_within_five_percent_is_found(variant):
     model = make_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=6)
     target = price(model, AdapterConfig(variant="s0", rank=16))
-    matched = match_rank(model, AdapterConfig(variant=variant, d_control=16), target)
+    width = {"d_control": 16} if variant in ("pt1", "v1") else {}
+    matched = match_rank(model, AdapterConfig(variant=variant, **width), target)
     assert abs(price(model, matched).parameters / target.parameters - 1) <= 0.05
+
+
+def test_explicit_ranks_keep_their_proportion():
+    model = make_llama(hidden_size=96, intermediate_size=256)
+    config = AdapterConfig(variant="s0", rank=8, rank_attn=2, rank_mlp=14)
+    target = price(model, AdapterConfig(variant="s0", rank_attn=4, rank_mlp=28))
+    matched = match_rank(model, config, target)
+    assert (matched.rank_attn, matched.rank_mlp) == (4, 28)
+
+
+@pytest.mark.parametrize("variant", ["s0", "v1"])
+def test_a_site_that_was_left_out_stays_out(variant):
+    model = make_llama(hidden_size=96, intermediate_size=256)
+    target = price(model, AdapterConfig(variant="s0", rank=20))
+    matched = match_rank(model, AdapterConfig(variant=variant, rank_attn=0), target, tolerance=0.1)
+    assert matched.rank_attn == 0 and matched.rank_mlp != 0
+    assert not any("o_proj" in site for site, *_ in price(model, matched).rows)
+    assert abs(price(model, matched).parameters / target.parameters - 1) <= 0.1
+
+
+def test_active_ranks_keep_their_proportion():
+    model = make_llama(hidden_size=96, intermediate_size=256)
+    target = price(model, AdapterConfig(variant="v1", rank=32, d_control=16))
+    matched = match_rank(model, AdapterConfig(variant="v1", d_control=16, k_active=2), target)
+    assert matched.k_active == round(2 * matched.rank / 8)
 
 
 def test_flops_can_be_matched_instead():

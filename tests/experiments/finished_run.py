@@ -9,9 +9,10 @@ import numpy as np
 
 import bem
 from bem.config import ExperimentConfig
+from bem.files import write_json
 from bem.runs import machine as environment
 from bem.runs import verdicts as judging
-from bem.runs.folder import RunFolder, write_json
+from bem.runs.folder import RunFolder
 from bem.stats import files
 from bem.stats.measurement import Measurement
 from tests.conftest import make_llama
@@ -39,7 +40,11 @@ def make_config(output: Path, **changes) -> ExperimentConfig:
         "base": "micro",
         "data": {"tasks": ["sig2json", "forms"]},
         "arms": arms,
-        "gates": {"waived": ["kv_hit"], "regression_margin_points": 3, "slice_margin_points": 5},
+        "gates": {
+            "waived": ["kv_hit", "memory"],
+            "regression_margin_points": 3,
+            "slice_margin_points": 5,
+        },
     }
     return ExperimentConfig.model_validate({**values, **changes})
 
@@ -69,8 +74,10 @@ def make_run(output: Path, **changes) -> RunFolder:
         }
         for arm, factor in factors.items()
     }
-    memory = dict.fromkeys(factors, 300e6)
-    write_json(folder.latency, {"key": "", "latency_ms": latency, "memory_bytes": memory})
+    memory = {"memory_bytes": dict.fromkeys(factors, 2.0**20), "base_memory_bytes": 2.0**24}
+    write_json(folder.latency, {"key": "", "latency_ms": latency, **memory})
+    layers = {"layers": "layers 1 to 3 of 4, counted from 0"}
+    write_json(folder.plans, {arm.name: layers for arm in config.arms})
     judging.judge_run(folder, config, ["em", "f1"])
     return folder
 

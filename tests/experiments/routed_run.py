@@ -14,14 +14,14 @@ import numpy as np
 import bem
 from bem.config import ExperimentConfig
 from bem.experiments.measuring.answers import DECLARED
-from bem.experiments.routing import peers
-from bem.experiments.routing.arms import keep_facts
+from bem.experiments.routing.arms import PEERS
 from bem.experts.subspace import Loss
+from bem.files import write_json, write_text
 from bem.routing.explain import Explained
 from bem.routing.mount import blank_expert, mount
 from bem.runs import machine as environment
 from bem.runs import verdicts as judging
-from bem.runs.folder import RunFolder, write_json, write_text
+from bem.runs.folder import RunFolder
 from bem.stats import files
 from bem.stats.measurement import Measurement
 from bem.training.bc import Accuracy, CloningResult
@@ -61,7 +61,7 @@ def make_config(output: Path, arms: tuple[str, ...] = tuple(GAINS), **changes) -
             if a != "s0"
         ],
         "routing": {"experts": EXPERTS, "expert_rank": 2},
-        "gates": {"n_bootstrap": 500, "waived": ["slices"]},
+        "gates": {"n_bootstrap": 500, "waived": ["slices", "memory", "kv_hit"]},
     }
     return ExperimentConfig.model_validate({**values, **changes})
 
@@ -82,7 +82,7 @@ def make_run(output: Path, arms: tuple[str, ...] = tuple(GAINS), **changes) -> R
             files.save(measurement(arm.name, easy, rng), cell.measurement)
             _save_checkpoint(arm.route, saved, cell.checkpoint)
             if arm.route not in (None, "xlora", "arrow"):
-                keep_facts(cell, facts(arm.route, seed))
+                write_json(cell.route, facts(arm.route, seed))
     for seed in config.seeds:
         stage = folder.path / f"routing/seed-{seed}"
         write_json(stage / "cloning.json", asdict(cloning(seed)))
@@ -147,6 +147,7 @@ def conversations(seed: int) -> dict[str, Any]:
         "flip_rate": 0.25,
         "plan_length": 1.25,
         "longest_plan": 3,
+        "owner": {skill: name for name, owned in EXPERTS.items() for skill in owned},
         "shown": [
             {
                 "id": f"forms/talk-{i}",
@@ -218,6 +219,6 @@ def _save_checkpoint(route: str | None, saved: Path, to: Path) -> None:
         bem.attach(make_llama(), variant="s0", rank=2).save(to)
     elif route in ("xlora", "arrow"):
         experts = {name: saved / "experts" / name for name in EXPERTS}
-        getattr(peers, route)(make_llama(), experts).save(to)
+        PEERS[route](make_llama(), experts).save(to)
     else:
         shutil.copytree(saved, to)

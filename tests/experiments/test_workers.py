@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from tests.experiments.test_runner import make_config, write_rows
 
 from bem.errors import DataError, MissingExtra
 from bem.experiments.run import run
 from bem.experiments.workers import _rebuilt
 from bem.runs.folder import RunFolder, read_jsonl
 from bem.stats import load
+from tests.experiments.test_run import make_config, write_rows
 
 ARMS = [
     {"name": "s0", "role": "baseline"},

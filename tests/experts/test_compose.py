@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 
 from bem.adapters.lora import Update
 from bem.errors import AttachError
-from bem.experts.compose import (
-    CompositionEngine,
-    Decision,
-    TrustRegion,
-    most_important,
-)
+from bem.experts.compose import Decision, TrustRegion, most_important
 from bem.experts.stack import ExpertStack
 
 NORMS = {"frobenius": "fro", "spectral": 2}
@@ -40,13 +35,15 @@ def decide(gates, ranks=99, strength=1.0):
     return Decision(gates, torch.full(lead, ranks), torch.full(lead, strength))
 
 
-def dense(stack, control):
-    """U diag(c) V, formed."""
-    return stack.u.detach().double() * control.detach().double() @ stack.v.detach().double()
+def dense(stack, control, dtype=torch.float32):
+    """U diag(c) V as it is applied, formed in float64."""
+    packed = stack.at(dtype)
+    c = control.detach().to(dtype).double()
+    return packed.u.detach().double() * c @ packed.v.detach().double()
 
 
-def norm(stack, control, kind):
-    return float(torch.linalg.matrix_norm(dense(stack, control), ord=NORMS[kind]))
+def norm(stack, control, kind, dtype=torch.float32):
+    return float(torch.linalg.matrix_norm(dense(stack, control, dtype), ord=NORMS[kind]))
 
 
 gates_of_three = st.lists(
@@ -64,20 +61,22 @@ gates_of_three = st.lists(
     st.sampled_from(sorted(NORMS)),
     st.booleans(),
     st.sampled_from([0.0, 1.0 - 1e-7, 1.0]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@example(0, [[1e20, -1e20, 0.0]], 12, 1.0, 1e-3, "frobenius", False, 1.0)
+@example(0, [[1e20, -1e20, 0.0]], 12, 1.0, 1e-3, "frobenius", False, 1.0, torch.float32)
 def test_no_composed_update_is_larger_than_tau(
-    seed, gates, ranks, strength, radius, kind, relative, degenerate
+    seed, gates, ranks, strength, radius, kind, relative, degenerate, dtype
 ):
     stack = stack_of([3, 1, 5], seed=seed, degenerate=degenerate)
-    stack.weight_norm = 2.5
     region = TrustRegion(radius, kind, relative)
+    stack.mount(region, 2.5, None)
     tau = radius * (2.5 if relative else 1.0)
     decision = decide(gates, ranks, strength)
-    free, held = stack.compose(decision, None), stack.compose(decision, region)
+    free, held = (stack.compose(decision, r, dtype) for r in (None, region))
     for before, after in zip(free, held, strict=True):
-        assert norm(stack, after, kind) <= tau
-        if norm(stack, before, kind) < tau * 0.99 and before.abs().max() < 10:
+        assert norm(stack, after, kind, dtype) <= tau
+        slack = 0.9 if dtype == torch.bfloat16 else 0.99
+        if norm(stack, before, kind, dtype) < tau * slack and before.abs().max() < 10:
             assert torch.equal(after, before)  # inside: untouched
 
 
@@ -95,7 +94,7 @@ def test_what_is_outside_lands_on_the_surface_in_the_same_direction(kind):
 def test_experts_that_nearly_cancel_stay_inside_though_their_gates_are_rounded(kind):
     stack = stack_of([2, 2])
     one = stack.update_of(0)
-    stack.fill(1, Update(3 * one.u, one.v))
+    stack.put(1, Update(3 * one.u, one.v))
     gates = torch.linspace(1.0, 2.0, 50)[:, None] * torch.tensor([[1e4, -1e4 / 3]])
     for radius in (1e-4, 1e-3, 1e-2):  # of the size of what rounding leaves of the difference
         for row in stack.compose(decide(gates), TrustRegion(radius, kind)):
@@ -150,7 +149,7 @@ def test_a_rank_budget_weighs_importance_by_the_gate():
     stack.fill(
         1, Update(torch.eye(4)[:, 2:], torch.diag(torch.tensor([3.0, 2.0])) @ torch.eye(4)[2:])
     )
-    assert stack.importance.tolist() == [4.0, 1.0, 3.0, 2.0]
+    assert stack.at(torch.float32).importance.tolist() == [4.0, 1.0, 3.0, 2.0]
     equal = stack.compose(decide([1.0, 1.0], ranks=2), None)
     assert equal.tolist() == [1.0, 0.0, 1.0, 0.0]
     second = stack.compose(decide([0.4, -1.0], ranks=2, strength=0.5), None)  # 1.6, 0.4, 3, 2
@@ -185,9 +184,13 @@ def test_the_norms_follow_the_weights():
     region, decision = TrustRegion(1.0), decide([1.0, 1.0])
     stack.compose(decision, region)
     with torch.no_grad():
-        stack.u.mul_(7.0)
+        for u in stack.u.values():
+            u.mul_(7.0)
     assert norm(stack, stack.compose(decision, region), "frobenius") <= 1.0
     stack.fill(0, Update(torch.full((13, 3), 50.0), torch.ones(3, 11)))
+    assert norm(stack, stack.compose(decision, region), "frobenius") <= 1.0
+    for u in stack.u.values():
+        u.data = 3 * u.data
     assert norm(stack, stack.compose(decision, region), "frobenius") <= 1.0
     stack.half().float()  # other values, perhaps at the old address
     assert norm(stack, stack.compose(decision, region), "frobenius") <= 1.0
@@ -213,10 +216,6 @@ def test_a_relative_region_needs_the_norm_of_the_weight():
 
 def test_impossible_decisions_and_regions_are_refused():
     stack = stack_of([2, 2])
-    with pytest.raises(AttachError, match="NaN or infinite gates"):
-        stack.compose(decide([1.0, float("nan")]), None)
-    with pytest.raises(AttachError, match="NaN or infinite"):
-        stack.compose(decide([1.0, 1.0], strength=float("inf")), None)
     with pytest.raises(AttachError, match="3 gates for 2 experts"):
         stack.compose(decide([1.0, 1.0, 1.0]), None)
     with pytest.raises(AttachError, match="a decision needs gates"):
@@ -227,24 +226,50 @@ def test_impossible_decisions_and_regions_are_refused():
         TrustRegion(1.0, "nuclear")
 
 
-def test_64_experts_of_64_ranks_compose_within_the_region():
-    ranks = [64] * 64
-    stack = ExpertStack(80, 96, ranks)
+@pytest.mark.parametrize("region", [None, TrustRegion(1.0), TrustRegion(1.0, "spectral")])
+def test_what_is_not_finite_stays_visible_in_its_chunk_alone(region):
+    stack = stack_of([2, 2])
+    for bad in (float("nan"), float("inf")):
+        control = stack.compose(decide([[1.0, bad], [1.0, 1.0]]), region)
+        assert not control[0].isfinite().all() and control[1].isfinite().all()
+    control = stack.compose(decide([1.0, 1.0], strength=float("nan")), region)
+    assert not control.isfinite().any()
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, None])
+@pytest.mark.parametrize("region", [None, TrustRegion(0.7), TrustRegion(0.7, "spectral")])
+def test_composing_the_gated_experts_alone_is_composing_all(most, region):
+    stack = stack_of([4, 2, 0, 5, 1])
+    generator = torch.Generator().manual_seed(1)
+    order = torch.rand(32, 5, generator=generator).argsort(-1)
+    gates = torch.randn(32, 5, generator=generator) * (order < (most or 5))
+    ranks = torch.randint(0, 9, (32,), generator=generator)
+    everyone = Decision(gates, ranks, torch.ones(32))
+    few = Decision(gates, ranks, torch.ones(32), most)
+    torch.testing.assert_close(
+        stack.compose(few, region), stack.compose(everyone, region), rtol=3e-3, atol=0
+    )
+    assert torch.equal(stack.compose(few, None), stack.compose(everyone, None))
+
+
+@pytest.mark.parametrize("most", [2, None])
+def test_64_experts_of_64_ranks_compose_within_the_region(most):
+    stack = ExpertStack(80, 96, [64] * 64)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        stack.u.normal_(generator=torch.Generator().manual_seed(0))
-        stack.importance.fill_(1.0)
+        for u in stack.u.values():
+            u.normal_(generator=generator)
     gates = torch.zeros(3, 64)
     gates[0, 7], gates[1, [3, 60]], gates[2, 63] = 1.0, 0.5, -2.0
-    for kind in NORMS:
-        control = stack.compose(decide(gates, ranks=32), TrustRegion(1.0, kind))
+    decision = Decision(gates, torch.full((3,), 32), torch.ones(3), most)
+    for kind in NORMS if most else ["frobenius"]:
+        control = stack.compose(decision, TrustRegion(1.0, kind))
         assert control.count_nonzero(-1).tolist() == [32, 32, 32]
         for row in control:
             assert 0.99 < norm(stack, row, kind) <= 1.0
 
 
-def test_an_engine_without_ranks_composes_nothing():
-    engine = CompositionEngine([0, 0])
-    control = engine(
-        decide([[1.0, 1.0]]), TrustRegion(1.0), torch.ones(3, 0), torch.ones(0, 3), torch.ones(0)
-    )
+def test_a_stack_without_ranks_composes_nothing():
+    stack = ExpertStack(3, 4, [0, 0])
+    control = stack.compose(decide([[1.0, 1.0]]), TrustRegion(1.0))
     assert control.shape == (1, 0)

@@ -178,7 +178,7 @@ def test_an_expert_of_another_base_is_refused(tmp_path):
     s0(rank=2).save(tmp_path)
     other = tiny_model("llama")
     other.lm_head.weight.data += 1.0
-    with pytest.raises(BaseMismatch, match="Train the expert on this base"):
+    with pytest.raises(BaseMismatch, match="Load the base that it was trained on"):
         read_expert(tmp_path, other)
 
 
@@ -219,7 +219,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_what_is_nowhere_is_one_clear_line(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="is no folder, and no hub id"):
+    with pytest.raises(CheckpointError, match="is neither a folder nor a hub id"):
         read_expert(tmp_path / "gone", tiny_model("llama"))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="could not be read from the hub") as error:

@@ -3,13 +3,15 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
 
 import pytest
 
 from bem.errors import CheckpointError
+from bem.files import read_json, write_json
 from bem.report import page as report
-from bem.report import words as wording
-from bem.report.plots import figures as plots
 from bem.runs.folder import RunFolder
 from tests.experiments.finished_run import make_run
 
@@ -36,6 +38,21 @@ def test_every_candidate_has_its_decision_and_a_sentence_at_the_top(html):
         assert block and f"</span>{arm}</span>" in block.group(0)
     assert "Better than s0: em +15.5 points [+12.9, +18.4]. All 12 gates passed." in top
     assert "more examples would decide" in top
+
+
+def test_gates_that_are_not_the_defaults_stand_beside_the_decisions(html, run):
+    changes = (
+        "Judged under gates other than the defaults: regression_margin_points 3 (default 0.5); "
+        "slice_margin_points 5 (default 1); waived kv_hit (default none)."
+    )
+    assert changes in html[: html.index('id="effects"')]
+    markdown = (run.path / "report.md").read_text(encoding="utf-8")
+    assert changes in markdown[: markdown.index("## Effects")]
+
+
+def test_it_says_which_layers_are_adapted_and_how_much_memory_each_arm_adds(html):
+    assert "static LoRA, layers 1 to 3 of 4, counted from 0" in html
+    assert "1.00 MiB (+6.2%)" in html
 
 
 def test_every_gate_is_shown_with_value_limit_and_state(html, run):
@@ -107,18 +124,90 @@ def test_an_unfinished_run_has_no_report(run, tmp_path):
         report.write(tmp_path)
 
 
-def test_effects_are_worded_in_their_own_units():
-    effect = {"metric": "em", "gain": 0.012, "ci_low": -0.004, "ci_high": 0.03}
-    assert wording.effect(effect | {"points_per_unit": 100.0}) == "em +1.2 points [−0.4, +3.0]"
-    assert wording.effect(effect | {"points_per_unit": None}) == "em +0.012 [−0.004, +0.030]"
+# ------------------------------------------------------------------------------- odd answers and runs
 
 
-def test_an_interval_that_leaves_the_picture_ends_in_an_arrow():
-    rows = [plots.Effect("em", f"v{i}", 0.1 * i, -1, 1, i) for i in range(4)]
-    wide = plots.Effect("em", "wide", 0.0, -90, 1, 4)
-    assert plots.forest([*rows, wide]).count("<use") == plots.forest(rows).count("<use") + 2
+def test_a_report_is_made_without_torch():
+    program = "import sys, bem.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-def test_smoothing_keeps_length_and_constants():
-    assert plots.smooth([2.0] * 7, share=0.3) == [2.0] * 7
-    assert plots.smooth([0.0, 3.0, 0.0], share=0.34) == [1.5, 1.0, 1.5]
+ODD = [
+    "line\u2028and\u2029paragraph\x85",
+    "\x00\x08\x1b[31mred",
+    "half \ud83d",
+    "</td></table><script>alert(1)</script>",
+    "{{ page.name }} {% raw %} | a | b |\n\n# heading",
+    "x" * 100_000,
+    "",
+]
+
+
+def spoiled(run, tmp_path, odd: str) -> RunFolder:
+    """A copy of the run in which every arm but the baseline answers the first rows oddly."""
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "finished"))
+    for arm in copy.config.arms:
+        path = copy.cell(arm.name, 0).predictions
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows[:8]:
+            row |= {"input": odd, "references": [odd] if row["id"] != "forms/row1" else []}
+            row["prediction"] = odd
+            row["scores"]["quality"] = float(arm.role != "baseline")
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
+    return copy
+
+
+class Elements(HTMLParser):
+    """Names of all elements, and whether each that opens also closes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.names, self.open = set(), []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.names.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_no_answer_can_disturb_the_report(run, html, tmp_path, odd):
+    page = report.write(spoiled(run, tmp_path, odd).path)
+    text = page.read_text(encoding="utf-8")
+    assert Elements(text).names == Elements(html).names and not Elements(text).open
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", text)
+    assert len(text) < len(html) + 80_000
+    markdown = (page.parent / "report.md").read_text(encoding="utf-8")
+    assert len(markdown.splitlines()) == len(markdown.split("\n"))
+
+
+def test_answers_are_shown_as_they_are_or_by_the_names_of_their_characters(run, tmp_path):
+    text = report.write(spoiled(run, tmp_path, "a\x1b\u2028\ud83d<i>").path).read_text()
+    shown = text[text.index('id="predictions"') :]
+    assert "a⟨U+001B⟩⟨U+2028⟩⟨U+D83D⟩&lt;i&gt;" in shown
+    assert '<td class="text">(empty)</td>' in shown  # a question without a right answer
+
+
+def test_a_run_of_the_baseline_alone_has_a_report_that_claims_nothing(tmp_path):
+    alone = make_run(tmp_path, arms=[{"name": "s0", "role": "baseline"}])
+    text = report.write(alone.path).read_text(encoding="utf-8")
+    assert "Nothing was compared with s0" in text and 'class="decision' not in text
+
+
+def test_what_was_not_timed_is_missing_in_the_report_too(run, tmp_path):
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "finished"))
+    timings = read_json(copy.latency)
+    del timings["latency_ms"]["v1"], timings["memory_bytes"]["v1"]
+    write_json(copy.latency, timings)
+    page = report.page_of(copy)
+    row = next(arm.price for arm in page.arms if arm.name == "v1")
+    assert row[-3:] == ["–", "–", "–"]

@@ -1,48 +1,98 @@
-"""What was composed once is remembered, as long as nothing that it rests on changes."""
+"""What was decided is looked up or composed: the same controls either way."""
 
+import pytest
 import torch
 
 from bem.experts.compose import TrustRegion
-from bem.routing.action import EXPERT, RANK, RECORD, STRENGTH, ActionSpace
-from bem.routing.composer import REMEMBERED, Composer
+from bem.routing import composer as module
+from bem.routing.action import EXPERT, FADE, FADE_STEPS, RANK, RECORD, STRENGTH, ActionSpace
+from bem.routing.composer import TABLES_KEPT, Composer, Rules
 from tests.conftest import make_llama
 from tests.routing.mounted import mounted
 
+FLOAT = torch.float32
+
 
 def records(*actions):
-    found = torch.zeros(1, len(actions), RECORD)
-    for i, (expert, rank, strength) in enumerate(actions):
-        found[0, i, EXPERT], found[0, i, RANK], found[0, i, STRENGTH] = expert, rank, strength
-    return found
+    made = torch.zeros(1, len(actions), RECORD)
+    for i, action in enumerate(actions):
+        for column, value in zip((EXPERT, RANK, STRENGTH, FADE), action, strict=False):
+            made[0, i, column] = value
+    return made
 
 
-def test_controls_are_those_of_the_sites_and_are_composed_once():
-    model = mounted(make_llama())
-    members, space = list(model.stacks.values()), model.router.space
-    composer, calls = Composer(), []
-    real = members[0].compose
-    members[0].compose = lambda *args: calls.append(1) or real(*args)
-    decided = records((1, 1, 1), (2, 0, 2), (1, 1, 1))
-    found = composer(members, decided, space, 0, None)
-    decision = space.decision(decided, 0)
-    assert torch.equal(found, torch.cat([m.compose(decision, None) for m in members], -1))
-    kept, calls[:] = found.clone(), []
-    found.zero_()  # what is returned is the caller's
-    assert torch.equal(composer(members, decided, space, 0, None), kept) and not calls
-    composer(members, decided[:, :1], space, 0, TrustRegion(0.5))  # another region
-    assert len(calls) == 1
+def packed(model):
+    return [stack.at(FLOAT) for stack in model.stacks.values()]
+
+
+@pytest.mark.parametrize("region", [None, TrustRegion(0.3), TrustRegion(0.3, "spectral")])
+@pytest.mark.parametrize("tabled", [True, False])
+def test_controls_are_those_that_each_site_composes(monkeypatch, tabled, region):
+    monkeypatch.setattr(module, "SMALL", 1 << 20 if tabled else 0)
+    model = mounted(make_llama(), confidence=0.5, fallback="c")
+    rules = Rules(model.router.space, model.router.limits, 8, 0.5, 3, region)
+    members = packed(model)
+    weights = sum(p.numel() for s in model.stacks.values() for p in s.parameters())
+    assert rules.tabled(sum(m.control_width for m in members), weights if tabled else 0) == tabled
+    decided = records((1, 1, 1), (2, 0, 2), (1, 1, 1, 7), (3, 2, 0, FADE_STEPS), (0, 2, 1))
+    controls = Composer()(members, decided, rules)
+    decision = rules.space.decision(decided, 3)
+    expected = torch.cat([m.compose(decision, region) for m in members], -1)
+    assert controls.dtype == torch.float64
+    assert torch.equal(controls, expected)
+
+
+def test_every_decision_has_a_row_of_its_own():
+    space = ActionSpace(("a", "b"), (1, 2), (1, 4), (0.5, 1.0, 2.0))
+    for confidence, fades in ((0.0, 1), (0.4, FADE_STEPS + 1)):
+        rules = Rules(space, None, confidence=confidence)
+        assert rules.actions == 3 * 2 * 3 * fades
+        rows = rules.index(rules.all_records(torch.device("cpu")))
+        assert rows.tolist() == list(range(rules.actions))
+
+
+def test_all_actions_are_composed_once_for_each_set_of_weights(monkeypatch):
+    model = mounted(make_llama(), trust_radius=0.05)
+    rules, composer, calls = model.router.rules, Composer(), []
+    real = module._composed
+    monkeypatch.setattr(module, "_composed", lambda *args: calls.append(1) or real(*args))
+    decided = records((1, 1, 1), (2, 0, 2))
+    first = composer(packed(model), decided, rules)
+    first.zero_()  # what is returned is the caller's
+    again = composer(packed(model), decided, rules)
+    assert len(calls) == 1 and again.abs().max() > 0
+    old = packed(model)
     with torch.no_grad():
-        members[0].u.mul_(2.0)  # other weights
-    composer(members, decided[:, :1], space, 0, TrustRegion(0.5))
+        next(iter(model.stacks.values())).u["0"].mul_(2.0)
+    assert not torch.equal(composer(packed(model), decided, rules), again) and len(calls) == 2
+    assert torch.equal(composer(old, decided, rules), again)  # a sequence that began before
     assert len(calls) == 2
+    for number in range(2 * TABLES_KEPT):
+        other = Rules(rules.space, rules.limits, region=TrustRegion(1.0 + number))
+        composer(packed(model), decided, other)
+        assert len(composer._tables) <= TABLES_KEPT
 
 
-def test_no_more_actions_are_remembered_than_fit():
-    model = mounted(make_llama())
-    members = list(model.stacks.values())
-    strengths = tuple(1 + i / 1000 for i in range(2 * REMEMBERED))
-    space = ActionSpace(model.router.space.experts, (1,), (4,), strengths)
-    composer = Composer()
-    for start in range(0, len(strengths), 32):
-        composer(members, records(*((1, 0, s) for s in range(start, start + 32))), space, 0, None)
-        assert len(composer._known) <= REMEMBERED + 32
+def test_weights_that_train_are_composed_as_they_are():
+    model, decided = mounted(make_llama()), records((1, 2, 1))
+    with model.training("experts"):
+        composer = Composer()
+        before = composer(
+            packed(model), decided, Rules(model.router.space, None, region=TrustRegion(0.1))
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0)
+        after = composer(
+            packed(model), decided, Rules(model.router.space, None, region=TrustRegion(0.1))
+        )
+    assert after.abs().max() < before.abs().max() and not composer._tables
+
+
+def test_as_many_experts_are_on_at_once_as_the_rules_say():
+    model = mounted(make_llama(), confidence=0.5, fallback="a")
+    assert model.router.rules.most == 2  # the chosen one, and the one it fades to
+    assert mounted(make_llama(), confidence=0.5).router.rules.most == 1  # it fades to the base
+    assert mounted(make_llama(), shared="c").router.rules.most == 2
+    for stack in model.stacks.values():
+        assert stack.mounting.most == 2

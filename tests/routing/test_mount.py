@@ -1,14 +1,18 @@
 """Experts mounted on a model are exactly the LoRAs they were; what is saved is what loads."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import bem
 from bem.adapters.checks import check_adapter
-from bem.control.keys import chunk_keys
+from bem.control.keys import ChunkKey, chunk_keys
 from bem.errors import AttachError, BaseMismatch, CheckpointError
+from bem.experts.expert import from_updates
+from bem.routing.mounted import is_router
 from tests.conftest import make_llama
 from tests.routing.mounted import expert, mounted
 
@@ -37,11 +41,26 @@ def test_a_routed_model_keeps_the_adapter_contract(arch):
     ]
 
     def never_the_base(model):
-        found = mounted(model)
-        found.router.available[0] = False
-        return found
+        routed = mounted(model)
+        routed.router.available[0] = False
+        return routed
 
     check_adapter(never_the_base, [arch], checks).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trust_radius": 0.1, "shared": "c"},
+        {"confidence": 0.5, "fallback": "a", "trust_radius": 0.1, "trust_norm": "spectral"},
+    ],
+)
+@pytest.mark.parametrize("composed", ["beforehand", "for each chunk"])
+def test_the_price_of_a_routed_stack_is_what_runs(monkeypatch, settings, composed):
+    if composed == "for each chunk":
+        monkeypatch.setattr("bem.routing.composer.Rules.tabled", lambda *_: False)
+    make = lambda model: mounted(model, **settings)  # noqa: E731
+    check_adapter(make, ["llama"], ["price_is_true"]).raise_if_failed()
 
 
 def test_every_expert_is_the_lora_that_it_was(tmp_path):
@@ -79,16 +98,157 @@ def test_a_shared_expert_is_always_there():
     torch.testing.assert_close(logits(model.model, route=route(0)), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_what_was_saved_is_what_loads(tmp_path):
-    model = mounted(make_llama(), confidence=0.5, fallback="a")
+def perturbed(model):
+    """Weights in no canonical form, a policy that decides."""
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
+        for stack in model.stacks.values():
+            for parameter in stack.parameters():
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
         for parameter in model.router.policy.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    wanted = logits(model.model)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("unloaded", [None, "b"])
+def test_saving_and_loading_changes_no_logit_and_no_digest_however_often(tmp_path, unloaded):
+    model = perturbed(mounted(make_llama(), confidence=0.5, fallback="a", trust_radius=0.2))
+    if unloaded:
+        model.unload(unloaded)
+    expected, digests, config = logits(model.model), model.pack.expert_digests, model.router_config
+    per_expert = [logits(model.model, route=route(option)) for option in (1, 2, 3)]
+    for number in range(3):
+        folder = model.save(tmp_path / f"router-{number}")
+        model = bem.load_router(make_llama(), folder)
+        assert torch.equal(logits(model.model), expected)
+        assert model.pack.expert_digests == digests
+        assert tuple(e.digest for e in model.experts) == digests
+        assert model.router_config == config
+        for option, was in enumerate(per_expert, 1):
+            assert torch.equal(logits(model.model, route=route(option)), was)
+        assert model.router.available.tolist() == [True, True, unloaded is None, True]
+
+
+def test_a_router_that_was_never_trained_stays_untrained_through_a_folder(tmp_path):
+    folder = mounted(make_llama(), trained=False).save(tmp_path / "router")
+    assert not bem.load_router(make_llama(), folder).router.trained
+    base = logits(make_llama())
+    assert torch.equal(logits(bem.load_router(make_llama(), folder).model), base)
+
+
+def test_until_it_is_trained_the_bare_base_answers_and_that_is_said(caplog):
+    model, base = mounted(make_llama(), trained=False), make_llama()
+    assert torch.equal(logits(model.model), logits(base))
+    assert [r.getMessage() for r in caplog.records if "never trained" in r.getMessage()]
+    assert "not trained: the bare base answers" in repr(model)
+    asked = {"input_ids": IDS[:1, :9], "max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(model.model.generate(**asked), base.generate(**asked))
+    assert (logits(model.model, route=route(1)) - logits(base)).abs().max() > 1e-2
+    with model.training("router"):
+        pass
+    assert (logits(model.model) - logits(base)).abs().max() > 1e-2 and "not trained" not in repr(
+        model
+    )
+
+
+def test_training_that_breaks_off_leaves_a_router_untrained():
+    model = mounted(make_llama(), trained=False)
+    with pytest.raises(RuntimeError, match="full disk"), model.training("router"):
+        raise RuntimeError("full disk")
+    assert not model.router.trained
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../evil",
+        "/evil",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        ".hidden",
+        "",
+        " a",
+        "a ",
+        "a\nb",
+        "a\0b",
+        "c:x",
+        "e" * 101,
+        "base",
+    ],
+)
+def test_a_name_that_is_no_folder_inside_the_target_is_refused(tmp_path, name):
+    odd = from_updates(name, expert(make_llama(), "a", 4, 0).updates)
+    model = make_llama()
+    with pytest.raises(AttachError, match="name"):
+        bem.mount(model, [odd])
+    assert not getattr(model, "peft_config", None)
+    mount = mounted(make_llama())
+    mount.experts[0] = replace(mount.experts[0], name=name)
+    with pytest.raises((AttachError, ValueError)):
+        mount.save(tmp_path / "inside" / "router")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_manifest_that_names_a_folder_outside_is_refused(tmp_path):
+    folder = mounted(make_llama()).save(tmp_path / "router")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["experts"][0]["name"] = "../../evil"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(AttachError, match="cannot name an expert"):
+        bem.load_router(make_llama(), folder)
+
+
+@pytest.mark.parametrize("names", [("sql", "SQL"), ("a", "a")])
+def test_names_that_are_one_folder_somewhere_are_refused(names):
+    experts = [replace(expert(make_llama(), "x", 4, i), name=n) for i, n in enumerate(names)]
+    with pytest.raises(AttachError, match="different names"):
+        bem.mount(make_llama(), experts)
+
+
+def test_saving_deletes_nothing_that_was_not_written_here(tmp_path, monkeypatch):
+    model = mounted(make_llama())
+    (tmp_path / "thesis.txt").write_text("x")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for target in (tmp_path, ".", tmp_path / "thesis.txt"):
+        with pytest.raises(CheckpointError, match=r"not written here|is a file"):
+            model.save(target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "thesis.txt"]
     folder = model.save(tmp_path / "router")
-    again = bem.load_router(make_llama(), folder)
-    torch.testing.assert_close(logits(again.model), wanted, atol=1e-5, rtol=1e-5)
-    assert again.router_config == model.router_config
+    (folder / "experts" / "a" / "notes.md").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"notes\.md"):
+        model.save(folder)
+    (folder / "experts" / "a" / "notes.md").unlink()
+    model.save(folder)  # its own, again
+
+
+def test_every_expert_names_its_base(tmp_path):
+    import peft
+
+    make_llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    folder = mounted(base).save(tmp_path / "router")
+    for name in "abc":
+        lora = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "experts" / name)
+        assert lora.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+
+def test_a_router_is_known_by_its_manifest(tmp_path):
+    folder = mounted(make_llama()).save(tmp_path / "router")
+    assert is_router(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=None, separators=(",", ":")))
+    assert is_router(folder)
+    bem.attach(make_llama(), "s0", rank=2).save(
+        tmp_path / "s0", extra={"note": '"kind": "router"', "kind": "router"}
+    )
+    assert not is_router(tmp_path / "s0") and not is_router(tmp_path)
+    manifest["format"] = 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+        bem.load_router(make_llama(), folder)
 
 
 def test_a_changed_file_or_another_base_is_refused(tmp_path):
@@ -142,7 +302,8 @@ def test_a_chunk_keeps_its_name_while_the_experts_that_acted_in_it_stay(tmp_path
         first = torch.where(torch.arange(40) < 16, 1, 2).expand_as(IDS)
         with torch.no_grad():
             out = model.model(input_ids=IDS, route=first, use_cache=True)
-        return chunk_keys(out.past_key_values.layers[-1], IDS, model.acting)[0]
+        root = ChunkKey.root("base", torch.float32, 8, "tokenizer")
+        return chunk_keys(out.past_key_values.layers[-1], IDS, root, model.acting)[0]
 
     names = (("a", 4, 0), ("b", 4, 1))
     old = [expert(make_llama(), *each) for each in names]
@@ -156,7 +317,7 @@ def test_experts_train_under_a_given_route_and_the_others_stay():
     model = mounted(make_llama())
     before = {n: model.updates_of(n) for n in "abc"}
     with model.training("experts"):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
         loss = model.model(input_ids=IDS, labels=IDS, route=route(2), use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -187,9 +348,10 @@ def test_no_chunk_of_any_site_ever_leaves_the_trust_region(norm, relative):
         weight = model.base.get_submodule(site).base_layer.weight
         limit = radius * float(torch.linalg.matrix_norm(weight, ord=order)) if relative else radius
         for c in applied[:, 1:, start : start + stack.control_width].flatten(0, 1):
-            delta = stack.u.double() * c.double() @ stack.v.double()
-            found = float(torch.linalg.matrix_norm(delta, ord=order))
-            assert found <= limit * (1 + 1e-6)
-            largest = max(largest, found / limit)
+            packed = stack.at(torch.float32)
+            delta = packed.u.double() * c.double() @ packed.v.double()
+            size = float(torch.linalg.matrix_norm(delta, ord=order))
+            assert size <= limit
+            largest = max(largest, size / limit)
         start += stack.control_width
     assert largest > 0.9  # it was needed

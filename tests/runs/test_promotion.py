@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from bem.errors import CheckpointError, NotAccepted
-from bem.routing.mounted import is_router
-from bem.runs.folder import RunFolder, digest_of, read_json, write_json
+from bem.files import read_json, sha256_json, write_json
+from bem.runs.folder import RunFolder, checkpoint_kind
 from bem.runs.promotion import current, promote
+from bem.runs.verdicts import judge_run
 from tests.experiments import routed_run
 from tests.experiments.finished_run import make_run
 
@@ -100,19 +101,34 @@ def test_an_unfinished_run_is_refused(run):
         promote(run.path, "v1")
 
 
+def test_a_method_that_bem_cannot_serve_is_refused(run):
+    manifest = run.cell("v1", 0).checkpoint / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "kind": "peer"})
+    judge_run(run, run.config, ["em", "f1"])
+    with pytest.raises(NotAccepted, match="v1 is a method of PEFT's"):
+        promote(run.path, "v1")
+
+
+def test_a_checkpoint_that_mentions_a_router_is_none(run):
+    manifest = run.cell("v1", 0).checkpoint / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "extra": {"note": '"kind": "router"'}})
+    judge_run(run, run.config, ["em", "f1"])
+    assert promote(run.path, "v1").arm == "v1"
+
+
 def _edit_verdict(run: RunFolder, arm: str, sign: bool) -> None:
     values = read_json(run.verdicts)
     values["candidates"][arm]["decision"] = "PROMOTE"
     if sign:
         values.pop("sha256")
-        values["sha256"] = digest_of(values)
+        values["sha256"] = sha256_json(values)
     write_json(run.verdicts, values)
 
 
 def test_an_accepted_router_is_pointed_at_and_a_changed_expert_is_refused(tmp_path):
     folder = routed_run.make_run(tmp_path, ("s0", "ar1"))
     pointer = promote(folder.path, "ar1")
-    assert is_router(pointer.checkpoint) and current(tmp_path) == pointer
+    assert checkpoint_kind(pointer.checkpoint) == "router" and current(tmp_path) == pointer
     weights = next(pointer.checkpoint.rglob("adapter_model.safetensors"))
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(CheckpointError, match="was changed"):

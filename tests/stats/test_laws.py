@@ -64,12 +64,30 @@ def test_ties_count_half():
 
 @pytest.mark.parametrize(
     ("values", "step"),
-    [([0, 1, -1], 1.0), ([0, 1 / 3, 2 / 3], 1 / 3), ([0, 2, 4], 2.0), ([1, 3], 1.0)],
+    [
+        ([0, 1, -1], 1.0),
+        ([0, 1 / 3, 2 / 3], 1 / 3),
+        ([0, 2, 4], 2.0),
+        ([1, 3], 2.0),
+        ([0, 4, 10], 2.0),
+        ([0, 100, 201], 1.0),
+        ([0.1 + 0.2, 0.3, 1.3], 1.0),
+        ([0, 1e-9, 3e-9], 1e-9),
+        ([1e5, 1e5 + 0.25, 1e5 + 1], 0.25),
+        ([7, 7], 1.0),
+    ],
 )
-def test_discrete_scores_are_recognised(values, step):
+def test_discrete_scores_are_recognised_in_any_unit_and_at_any_offset(values, step):
     lattice = as_lattice(np.array(values, dtype=float))
     assert lattice.step == pytest.approx(step)
-    assert (lattice.codes + lattice.start) * lattice.step == pytest.approx(np.array(values))
+    assert lattice.offset + lattice.codes * lattice.step == pytest.approx(
+        np.array(values), rel=1e-9
+    )
+
+
+def test_a_grid_through_zero_says_where_zero_lies():
+    lattice = as_lattice(np.array([-0.5, 0.0, 1.25]))
+    assert (lattice.step, lattice.start) == (0.25, -2)
 
 
 def test_continuous_scores_are_not():

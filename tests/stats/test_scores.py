@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bem.errors import DataError
 from bem.stats.scores import (
     METRICS,
+    Metric,
     exact_match,
     json_validity,
     normalize_answer,
@@ -82,3 +85,29 @@ def test_sentence_scores_are_sacrebleus():
 
 def test_only_loss_is_better_when_lower():
     assert [name for name, m in METRICS.items() if not m.higher_is_better] == ["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [("em", (0, 1)), ("f1", (0, 1)), ("validity", (0, 1)), ("acc", (0, 1)), ("exact_match", (0, 1)),
+     ("chrf", (0, 100)), ("bleu", (0, 100)), ("loss", (-np.inf, np.inf))],
+)  # fmt: skip
+def test_a_metric_knows_its_range(name, limits):
+    assert METRICS[name].limits == limits
+
+
+def test_twice_the_scale_is_another_unit_and_a_metric_without_points_has_none():
+    assert Metric(True, 100.0).limits == (-2, 2)
+    assert Metric(True, 1.0).limits == (-200, 200)
+    assert Metric(True, 1.0, range=(0, 5)).limits == (0, 5)
+    assert Metric(False, None).limits == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(True, 0), (True, -1), (True, np.nan), (True, np.inf), (True, "100"), ("yes", 100),
+     (True, 1, "median"), (True, 1, "mean", (1, 0)), (True, 1, "mean", (0,)), (True, 1, "mean", ("a", 1))],
+)  # fmt: skip
+def test_a_metric_that_means_nothing_is_refused(values):
+    with pytest.raises(DataError):
+        Metric(*values)

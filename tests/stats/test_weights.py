@@ -57,11 +57,17 @@ def test_float32_sums_are_right_beside_a_large_offset():
     assert drawn == pytest.approx(exact, rel=0, abs=1e-4)
 
 
-def test_few_distinct_rows_have_the_same_law():
-    x = np.repeat([0.0, 1.0, -1.0], [700, 200, 100])[:, None]
-    collapsed = resample([Statistic("x", x, lambda s: s[..., 0])], 5000, seed=0)[:, 0]
-    assert collapsed.mean() == pytest.approx(100, abs=1.0)
-    assert collapsed.std() == pytest.approx(np.sqrt(1000 * x.var()), rel=0.03)
+def test_discrete_data_get_the_resamples_of_any_other_data():
+    rng = np.random.default_rng(0)
+    total = lambda sums: sums[..., 0]  # noqa: E731
+    discrete = Statistic("em", rng.choice([0.0, 1.0, -1.0], (900, 1), p=[0.7, 0.2, 0.1]), total)
+    smooth = Statistic("f1", rng.normal(size=(900, 1)), total)
+    alone = resample([discrete], 400, seed=3)[:, 0]
+    together = resample([discrete, smooth], 400, seed=3)[:, 0]
+    assert alone == pytest.approx(
+        all_weights(900, 400, 3).astype(float) @ discrete.columns[:, 0], abs=1e-2
+    )
+    assert alone == pytest.approx(together, abs=1e-2)
 
 
 def test_a_slice_that_is_not_drawn_has_no_mean():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bem.training.gae import gae
+from bem.training.gae import gae, span_rewards
 
 
 def rollout(seed, steps=12, spans=4) -> dict[str, Any]:
@@ -107,3 +107,45 @@ def test_what_cannot_be_estimated_is_refused(changes, message):
     arguments = rollout(0) | changes
     with pytest.raises(ValueError, match=message):
         gae(**arguments)
+
+
+# ---------------------------------------------------------------------------------- rewards of spans
+
+
+def test_the_reward_of_a_span_is_discounted_to_its_decision():
+    rewards, durations = [1.0, 2.0, 4.0, 8.0, 16.0], [3, 1, 1]
+    # 1 + 2/2 + 4/4, then 8, then 16
+    assert span_rewards(rewards, durations, gamma=0.5).tolist() == [3.0, 8.0, 16.0]
+    assert span_rewards(rewards, durations, gamma=1.0).tolist() == [7.0, 8.0, 16.0]
+    assert span_rewards(rewards, durations, gamma=0.0).tolist() == [1.0, 8.0, 16.0]
+
+
+def first_return(rewards, durations, gamma):
+    """What the first decision is credited with, where no value estimate has a part (V = 0, lambda 1)."""
+    n, nothing = len(durations), np.zeros(len(durations))
+    ends = np.arange(n) == n - 1
+    spans = span_rewards(rewards, durations, gamma)
+    found = gae(spans, nothing, durations, ends, nothing.astype(bool), nothing, gamma, 1.0)
+    return found.advantages[0]
+
+
+def test_one_span_of_two_is_worth_two_spans_of_one():
+    rewards = [-0.005, 0.995]  # ranks cost .005 a chunk, the answer is worth 1
+    by_hand = -0.005 + 0.99 * 0.995
+    assert first_return(rewards, [2], 0.99) == pytest.approx(by_hand, abs=1e-12)
+    assert first_return(rewards, [1, 1], 0.99) == pytest.approx(by_hand, abs=1e-12)
+
+
+@given(st.integers(0, 10_000), st.floats(0.0, 1.0))
+def test_credit_does_not_depend_on_how_the_same_chunks_are_cut_into_spans(seed, gamma):
+    rng = np.random.default_rng(seed)
+    durations = rng.integers(1, 5, rng.integers(1, 6))
+    rewards = rng.normal(size=durations.sum())
+    expected = sum(gamma**t * r for t, r in enumerate(rewards))
+    assert first_return(rewards, durations, gamma) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("durations", [[2, 1], [4], [3, 0], [[3]]])
+def test_spans_that_do_not_cover_the_chunks_are_refused(durations):
+    with pytest.raises(ValueError, match="add up to the"):
+        span_rewards([1.0, 1.0, 1.0, 1.0][: 4 if durations != [4] else 3], durations, 0.9)

@@ -1,14 +1,16 @@
 """Oracle traces equal losses computed one by one, and targets follow from them."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-import torch
 
 from bem.config import CloningConfig
+from bem.errors import TrainingError
 from bem.routing.action import ActionSpace
-from bem.training.data import Example, collate, encode
-from bem.training.losses import answer_logits
-from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions, trace
+from bem.training.data import Example, encode
+from bem.training.traces import Traces, best_expert, target_actions, trace
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
 
@@ -24,50 +26,63 @@ def conversation(number: int = 0) -> Example:
     )
 
 
-@pytest.fixture(scope="module")
-def traced():
-    tokenizer, model = make_tokenizer(), mounted(make_llama())
-    rows = [encode(conversation(n), tokenizer, 256) for n in range(3)]
-    return model, rows, trace(model, rows, 0, CloningConfig(switch_cost=0.1))
-
-
-def test_a_chunk_loses_the_mean_nll_of_its_turns_answer_tokens(traced):
-    model, rows, traces = traced
-    batch = collate([rows[1]], 0)
-    for option in range(4):
-        given = {**batch, "route": torch.full_like(batch["input_ids"], option)}
-        with torch.inference_mode():
-            logits = answer_logits(model.model, given)
-        labels = batch["labels"][0, -logits.shape[1] :]
-        nll = torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], reduction="none")
-        turn = batch["turn_starts"][0].long().cumsum(0)[-logits.shape[1] : -1]
-        for number in (1, 2):  # the two turns' answers
-            mine = (turn == number) & (labels[1:] != -100)
-            expected = float(nll[mine].mean())
-            chunks = chunk_numbers(batch, 8)[0, -logits.shape[1] : -1][mine].unique() - 1
-            assert traces.experts[1, chunks, option].sum() == pytest.approx(expected, abs=1e-4)
-
-
-def test_padding_chunks_lose_nothing(traced):
-    _, _, traces = traced
-    for row, n in enumerate(traces.chunks):
-        assert not traces.experts[row, n:].any()
-        assert traces.turns[row, :n].sum() == 2
-
-
-def test_a_finished_trace_is_read_again_and_only_for_the_same_rows(traced, tmp_path):
-    model, rows, traces = traced
+@pytest.fixture
+def cached(tmp_path):
+    """A trace on disk, and a call that says whether it is read again for another model or other rows."""
+    rows = [encode(conversation(n), make_tokenizer(), 256) for n in range(2)]
     cache = tmp_path / "traces.npz"
-    trace(model, rows, 0, CloningConfig(), cache=cache)
-    passes = []
-    again = trace(
-        model, rows, 0, CloningConfig(), cache=cache, on_progress=lambda d, of: passes.append(d)
-    )
-    assert not passes and np.array_equal(again.experts, traces.experts)
-    trace(
-        model, rows[:2], 0, CloningConfig(), cache=cache, on_progress=lambda d, of: passes.append(d)
-    )
-    assert passes
+    trace(mounted(make_llama()), rows, 0, CloningConfig(), cache=cache)
+
+    def is_read(model=None, rows=rows) -> bool:
+        passes: list[int] = []
+        model = model or mounted(make_llama())
+        show = lambda done, of: passes.append(done)  # noqa: E731
+        trace(model, rows, 0, CloningConfig(), cache=cache, on_progress=show)
+        return not passes
+
+    return SimpleNamespace(path=cache, rows=rows, is_read=is_read)
+
+
+def test_a_finished_trace_is_read_again_and_only_for_the_same_rows(cached):
+    assert cached.is_read()
+    again = trace(mounted(make_llama()), cached.rows, 0, CloningConfig(), cache=cached.path)
+    fresh = trace(mounted(make_llama()), cached.rows, 0, CloningConfig())
+    assert np.array_equal(again.experts, fresh.experts)
+    assert not cached.is_read(rows=cached.rows[:1])
+
+
+def test_a_trace_belongs_to_its_base(cached):
+    assert cached.is_read()
+    other = make_llama()
+    other.model.norm.weight.data += 1  # same shapes, same experts
+    assert not cached.is_read(mounted(other))
+
+
+def test_a_trace_belongs_to_the_experts_that_were_loaded(cached):
+    model = mounted(make_llama())
+    model.unload("a")
+    assert not cached.is_read(model)
+
+
+def test_a_trace_belongs_to_what_was_known_of_the_evidence_and_to_the_turns(cached):
+    first, second = cached.rows
+    assert not cached.is_read(rows=[replace(first, relevance=(1.0,) * 8), second])
+    cached.is_read()  # the file is again that of the plain rows
+    starts = [True, *first.turn_starts[1:]]
+    assert not cached.is_read(rows=[replace(first, turn_starts=starts), second])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_half_a_trace_is_recognised(cached, share):
+    content = cached.path.read_bytes()
+    cached.path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(TrainingError, match=r"traces\.npz cannot be read .*Delete it"):
+        cached.is_read()
+
+
+def test_no_conversations_are_an_error():
+    with pytest.raises(TrainingError, match="no conversations"):
+        trace(mounted(make_llama()), [], 0, CloningConfig())
 
 
 def made(path, turns, answers, chunks) -> Traces:

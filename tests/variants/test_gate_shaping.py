@@ -84,11 +84,17 @@ def test_keys_and_values_of_the_shaped_layer_stay_as_they_are():
 
 def test_temperature_is_one_at_start_and_stays_between_a_half_and_two():
     shaping = GateShapingV2(N, 4)
-    code = Code(torch.zeros(1, 1, 8), None, torch.ones(1, 1, dtype=torch.long), torch.rand(1, 1, N))
-    assert torch.equal(shaping.control(code), torch.ones(1, 1, 4))
+    code = Code(
+        torch.zeros(1, 1, 8),
+        None,
+        torch.ones(1, 1, dtype=torch.long),
+        torch.ones(1, 1, dtype=torch.bool),
+        {"evidence": torch.rand(1, 1, N)},
+    )
+    assert torch.equal(shaping.control(code), torch.ones(1, 1, 4).double())
     with torch.no_grad():
         shaping.head.bias[:] = torch.tensor([100.0, -100.0, 0.0, math.log(2)])
-    assert torch.allclose(1 / shaping.control(code), torch.tensor([2.0, 0.5, 1.0, 1.25]))
+    assert torch.allclose(1 / shaping.control(code), torch.tensor([2.0, 0.5, 1.0, 1.25]).double())
 
 
 def test_alignment_is_the_squared_distance_of_mean_gate_and_margin():
@@ -134,7 +140,7 @@ def test_other_variants_take_evidence_and_ignore_it():
 
 def test_evidence_of_a_wrong_shape_is_refused():
     attached = bem.attach(tiny_model("llama"), "v2", rank=4)
-    with pytest.raises(AttachError, match="EVIDENCE_FEATURES"):
+    with pytest.raises(AttachError, match="must be \\(batch, 8\\)"):
         attached.model(input_ids=torch.arange(1, 9)[None], evidence=torch.rand(1, N - 1))
 
 

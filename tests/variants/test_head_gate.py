@@ -1,23 +1,25 @@
 import torch
 
 from bem.variants.base import Code
-from bem.variants.head_gate import HeadGate
+from bem.variants.head_gate import Gating, HeadGate
 
 D_IN, D_OUT, RANK, GROUPS, HEADS, D_CONTROL = 24, 10, 6, 3, 6, 5
 
 
-def gate(**settings):
+def gate(radius=None, **gating):
     torch.manual_seed(0)
-    module = HeadGate(D_IN, D_OUT, RANK, 12.0, GROUPS, D_CONTROL, HEADS, **settings)
+    sizes = Gating(GROUPS, D_CONTROL, HEADS, **gating)
+    module = HeadGate(D_IN, D_OUT, RANK, 12.0, sizes, radius=radius)
     for parameter in module.parameters():
         parameter.data.normal_()
     return module
 
 
-def code(chunks=4):
+def code(chunks=4, real=None):
     torch.manual_seed(1)
     number = torch.arange(1, chunks + 1)[None]
-    return Code(torch.randn(1, chunks, D_CONTROL), torch.randn(1, chunks, 2 * HEADS), number)
+    real = torch.ones(1, chunks, dtype=torch.bool) if real is None else real
+    return Code(torch.randn(1, chunks, D_CONTROL), torch.randn(1, chunks, 2 * HEADS), number, real)
 
 
 def test_the_update_is_the_gated_sum_over_head_groups():
@@ -27,21 +29,23 @@ def test_the_update_is_the_gated_sum_over_head_groups():
     for g in range(GROUPS):
         heads = x[..., 8 * g : 8 * (g + 1)]  # 24 inputs, 3 groups
         u = module.u[:, 2 * g : 2 * (g + 1)]  # 6 ranks, 3 groups
-        wanted += 2.0 * gates[..., g : g + 1] * (heads @ module.v[g]) @ u.t()
-    found = module.update(torch.zeros(1, 4, D_OUT), x, module.control(code()))
+        wanted += 2.0 * gates[..., g : g + 1] * (heads @ module.v[g].t()) @ u.t()
+    found = module.update(torch.zeros(1, 4, D_OUT), x, module.control(code())[0].float(), None)
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_gates_are_one_at_birth():
     torch.manual_seed(0)
-    module = HeadGate(D_IN, D_OUT, RANK, 12.0, GROUPS, D_CONTROL, HEADS)
-    assert torch.equal(module.control(code()), torch.full((1, 4, RANK), 2.0))  # alpha / rank
+    module = HeadGate(D_IN, D_OUT, RANK, 12.0, Gating(GROUPS, D_CONTROL, HEADS))
+    assert torch.equal(
+        module.control(code()), torch.full((1, 4, RANK), 2.0).double()
+    )  # alpha / rank
 
 
 def test_the_trust_region_holds_in_every_chunk():
     module = gate(radius=0.3)
     for c in module.control(code())[0]:
-        update = module.u @ torch.diag(c) @ module._dense_v(module.v)
+        update = module.u.double() @ torch.diag(c) @ module.dense_v().double()
         assert torch.linalg.matrix_norm(update) <= 0.3 + 1e-5
 
 
@@ -52,3 +56,12 @@ def test_the_penalty_is_zero_for_uncorrelated_gates_and_large_for_equal_ones():
     assert module.penalty() < 1e-10
     module._seen = (signs[None, :, :1].expand(1, 4, 3), code())
     assert torch.allclose(module.penalty(), torch.tensor(1.0))  # every correlation is 1
+
+
+def test_slots_without_tokens_do_not_count_in_the_penalty():
+    module = gate(decorrelation=1.0).train()
+    signs = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    gates = torch.cat([signs, torch.full((20, 3), 9.0)])[None]  # 20 empty slots, all alike
+    real = (torch.arange(24) < 4)[None]
+    module._seen = (gates, code(24, real))
+    assert module.penalty() < 1e-10

@@ -24,7 +24,7 @@ def dense(module):
 def test_the_factored_product_is_the_dense_kronecker_product(d_in, d_out, terms):
     module, x = random(d_in, d_out, terms), torch.randn(2, 3, d_in)
     wanted = torch.ones(2, 3, d_out) + x @ dense(module).t()
-    assert torch.allclose(module.update(torch.ones(2, 3, d_out), x, None), wanted, atol=1e-4)
+    assert torch.allclose(module.update(torch.ones(2, 3, d_out), x, None, None), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,13 @@ def test_inside_the_cap_nothing_moves():
     before = module.a.clone()
     module.after_step()
     assert torch.equal(module.a, before)
+
+
+def test_a_direction_that_outgrows_the_old_one_is_found():
+    """The last answer is an exact singular vector, at right angles to what grew since."""
+    module = KroneckerFactorization(4, 4, 1, scale=1.0)
+    module.a.data[0] = torch.diag(torch.tensor([0.9, 0.0]))
+    module.b.data[0] = torch.eye(2) * torch.tensor([1.0, 0.0])
+    assert module.sigma() == pytest.approx(0.9, rel=1e-3)
+    module.a.data[0] = torch.diag(torch.tensor([0.9, 5.0]))
+    assert module.sigma() == pytest.approx(5.0, rel=1e-3)

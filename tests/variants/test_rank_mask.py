@@ -7,14 +7,15 @@ from bem.variants.rank_mask import RankMask
 
 def code(chunks=50):
     torch.manual_seed(1)
-    return Code(torch.randn(2, chunks, 8), None, torch.arange(1, chunks + 1).expand(2, -1))
+    number = torch.arange(1, chunks + 1).expand(2, -1)
+    return Code(torch.randn(2, chunks, 8), None, number, torch.ones_like(number, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("kind", ["learned", "random", "fixed"])
 @pytest.mark.parametrize("training", [True, False])
 def test_exactly_k_ranks_act(kind, training):
     mask = RankMask(10, 3, 8, kind).train(training)(code())
-    assert torch.equal(mask.sum(-1), torch.full((2, 50), 3.0))
+    assert torch.equal(mask.sum(-1), torch.full((2, 50), 3.0).double())
     assert set(mask.detach().round(decimals=6).unique().tolist()) == {0.0, 1.0}
 
 

@@ -35,7 +35,7 @@ arms:
   - {{name: learning, adapters: {{alpha: 16, rank: 4, router_layer: 0}}, match: none}}
   - {{name: same, match: none}}
 training: {{steps: 30, batch_size: 8, max_length: 64, learning_rate: 0.01}}
-gates: {{n_bootstrap: 500, waived: [budget, latency, memory]}}
+gates: {{n_bootstrap: 500, waived: [budget, latency, memory, kv_hit]}}
 latency_rounds: 2
 """)
     config = configuration.load(path, [f"output={home / 'runs'}"])

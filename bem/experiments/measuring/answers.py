@@ -1,4 +1,4 @@
-"""Measure one adapted model on held-out rows: scores per example, answers kept, cache use counted.
+"""Measure one adapted model on held-out rows: scores per example, answers, cache use.
 
 Every metric is computed for every example (each form of answer has its own rules, see scoring), so
 that one Measurement holds several tasks. `quality` is each row's own primary metric on [0, 1]: em,
@@ -13,35 +13,33 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import MeasurementError
+from bem.experiments.measuring.cache_use import CacheUse, cache_use, counted
+from bem.experiments.measuring.losses import answer_losses
+from bem.files import write_bytes
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.stats.scores import Metric
 from bem.tasks.load import METRIC_NAMES, Task
 from bem.tasks.scoring import QUALITY, score
 from bem.training.answers import greedy_answers
-from bem.training.data import IGNORED, Encoded, Example, collate, encode
-from bem.training.fit import write_atomically
-from bem.training.losses import answer_logits, answer_nll
-
-if TYPE_CHECKING:
-    from bem.adapters.attach import Attached
+from bem.training.data import Encoded, Example, encode
 
 DECLARED = {QUALITY: Metric(higher_is_better=True, points_per_unit=100.0)}
-LOGITS_AT_ONCE = 1 << 27
-"""Largest number of logits of one forward pass while answer losses are measured (half a GiB)."""
+LEAST_ROOM = 8
+"""Fewest tokens that must be left for a prompt."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one example, and what that is worth."""
+    """The model's answer to one example, and what it is worth."""
 
     task: str
     example: Example
@@ -49,22 +47,52 @@ class Answer:
     scores: dict[str, float]
     seconds: float
     """Share of the time its batch took."""
+    cache: CacheUse
     gate: float | None = None
     """Mean head-group gate while the answer begins; None: the adapter has none."""
 
 
 @dataclass(frozen=True)
-class CacheUse:
-    """Keys and values at the decode steps of one request."""
+class _Examiner:
+    """Who is asked, and how."""
 
-    hits: float
-    """Entries that were there."""
-    needed: float
-    """Entries of all tokens before the one being decoded."""
+    attached: Any
+    tokenizer: Any
+    metrics: list[str]
+    batch_size: int
+    max_length: int
+
+    @property
+    def pad_id(self) -> int:
+        token = self.tokenizer.pad_token_id
+        return 0 if token is None else token
+
+
+@dataclass
+class _Progress:
+    """Examples done of all tasks together."""
+
+    total: int
+    on_progress: Callable[[int, int], None] | None
+    done: int = 0
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        if self.on_progress:
+            self.on_progress(self.done, self.total)
+
+
+@dataclass
+class _Answers:
+    """Answers to the rows as they are, and to the same rows on every index."""
+
+    clean: list[Answer] = field(default_factory=list)
+    by_index: dict[str, list[Answer]] = field(default_factory=dict)
+    """Condition -> answers; of tasks with worse indices only."""
 
 
 def measure(
-    attached: Attached,
+    attached: Any,
     tokenizer: Any,
     tasks: Task | Sequence[Task],
     *,
@@ -77,6 +105,7 @@ def measure(
     """Greedy answers and answer losses for all held-out rows of the tasks.
 
     Args:
+        attached: an adapter on its base (`model`, `price`, perhaps `gate_magnitude`).
         name: of the arm.
         batch_size: rows per batch; batches are made of rows that are alike in length.
         max_length: longest prompt in tokens (also limited by the model's context).
@@ -93,6 +122,24 @@ def measure(
         DataError: an answer does not fit the context.
     """
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    progress = _Progress(_rows_in(tasks), on_progress)
+    reported = {metric for task in tasks for metric in task.metrics} | {"loss"}
+    metrics = [metric for metric in METRIC_NAMES if metric in reported]
+    examiner = _Examiner(attached, tokenizer, metrics, batch_size, max_length)
+    started = time.perf_counter()
+    with _evaluating(attached.model):
+        answers = _ask(examiner, tasks, progress)
+    if predictions is not None:
+        _write(Path(predictions), answers.clean)
+    meta = {
+        "tasks": {t.name: _described(t) for t in tasks},
+        "seconds": time.perf_counter() - started,
+    }
+    return _measurement(name, examiner, tasks, answers, meta)
+
+
+def _rows_in(tasks: Sequence[Task]) -> int:
+    """Rows to be asked, worse indices included."""
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise MeasurementError(f"Task names must differ, got {', '.join(names)}.")
@@ -101,66 +148,47 @@ def measure(
         raise MeasurementError(
             f"No held-out rows in {', '.join(names) or 'an empty list of tasks'}."
         )
-    wanted = {metric for task in tasks for metric in task.metrics} | {"loss"}
-    metrics = [metric for metric in METRIC_NAMES if metric in wanted]
-    started = time.perf_counter()
-    answers: list[Answer] = []
-    uses: list[CacheUse] = []
-    swapped: dict[str, list[Answer]] = {}
-    asked = 0
-    with _evaluating(attached.model):
-        for task in tasks:
-            for condition, rows in {"clean": task.dev, **task.variants}.items():
-                tick = lambda done, b=asked: on_progress(b + done, total) if on_progress else None  # noqa: E731
-                found, used = _measure_task(
-                    attached,
-                    tokenizer,
-                    replace(task, dev=rows),
-                    metrics,
-                    batch_size,
-                    max_length,
-                    tick,
-                )
-                asked += len(rows)
-                if condition == "clean":
-                    answers += found
-                    uses += used
-                if task.variants:
-                    swapped[condition] = swapped.get(condition, []) + found
-    if predictions is not None:
-        rows = (json.dumps(_row(answer), ensure_ascii=False) + "\n" for answer in answers)
-        try:
-            write_atomically(Path(predictions), "".join(rows).encode("utf-8", "surrogatepass"))
-        except OSError as error:
-            raise MeasurementError(f"{predictions} could not be written: {error}.") from error
+    return total
+
+
+def _ask(examiner: _Examiner, tasks: Sequence[Task], progress: _Progress) -> _Answers:
+    answers = _Answers()
+    for task in tasks:
+        for condition, rows in {"clean": task.dev, **task.variants}.items():
+            given = _ask_rows(examiner, replace(task, dev=rows), progress)
+            if condition == "clean":
+                answers.clean += given
+            if task.variants:
+                answers.by_index.setdefault(condition, []).extend(given)
+    return answers
+
+
+def _measurement(
+    name: str, examiner: _Examiner, tasks: Sequence[Task], answers: _Answers, meta: dict[str, Any]
+) -> Measurement:
+    rows, attached = answers.clean, examiner.attached
     price = attached.price() if hasattr(attached, "price") else None
     return Measurement(
         name=name,
         metrics={
-            key: np.array([[answer.scores[key] for answer in answers]])
-            for key in (QUALITY, *metrics)
+            key: np.array([[row.scores[key] for row in rows]])
+            for key in (QUALITY, *examiner.metrics)
         },
-        example_ids=[f"{answer.task}/{answer.example.id}" for answer in answers],
-        clusters=[f"{answer.task}/{answer.example.group}" for answer in answers],
-        slices=_slices(tasks, answers),
+        example_ids=[f"{row.task}/{row.example.id}" for row in rows],
+        clusters=[f"{row.task}/{row.example.group}" for row in rows],
+        slices=_slices(tasks, rows),
         declared=DECLARED,
         adapter_parameters=price.parameters if price else None,
         adapter_flops_per_token=price.flops_per_token if price else None,
-        kv_hits=[use.hits for use in uses],
-        kv_needed=[use.needed for use in uses],
-        router=_index_swap(swapped) if swapped else None,
-        meta={
-            "tasks": {
-                task.name: {
-                    "rows": len(task.dev),
-                    "primary": task.primary,
-                    "metrics": list(task.metrics),
-                }
-                for task in tasks
-            },
-            "seconds": time.perf_counter() - started,
-        },
+        kv_hits=[row.cache.hits for row in rows],
+        kv_needed=[row.cache.needed for row in rows],
+        router=_index_swap(answers.by_index) if answers.by_index else None,
+        meta=meta,
     )
+
+
+def _described(task: Task) -> dict[str, Any]:
+    return {"rows": len(task.dev), "primary": task.primary, "metrics": list(task.metrics)}
 
 
 @contextmanager
@@ -194,50 +222,59 @@ def context_length(model: Any, default: int = 1 << 20) -> int:
     return default
 
 
-def _measure_task(
-    attached: Attached,
-    tokenizer: Any,
-    task: Task,
-    metrics: list[str],
-    batch_size: int,
-    max_length: int,
-    tick: Callable[[int], None],
-) -> tuple[list[Answer], list[CacheUse]]:
-    model = attached.model
-    context = context_length(model)
-    room = min(max_length, context - task.max_new_tokens)
-    if room < 8:
+def _ask_rows(examiner: _Examiner, task: Task, progress: _Progress) -> list[Answer]:
+    """Answers to a task's held-out rows, in their order."""
+    tokenizer, context = examiner.tokenizer, context_length(examiner.attached.model)
+    room = min(examiner.max_length, context - task.max_new_tokens)
+    if room < LEAST_ROOM:
         raise MeasurementError(
             f"{task.name}: answers of {task.max_new_tokens} tokens leave {room} of the model's "
             f"{context} tokens for the prompt. Lower max_new_tokens."
         )
     prompts = [encode(row, tokenizer, room, with_answer=False) for row in task.dev]
-    longest = min(context, max_length + task.max_new_tokens)
+    longest = min(context, examiner.max_length + task.max_new_tokens)
     wholes = [encode(row, tokenizer, longest) for row in task.dev]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     order = _batch_order(prompts, wholes)
     answers: dict[int, Answer] = {}
-    uses: dict[int, CacheUse] = {}
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
-        started = time.perf_counter()
-        said, used = _generate(model, tokenizer, [prompts[i] for i in rows], task.max_new_tokens)
-        losses, gates = answer_losses(attached, [wholes[i] for i in rows], pad_id)
-        seconds = (time.perf_counter() - started) / len(rows)
-        for i, ids, use, loss, gate in zip(rows, said, used, losses, gates, strict=True):
-            example = task.dev[i]
-            prediction = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            scores = {
-                metric: score(metric, task.form_of(example), prediction, example.references)
-                for metric in dict.fromkeys((*metrics, task.primary))
-                if metric != "loss"
-            }
-            scores["loss"] = loss
-            scores[QUALITY] = quality(task.primary, scores)
-            answers[i] = Answer(task.name, example, prediction, scores, seconds, gate)
-            uses[i] = use
-        tick(len(answers))
-    return [answers[i] for i in range(len(prompts))], [uses[i] for i in range(len(prompts))]
+    for at in range(0, len(order), examiner.batch_size):
+        rows = order[at : at + examiner.batch_size]
+        batch = [(task.dev[i], prompts[i], wholes[i]) for i in rows]
+        answers |= dict(zip(rows, _ask_batch(examiner, task, batch), strict=True))
+        progress.add(len(rows))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _ask_batch(
+    examiner: _Examiner, task: Task, batch: Sequence[tuple[Example, Encoded, Encoded]]
+) -> list[Answer]:
+    """Answers to rows that are asked at once: example, prompt, and prompt with its reference."""
+    attached, tokenizer = examiner.attached, examiner.tokenizer
+    started = time.perf_counter()
+    prompts = [prompt for _, prompt, _ in batch]
+    generated, uses = _generate(attached.model, tokenizer, prompts, task.max_new_tokens)
+    losses, gates = answer_losses(attached, [whole for *_, whole in batch], examiner.pad_id)
+    seconds = (time.perf_counter() - started) / len(batch)
+    answers = []
+    columns = zip(batch, generated, uses, losses, gates, strict=True)
+    for (example, *_), ids, use, loss, gate in columns:
+        prediction = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        scores = _scores(examiner.metrics, task, example, prediction, loss)
+        answers.append(Answer(task.name, example, prediction, scores, seconds, use, gate))
+    return answers
+
+
+def _scores(
+    metrics: Sequence[str], task: Task, example: Example, prediction: str, loss: float
+) -> dict[str, float]:
+    form = task.form_of(example)
+    scores = {
+        metric: score(metric, form, prediction, example.references)
+        for metric in dict.fromkeys((*metrics, task.primary))
+        if metric != "loss"
+    }
+    scores["loss"] = loss
+    scores[QUALITY] = quality(task.primary, scores)
+    return scores
 
 
 def _batch_order(prompts: list[Encoded], wholes: list[Encoded]) -> list[int]:
@@ -257,80 +294,20 @@ def _generate(
     model: Any, tokenizer: Any, prompts: list[Encoded], max_new_tokens: int
 ) -> tuple[list[list[int]], list[CacheUse]]:
     """Greedy answers without what follows their end, and the cache use of each row."""
-    with _counted(model) as calls:
+    with counted(model) as calls:
         answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
     lengths = [len(prompt) for prompt in prompts]
     return answers, [
-        _cache_use(calls, length, len(answer))
+        cache_use(calls, length, len(answer))
         for length, answer in zip(lengths, answers, strict=True)
     ]
 
 
-def _cache_use(calls: list[tuple[int, int]], prompt: int, answer: int) -> CacheUse:
-    """Sum over the decode steps of one row (the first call is the prefill, which needs nothing).
-
-    `calls` holds (columns in the cache, columns handed in) of each forward pass. A step that hands
-    in one column reuses all earlier ones; each further column is an entry computed again.
-    """
-    hits = needed = 0
-    for step, (_, handed_in) in enumerate(calls[1 : answer + 1], 1):
-        before = prompt + step - 1  # tokens of this row before the one whose successor is decoded
-        needed += before
-        hits += max(0, before - (handed_in - 1))
-    return CacheUse(hits, needed)
-
-
-@contextmanager
-def _counted(model: Any) -> Iterator[list[tuple[int, int]]]:
-    """What each forward pass found in the cache and was handed in, counted at the base model."""
-    calls: list[tuple[int, int]] = []
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def note(module: Any, args: tuple, kwargs: dict) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
-        calls.append((cache.get_seq_length() if cache is not None else 0, ids.shape[1]))
-
-    handle = inner.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-@torch.inference_mode()
-def answer_losses(
-    attached: Any, rows: list[Encoded], pad_id: int
-) -> tuple[list[float], list[float | None]]:
-    """Mean negative log-likelihood of each row's last answer and its end, in nats per token; and the
-    mean gate at the answer's first token, if there are gates."""
-    model = attached.model
-    longest = max(len(row) for row in rows)
-    vocabulary = getattr(model.config, "vocab_size", None) or 1 << 16
-    at_once = max(1, LOGITS_AT_ONCE // (longest * vocabulary))
-    losses: list[float] = []
-    gates: list[float | None] = []
-    for i in range(0, len(rows), at_once):
-        batch = collate(rows[i : i + at_once], pad_id)
-        for row, labels in zip(rows[i : i + at_once], batch["labels"], strict=True):
-            labels[: len(labels) - (len(row) - row.prompt_length)] = IGNORED  # earlier turns
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        sums, counts = answer_nll(answer_logits(model, batch), batch["labels"])
-        losses += (sums / counts).tolist()
-        found = attached.gate_magnitude() if hasattr(attached, "gate_magnitude") else None
-        width = batch["labels"].shape[1]
-        for r, row in enumerate(rows[i : i + at_once]):
-            first = width - len(row) + row.prompt_length
-            gates.append(None if found is None else float(found[r, first]))
-    return losses, gates
-
-
-def _index_swap(swapped: dict[str, list[Answer]]) -> RouterFacts:
-    clean = swapped["clean"]
+def _index_swap(by_index: dict[str, list[Answer]]) -> RouterFacts:
     return RouterFacts(
-        index_swap={c: [[a.scores[QUALITY] for a in row]] for c, row in swapped.items()},
-        clusters=[f"{a.task}/{a.example.group}" for a in clean],
-        answer_loss={c: [[a.scores["loss"] for a in row]] for c, row in swapped.items()},
+        index_swap={c: [[a.scores[QUALITY] for a in row]] for c, row in by_index.items()},
+        clusters=[f"{a.task}/{a.example.group}" for a in by_index["clean"]],
+        answer_loss={c: [[a.scores["loss"] for a in row]] for c, row in by_index.items()},
     )
 
 
@@ -359,8 +336,23 @@ def _is_strong(task: Task, row: Example) -> bool:
     """The evidence covers the question and agrees with itself."""
     if task.retrieval is None or not row.relevance:
         return False
-    known = dict(zip(EVIDENCE_FEATURES, row.relevance, strict=True))
-    return min(known["coverage"], known["consistency"]) >= task.retrieval.slice_threshold
+    features = dict(zip(EVIDENCE_FEATURES, row.relevance, strict=True))
+    return min(features["coverage"], features["consistency"]) >= task.retrieval.slice_threshold
+
+
+def _write(path: Path, answers: Sequence[Answer]) -> None:
+    try:
+        write_bytes(path, b"".join(_line(_row(answer)) for answer in answers))
+    except OSError as error:
+        raise MeasurementError(f"{path} could not be written: {error}.") from error
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """JSON in UTF-8; a row with half a surrogate pair, which UTF-8 has no form for, in ASCII."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row).encode("ascii") + b"\n"
 
 
 def _row(answer: Answer) -> dict[str, Any]:

@@ -9,23 +9,27 @@ CUDA events. A prefill computes the logits of its last token only, as `generate`
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil, inf, log
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from bem.config import GatesConfig
 from bem.errors import MeasurementError
+from bem.stats.latency import paired_ratio
 from bem.training.losses import arguments_of
 
 Clock = Literal["cpu", "wall", "cuda"]
 PHASES = ("prefill", "decode")
+Samples = dict[str, dict[str, list[list[float]]]]
+"""arm -> phase -> round -> samples in milliseconds."""
+Pair = tuple[Sequence[float], Sequence[float]]
+"""p50 of each round in milliseconds, of a candidate and of what it is judged against."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,27 @@ class Timings:
     threads: int
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How far timing may go on while an answer is open."""
+
+    rounds: int
+    """Most rounds in all."""
+    seconds: float = inf
+    """Beyond the rounds that are always timed, none begins after this time."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed in a round."""
+
+    prompt_tokens: int = 256
+    new_tokens: int = 32
+    batch_size: int = 1
+    prefills: int = 2
+    """Per round; the round's number is their median."""
+
+
 def measure_latency(
     arms: Mapping[str, Any],
     *,
@@ -55,6 +80,9 @@ def measure_latency(
     prefills: int = 2,
     clock: Clock | None = None,
     seed: int = 0,
+    pairs: Sequence[tuple[str, str]] = (),
+    undecided: Callable[[Sequence[Pair]], int] = lambda pairs: 0,
+    budget: Budget | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Timings:
     """Time a prefill and token-by-token decoding with a cache for every arm.
@@ -67,66 +95,146 @@ def measure_latency(
             not depend on which it is.
         prefills: prefills per round; the round's number is their median.
         clock: None: cuda on a GPU, else cpu.
-        on_progress: called with (rounds done, rounds).
+        pairs: (candidate, opponent) names whose ratio is judged, in every phase.
+        undecided: asked after `rounds` and then again: how many more rounds the pairs want; 0 ends.
+        budget: of all rounds; None: `rounds` and no more.
+        on_progress: called with (rounds done, rounds planned so far).
     Raises:
-        MeasurementError: no arms, or prompt and answer do not fit the context.
+        MeasurementError: no arms, an unknown pair, or prompt and answer do not fit the context.
     """
-    if not arms:
-        raise MeasurementError("No arms to time.")
-    models = {name: _model(arm).eval() for name, arm in arms.items()}
-    first = next(iter(models.values()))
-    device = first.device
+    work = Workload(prompt_tokens, new_tokens, batch_size, prefills)
+    models = {name: model_of(arm).eval() for name, arm in arms.items()}
+    _check(models, work, pairs)
+    device = next(iter(models.values())).device
     clock = clock or ("cuda" if device.type == "cuda" else "cpu")
     if clock == "cuda" and device.type != "cuda":
         raise MeasurementError(f"The clock cuda needs a GPU; the arms are on {device}.")
-    context = getattr(first.config, "max_position_embeddings", None)
-    if context and prompt_tokens + new_tokens > context:
-        raise MeasurementError(
-            f"{prompt_tokens} + {new_tokens} tokens exceed the model's context of {context}."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch_size, prompt_tokens)
-    ids = torch.randint(first.config.vocab_size, shape, generator=generator).to(device)
-    names = list(models)
-    samples: dict[str, dict[str, list[list[float]]]] = {
-        name: {phase: [] for phase in PHASES} for name in names
-    }
+    stopwatch = _Stopwatch(models, work, clock, seed)
+    more_rounds = lambda: undecided(stopwatch.pairs(pairs)) if pairs else 0  # noqa: E731
     with _threads(1 if clock == "cpu" else None) as threads, torch.inference_mode():
-        for name in names:  # warm-up: allocator, lazily built buffers, kernels
-            _round(models[name], ids, min(4, new_tokens), 1, clock)
-        for number in range(rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                taken = _round(models[name], ids, new_tokens, prefills, clock)
-                for phase in PHASES:
-                    samples[name][phase].append(taken[phase])
-            if on_progress:
-                on_progress(number + 1, rounds)
-
-    def over_all(q: float) -> dict[str, dict[str, float]]:
-        return {
-            name: {
-                phase: float(np.quantile(np.concatenate(parts), q)) for phase, parts in row.items()
-            }
-            for name, row in samples.items()
-        }
-
+        stopwatch.run(rounds, more_rounds, budget or Budget(rounds), on_progress)
     return Timings(
-        latency_ms={
-            name: {
-                phase: [float(np.median(part)) for part in parts] for phase, parts in row.items()
-            }
-            for name, row in samples.items()
-        },
-        p50_ms=over_all(0.5),
-        p95_ms=over_all(0.95),
+        latency_ms=stopwatch.medians(),
+        p50_ms=stopwatch.over_all(0.5),
+        p95_ms=stopwatch.over_all(0.95),
         clock=clock,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch_size=batch_size,
-        rounds=rounds,
+        rounds=stopwatch.rounds,
         threads=threads,
     )
+
+
+def rounds_wanted(pairs: Sequence[Pair], gates: GatesConfig) -> int:
+    """Rounds until the limits of every ratio lie on one side of what is allowed; 0: they do.
+
+    The width of an interval falls with sqrt(rounds), so that one of half-width h around a ratio at
+    distance d from the allowed one wants about (h / d)^2 times the rounds it has. Never more than
+    the rounds there are: each look may then show that fewer suffice.
+    """
+    return max((_wanted(pair, gates) for pair in pairs), default=0)
+
+
+def _wanted(pair: Pair, gates: GatesConfig) -> int:
+    limits = paired_ratio(*pair, gates.alpha)
+    most = gates.latency_ratio_max
+    if limits.upper <= most or limits.lower > most:
+        return 0
+    if limits.upper == inf:  # too few rounds for any limit
+        return limits.rounds
+    far = abs(log(limits.ratio / most))
+    edge = limits.upper if limits.ratio <= most else limits.lower
+    wide = abs(log(edge / limits.ratio))
+    times = (wide / far) ** 2 if far > 0 else inf
+    return (
+        min(limits.rounds, max(1, ceil(limits.rounds * (times - 1))))
+        if times < inf
+        else limits.rounds
+    )
+
+
+def _check(models: Mapping[str, Any], work: Workload, pairs: Sequence[tuple[str, str]]) -> None:
+    if not models:
+        raise MeasurementError("No arms to time.")
+    if unknown := sorted({name for pair in pairs for name in pair} - models.keys()):
+        raise MeasurementError(f"No arm {unknown[0]!r} to time. Arms: {', '.join(models)}.")
+    context = getattr(next(iter(models.values())).config, "max_position_embeddings", None)
+    if context and work.prompt_tokens + work.new_tokens > context:
+        raise MeasurementError(
+            f"{work.prompt_tokens} + {work.new_tokens} tokens exceed the model's context of {context}."
+        )
+
+
+@dataclass
+class _Stopwatch:
+    """Times rounds and keeps every sample."""
+
+    models: Mapping[str, Any]
+    work: Workload
+    clock: Clock
+    seed: int
+    rounds: int = 0
+    samples: Samples = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.models.values()))
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.work.batch_size, self.work.prompt_tokens)
+        ids = torch.randint(first.config.vocab_size, shape, generator=generator)
+        self.ids = ids.to(first.device)
+        self.samples = {name: {phase: [] for phase in PHASES} for name in self.models}
+
+    def run(
+        self,
+        rounds: int,
+        more_rounds: Callable[[], int],
+        budget: Budget,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """`rounds`, and then as many more as are asked for while the budget lasts."""
+        started, goal = time.monotonic(), rounds
+        for model in self.models.values():  # warm-up: allocator, lazily built buffers, kernels
+            _round(model, self.ids, min(4, self.work.new_tokens), 1, self.clock)
+        while self.rounds < goal:
+            self.one_round()
+            if on_progress:
+                on_progress(self.rounds, goal)
+            if self.rounds >= rounds and time.monotonic() - started >= budget.seconds:
+                return
+            if self.rounds == goal < budget.rounds:
+                goal = min(goal + more_rounds(), budget.rounds)
+
+    def one_round(self) -> None:
+        """Every arm once; who begins changes from round to round."""
+        names = list(self.models)
+        turn = self.rounds % len(names)
+        for name in names[turn:] + names[:turn]:
+            taken = _round(
+                self.models[name], self.ids, self.work.new_tokens, self.work.prefills, self.clock
+            )
+            for phase in PHASES:
+                self.samples[name][phase].append(taken[phase])
+        self.rounds += 1
+
+    def medians(self) -> dict[str, dict[str, list[float]]]:
+        """arm -> phase -> p50 of each round."""
+        return {
+            name: {p: [float(np.median(part)) for part in parts] for p, parts in row.items()}
+            for name, row in self.samples.items()
+        }
+
+    def pairs(self, names: Sequence[tuple[str, str]]) -> list[Pair]:
+        """Rounds of both sides of every pair, phase by phase."""
+        p50 = self.medians()
+        return [(p50[one][p], p50[other][p]) for one, other in names for p in PHASES]
+
+    def over_all(self, q: float) -> dict[str, dict[str, float]]:
+        """arm -> phase -> quantile over all samples of all rounds."""
+        return {
+            name: {p: float(np.quantile(np.concatenate(parts), q)) for p, parts in row.items()}
+            for name, row in self.samples.items()
+        }
 
 
 def _round(
@@ -148,7 +256,7 @@ def _round(
     return taken
 
 
-def _model(arm: Any) -> Any:
+def model_of(arm: Any) -> Any:
     """The model of an attached adapter; a plain model is itself."""
     return arm if isinstance(arm, nn.Module) else arm.model
 
@@ -196,81 +304,3 @@ def _threads(count: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-# ------------------------------------------------------------------------------------------- memory
-
-
-def peak_memory(
-    arm: Any, *, prompt_tokens: int = 256, new_tokens: int = 16, batch_size: int = 1
-) -> float:
-    """Bytes needed at the worst moment of a prefill and some decoded tokens, weights included.
-
-    On CUDA what the allocator reports. On a CPU the bytes of all live tensors, followed operation
-    by operation: the same on every run and machine, unlike a process's resident size; scratch space
-    inside an operation is not seen.
-    """
-    model = _model(arm).eval()
-    device = model.device
-    ids = torch.zeros((batch_size, prompt_tokens), dtype=torch.long, device=device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        _prefill_and_decode(model, ids, new_tokens)
-        torch.cuda.synchronize(device)
-        return weight_bytes(model) + torch.cuda.max_memory_allocated(device) - before
-    with _LiveBytes() as live:
-        _prefill_and_decode(model, ids, new_tokens)
-    return float(weight_bytes(model) + live.peak)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers; shared ones count once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
-
-
-@torch.no_grad()
-def _prefill_and_decode(model: Any, ids: Tensor, new_tokens: int) -> None:
-    step: dict[str, Any] = {"input_ids": ids, **last_logits_only(model)}
-    for _ in range(new_tokens + 1):
-        output = model(**step, use_cache=True)
-        step = {
-            "input_ids": output.logits[:, -1:].argmax(-1),
-            "past_key_values": output.past_key_values,
-        }
-        del output  # or its logits would live through the next step
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make until they are freed; `peak`: most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
-            self._known.add(tensor.untyped_storage())  # was there before: not ours to count
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage not in self._known:
-                self._known.add(storage)
-                size = storage.nbytes()
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, size)
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))

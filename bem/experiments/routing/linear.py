@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from bem.training.data import Encoded
@@ -24,17 +25,27 @@ class Linear:
     """Weights over standardised features."""
 
     mean: Tensor  # (d_model,)
-    scale: Tensor
-    weight: Tensor  # (classes, d_model)
-    bias: Tensor
+    scale: Tensor  # (d_model,)
+    weight: Float[Tensor, "classes d_model"]
+    bias: Tensor  # (classes,)
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """Most likely class of each row, from 0."""
+    def __call__(self, features: Float[Tensor, "turns d_model"]) -> Tensor:
+        """Most likely class of each row, from 0: (turns,)."""
         return F.linear((features - self.mean) / self.scale, self.weight, self.bias).argmax(-1)
 
 
-def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-3) -> Linear:
-    """Multinomial logistic regression with an L2 penalty, to convergence (L-BFGS)."""
+def fit_linear(
+    features: Float[Tensor, "turns d_model"],
+    labels: Tensor,
+    classes: int,
+    decay: float = 1e-3,
+) -> Linear:
+    """Multinomial logistic regression with an L2 penalty, to convergence (L-BFGS).
+
+    Args:
+        labels: (turns,), from 0 to classes - 1.
+        decay: weight of the penalty, sum of the squared weights.
+    """
     mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
     x = (features - mean) / scale
     weight = torch.zeros(classes, x.shape[1], requires_grad=True)
@@ -61,10 +72,10 @@ def turn_features(
         model: the bare base.
         layer: block whose input is read.
     """
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    means: list[Tensor] = [torch.empty(0)] * len(rows)
     for i, states in hidden_states(model, rows, layer, pad_id, batch_size):
-        found[i] = _means(states.float().cpu(), rows[i].turn_starts)
-    return found
+        means[i] = _means(states.float().cpu(), rows[i].turn_starts)
+    return means
 
 
 def _means(states: Tensor, starts: list[bool]) -> Tensor:

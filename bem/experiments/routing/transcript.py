@@ -2,86 +2,110 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from bem.experiments.routing.stages import RoutingArtifacts
 from bem.routing.explain import Explained, explain
+from bem.routing.mounted import Mounted
 from bem.tasks.conversations import skill_of
 from bem.training.data import Example
-
-if TYPE_CHECKING:
-    from bem.experiments.routing.stages import Stages
-    from bem.routing.mounted import Mounted
 
 SHOWN = 4
 """Conversations that the report shows chunk by chunk; the longest plans first."""
 
 
-def conversations_of(mounted: Mounted, stages: Stages, rows: int = 240) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Transcript:
+    """One conversation as the router read it."""
+
+    row: Example
+    chunks: list[Explained]
+    texts: list[str]
+    """Of each chunk."""
+
+    @property
+    def skills(self) -> list[str]:
+        """Of every turn, turns that were cut off included."""
+        return self.row.meta.get("skills") or [skill_of(self.row)]
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON for the report."""
+        return {
+            "id": f"{self.row.task}/{self.row.id}",
+            "skills": self.skills,
+            "chunks": [
+                {**asdict(chunk), "text": text}
+                for chunk, text in zip(self.chunks, self.texts, strict=True)
+            ],
+        }
+
+
+def conversations_of(
+    mounted: Mounted, artifacts: RoutingArtifacts, rows: int = 240
+) -> dict[str, Any]:
     """Read held-out conversations (their reference answers as they stand) under the router.
 
+    Args:
+        rows: how many at most; a fixed choice.
     Returns:
         `skills` and `options`: names; `use`: answers of each skill (rows) under each option
         (columns); `accuracy` at answers against the makers' labels; `flip_rate`: changes of expert /
         (chunks - 1); `plans`: number of different actions in each turn; `owner`: expert of each
-        skill; `shown`: a few
-        conversations chunk by chunk.
+        skill; `shown`: a few conversations chunk by chunk.
     """
-    everything = [row for task in stages.tasks for row in task.dev]
-    chosen = np.random.default_rng(0).permutation(len(everything))[:rows]
-    skills = list(stages.skills.owner)
-    options = ["base", *stages.skills.experts]
-    use = np.zeros((len(skills), len(options)), int)
-    flips = boundaries = 0
-    plans: list[int] = []
-    read: list[tuple[Example, list[Explained], list[str]]] = []
-    for i in chosen:
-        row = everything[int(i)]
-        encoded = stages.encoded(row)
-        chunks = explain(mounted, encoded.input_ids, encoded.turn_starts)
-        turns = [c for c in chunks if c.turn]
-        named = (row.meta.get("skills") or [skill_of(row)])[-len(turns) :]
-        for chunk, skill in zip(turns, named, strict=True):
-            use[skills.index(skill), options.index(chunk.expert)] += 1
-        flips += sum(a.expert != b.expert for a, b in pairwise(chunks))
-        boundaries += len(chunks) - 1
-        plans += _plans(chunks)
-        texts = [stages.tokenizer.decode(encoded.input_ids[c.start : c.stop]) for c in chunks]
-        read.append((row, chunks, texts))
-    read.sort(key=lambda item: -len({c.expert for c in item[1]}))
-    right = sum(use[skills.index(s), o] for s, o in stages.skills.owner.items())
+    chosen = np.random.default_rng(0).permutation(len(artifacts.held_out))[:rows]
+    read = [_read(mounted, artifacts, artifacts.held_out[int(i)]) for i in chosen]
+    skills, owner = list(artifacts.skills.owner), artifacts.skills.owner
+    options = ["base", *artifacts.skills.experts]
+    use = _use(read, skills, options)
+    flips = sum(a.expert != b.expert for t in read for a, b in pairwise(t.chunks))
+    plans = [length for transcript in read for length in plan_lengths(transcript.chunks)]
+    right = sum(use[skills.index(skill), option] for skill, option in owner.items())
+    read.sort(key=lambda transcript: -len({chunk.expert for chunk in transcript.chunks}))
     return {
         "skills": skills,
         "options": options,
         "use": use.tolist(),
         "accuracy": float(right / max(1, use.sum())),
-        "flip_rate": flips / max(1, boundaries),
+        "flip_rate": flips / max(1, sum(len(t.chunks) - 1 for t in read)),
         "plan_length": float(np.mean(plans)),
         "longest_plan": max(plans),
         "plans": plans,
-        "owner": {s: options[o] for s, o in stages.skills.owner.items()},
-        "shown": [_shown(row, chunks, texts) for row, chunks, texts in read[:SHOWN]],
+        "owner": {skill: options[option] for skill, option in owner.items()},
+        "shown": [transcript.shown() for transcript in read[:SHOWN]],
     }
 
 
-def _plans(chunks: list[Explained]) -> list[int]:
-    """Different actions in a row within each turn."""
-    found, last = [0], None
+def _read(mounted: Mounted, artifacts: RoutingArtifacts, row: Example) -> Transcript:
+    encoded = artifacts.encoded(row)
+    chunks = explain(mounted, encoded.input_ids, encoded.turn_starts)
+    decode = artifacts.inputs.tokenizer.decode
+    texts = [decode(encoded.input_ids[chunk.start : chunk.stop]) for chunk in chunks]
+    return Transcript(row, chunks, texts)
+
+
+def _use(read: Sequence[Transcript], skills: Sequence[str], options: Sequence[str]) -> np.ndarray:
+    """[skills, options]: answers of each skill under each option."""
+    use = np.zeros((len(skills), len(options)), int)
+    for transcript in read:
+        turns = [chunk for chunk in transcript.chunks if chunk.turn]
+        for chunk, skill in zip(turns, transcript.skills[-len(turns) :], strict=True):
+            use[skills.index(skill), options.index(chunk.expert)] += 1
+    return use
+
+
+def plan_lengths(chunks: Sequence[Explained]) -> list[int]:
+    """Number of different actions in a row within each turn."""
+    lengths, last = [0], None
     for chunk in chunks:
         action = (chunk.expert, chunk.rank, chunk.strength)
-        if chunk.turn and found[-1]:
-            found.append(0)
-        found[-1] += chunk.turn or action != last or not found[-1]
+        if chunk.turn and lengths[-1]:
+            lengths.append(0)
+        lengths[-1] += chunk.turn or action != last or not lengths[-1]
         last = action
-    return found
-
-
-def _shown(row: Example, chunks: list[Explained], texts: list[str]) -> dict[str, Any]:
-    return {
-        "id": f"{row.task}/{row.id}",
-        "skills": row.meta.get("skills") or [skill_of(row)],
-        "chunks": [{**asdict(c), "text": t} for c, t in zip(chunks, texts, strict=True)],
-    }
+    return lengths

@@ -1,5 +1,5 @@
 """The figures about evidence: is its margin worth believing, does quality fall with it, does
-reranking pay. Drawn as those of `plots.py`."""
+reranking pay?"""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import ndtri
 
 from bem.errors import DataError
-from bem.report.plots.figures import (
+from bem.report.plots.canvas import (
     INK,
     LINE,
     MUTED,
     PAPER,
-    _arm,
-    _axes,
-    _figure,
-    _plain,
-    _svg,
+    arm_colour,
+    axes_of,
+    blank_figure,
+    plain,
+    svg,
 )
-from bem.stats import normal
 from bem.stats.inputs import finite
 from bem.stats.monotone import CONDITIONS, OFF
 
@@ -97,17 +97,17 @@ def bins_of(
         raise DataError("margins and correct must lie in [0, 1].")
     edges = np.linspace(0, 1, n_bins + 1)
     place = np.minimum(np.searchsorted(edges, x, side="right") - 1, n_bins - 1)
-    found = []
+    bins = []
     for i in range(n_bins):
         inside = y[place == i]
         share = wilson(float(inside.sum()), inside.size, alpha) if inside.size else None
-        found.append(Bin(float(edges[i]), float(edges[i + 1]), inside.size, share))
-    return found
+        bins.append(Bin(float(edges[i]), float(edges[i + 1]), inside.size, share))
+    return bins
 
 
 def wilson(successes: float, n: int, alpha: float = 0.05) -> Interval:
     """Score interval of a share (Wilson 1927): stays in [0, 1] and has a width at 0 and n too."""
-    z, share = -normal.quantile(alpha / 2), successes / n
+    z, share = -float(ndtri(alpha / 2)), successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
@@ -124,7 +124,7 @@ def reliability(
         n_bins: bins of equal width.
         alpha: of the Wilson intervals.
     """
-    figure = _figure(7.6, 4.2)
+    figure = blank_figure(7.6, 4.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     bins: list[Bin] = []
     for place, arm in enumerate(arms):
@@ -132,20 +132,20 @@ def reliability(
         shift = _dodge(place, len(arms), 0.35 / n_bins)
         marks = [((b.left + b.right) / 2 + shift, b.correct) for b in bins if b.correct]
         _line(top, marks, arm)
-    _plain(top)
+    plain(top)
     top.set(ylabel="share correct", ylim=(-0.03, 1.03), xlim=(0, 1))
     top.tick_params(axis="x", length=0)
     top.grid(color=LINE, lw=0.6)
     _legend(top)
     _counts(bottom, bins)
-    return _svg(figure, "reliability", "Share of correct answers by the margin of the evidence")
+    return svg(figure, "reliability", "Share of correct answers by the margin of the evidence")
 
 
 def staircase(arms: Sequence[Stairs], metric: str = "score") -> str:
     """Mean score of each arm with a clean, a corrupt and a shuffled index, and without passages."""
     shown = [c for c in (*CONDITIONS, OFF) if any(c in arm.scores for arm in arms)]
     place = {c: i + (0.35 if c == OFF else 0.0) for i, c in enumerate(shown)}
-    figure, axes = _axes(7.6, 3.8)
+    figure, axes = axes_of(7.6, 3.8)
     for i, arm in enumerate(arms):
         shift = _dodge(i, len(arms), 0.3)
         steps = [(place[c] + shift, arm.scores[c]) for c in CONDITIONS if c in arm.scores]
@@ -161,16 +161,16 @@ def staircase(arms: Sequence[Stairs], metric: str = "score") -> str:
     axes.margins(y=0.12)
     axes.grid(axis="y", color=LINE, lw=0.6)
     _legend(axes)
-    return _svg(figure, "staircase", f"{metric} with an index that gets worse")
+    return svg(figure, "staircase", f"{metric} with an index that gets worse")
 
 
 def reranker_gain(gains: Sequence[RerankerGain], name: str = "reranker") -> str:
     """Mean reciprocal rank of the first stage (hollow) and after reranking (filled), per set."""
-    figure, axes = _axes(7.6, 0.95 + 0.5 * len(gains))
+    figure, axes = axes_of(7.6, 0.95 + 0.5 * len(gains))
     for y, gain in enumerate(gains):
         for mark, lift, colour, filled in (
             (gain.first_stage, -0.13, MUTED, PAPER),
-            (gain.reranked, 0.13, _arm(1), _arm(1)),
+            (gain.reranked, 0.13, arm_colour(1), arm_colour(1)),
         ):
             axes.plot([mark.low, mark.high], [y + lift] * 2, color=colour, lw=2)
             axes.plot(mark.value, y + lift, "o", ms=6.5, mfc=filled, mec=colour, mew=1.6)
@@ -179,11 +179,11 @@ def reranker_gain(gains: Sequence[RerankerGain], name: str = "reranker") -> str:
     axes.tick_params(axis="y", length=0)
     axes.set(ylim=(len(gains) - 0.4, -0.6), xlabel="mean reciprocal rank of the right passage")
     axes.grid(axis="x", color=LINE, lw=0.6)
-    for x, text, colour in ((0.0, "○ first stage", MUTED), (0.2, f"● {name}", _arm(1))):
+    for x, text, colour in ((0.0, "○ first stage", MUTED), (0.2, f"● {name}", arm_colour(1))):
         axes.text(
             x, 1.0, text, transform=axes.transAxes, color=colour, fontsize=8.5, va="bottom"
         )  # fmt: skip
-    return _svg(figure, "reranker_gain", "Mean reciprocal rank before and after reranking")
+    return svg(figure, "reranker_gain", "Mean reciprocal rank before and after reranking")
 
 
 def _line(
@@ -193,7 +193,7 @@ def _line(
     named: bool = True,
 ) -> None:
     """Values with their intervals, joined by a line; a control is dashed and has diamonds."""
-    tint = _arm(arm.colour)
+    tint = arm_colour(arm.colour)
     for x, mark in marks:
         axes.plot([x, x], [mark.low, mark.high], color=tint, lw=1.2, solid_capstyle="butt")
     axes.plot(
@@ -214,7 +214,7 @@ def _legend(axes: Any) -> None:
 
 def _counts(axes: Any, bins: Sequence[Bin]) -> None:
     """How many examples each bin rests on."""
-    _plain(axes)
+    plain(axes)
     middles = [(b.left + b.right) / 2 for b in bins]
     axes.bar(middles, [b.n for b in bins], [0.9 * (b.right - b.left) for b in bins], color=LINE)
     for x, b in zip(middles, bins, strict=True):

@@ -1,32 +1,30 @@
-"""The figures of a report, as SVG text that takes its colours from the page, light or dark.
+"""The figures of every report: effects, quality against latency, training curves.
 
-Each function takes plain records and returns one `<svg>` element. Colours are drawn as marker
-values that `_svg` replaces by CSS variables: `--ink --muted --line --paper --promote --reject
---inconclusive` and `--arm-0 ... --arm-11`.
+Each function takes plain records and returns one `<svg>` element.
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-INK, MUTED, LINE, PAPER = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04"
-PROMOTE, REJECT, INCONCLUSIVE = "#0a0a05", "#0a0a06", "#0a0a07"
-N_ARM_COLOURS = 12
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-_VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    LINE: "--line",
-    PAPER: "--paper",
-    PROMOTE: "--promote",
-    REJECT: "--reject",
-    INCONCLUSIVE: "--inconclusive",
-    **{f"#0a0b{i:02x}": f"--arm-{i}" for i in range(N_ARM_COLOURS)},
-}
+from bem.report.plots.canvas import (
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    REJECT,
+    arm_colour,
+    arrows,
+    axes_of,
+    blank_figure,
+    labels_beside,
+    plain,
+    svg,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def forest(effects: Sequence[Effect], unit: str = "points") -> str:
     """Effects with their intervals, grouped by metric; the vertical line is no difference."""
     groups = list(dict.fromkeys(e.group for e in effects))
     height = 0.9 + 0.235 * len(effects) + 0.34 * len(groups)
-    figure, axes = _axes(7.6, height)
+    figure, axes = axes_of(7.6, height)
     y, ticks, names = 0.0, [], []
     low, high = _limits(effects)
     for group in groups:
@@ -101,8 +99,8 @@ def forest(effects: Sequence[Effect], unit: str = "points") -> str:
     axes.set_yticks(ticks, names)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=LINE, lw=0.6)
-    _arrows(axes, "worse", "better")
-    return _svg(figure, "forest", "Differences to the baseline with their intervals")
+    arrows(axes, "worse", "better")
+    return svg(figure, "forest", "Differences to the baseline with their intervals")
 
 
 def quality_latency(panels: Mapping[str, Sequence[Point]], limit: float, metric: str) -> str:
@@ -113,10 +111,10 @@ def quality_latency(panels: Mapping[str, Sequence[Point]], limit: float, metric:
         limit: largest allowed upper limit of the ratio; what lies right of it is shaded.
         metric: what quality is.
     """
-    figure = _figure(7.6, 3.7)
+    figure = blank_figure(7.6, 3.7)
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (phase, points) in zip(row, panels.items(), strict=True):
-        _plain(axes)
+        plain(axes)
         xs = [1.0, limit, *(p.latency_low for p in points), *(p.latency_high for p in points)]
         pad = 0.08 * (max(xs) - min(xs))
         right = max(xs) + (3 if max(xs) > limit else 1.5) * pad
@@ -126,7 +124,7 @@ def quality_latency(panels: Mapping[str, Sequence[Point]], limit: float, metric:
         axes.axhline(0, color=MUTED, lw=1)
         axes.axvline(1, color=MUTED, lw=1)
         for p in points:
-            colour = _arm(p.colour)
+            colour = arm_colour(p.colour)
             axes.plot([p.latency_low, p.latency_high], [p.quality] * 2, color=colour, lw=1.4)
             axes.plot([p.latency] * 2, [p.quality_low, p.quality_high], color=colour, lw=1.4)
             marker = "D" if p.control else "o"
@@ -139,17 +137,17 @@ def quality_latency(panels: Mapping[str, Sequence[Point]], limit: float, metric:
         )  # fmt: skip
     row[0].set_ylabel(f"{metric} above the baseline (points)")
     for axes, points in zip(row, panels.values(), strict=True):
-        _labels_beside(axes, [(p.latency, p.quality, p.label, _arm(p.colour)) for p in points])
-    return _svg(figure, "quality_latency", "Quality against latency")
+        labels_beside(axes, [(p.latency, p.quality, p.label, arm_colour(p.colour)) for p in points])
+    return svg(figure, "quality_latency", "Quality against latency")
 
 
 def training_curves(curves: Sequence[Curve]) -> str:
     """Training loss of every arm: each seed a thin line, their mean a thick one; log scale."""
-    figure, axes = _axes(7.6, 3.6)
+    figure, axes = axes_of(7.6, 3.6)
     ends = []
     for label in dict.fromkeys(c.label for c in curves):
         seeds = [c for c in curves if c.label == label]
-        colour, dashes = _arm(seeds[0].colour), (0, (3, 2)) if seeds[0].control else "-"
+        colour, dashes = arm_colour(seeds[0].colour), (0, (3, 2)) if seeds[0].control else "-"
         for curve in seeds:
             axes.plot(curve.steps, smooth(curve.loss), color=colour, lw=0.7, alpha=0.45)
         length = min(len(c.loss) for c in seeds)
@@ -162,8 +160,8 @@ def training_curves(curves: Sequence[Curve]) -> str:
     axes.set(xlabel="optimiser step", ylabel="training loss (smoothed)")
     axes.margins(x=0.02)
     axes.grid(color=LINE, lw=0.6)
-    _labels_beside(axes, ends)
-    return _svg(figure, "training", "Training loss of every arm")
+    labels_beside(axes, ends)
+    return svg(figure, "training", "Training loss of every arm")
 
 
 def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
@@ -174,7 +172,7 @@ def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
 
 
 def _effect(axes: Any, effect: Effect, y: float, low: float, high: float) -> None:
-    colour = _arm(effect.colour)
+    colour = arm_colour(effect.colour)
     left, right = max(effect.low, low), min(effect.high, high)
     axes.plot([left, right], [y, y], color=colour, lw=2, solid_capstyle="butt")
     for end, edge, marker in ((effect.low, low, "<"), (effect.high, high, ">")):
@@ -203,93 +201,11 @@ def _limits(effects: Sequence[Effect]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _labels_beside(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside their marks, pushed apart vertically where they would overlap."""
-    figure = axes.figure
-    axes.autoscale_view()
-    figure.draw_without_rendering()
-    scale = figure.dpi / 72
-    placed: list[tuple[float, float, float]] = []  # left, right and height in pixels
-    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        px, py = axes.transData.transform((x, y))
-        left, width, at = px + 7 * scale, 6.2 * scale * len(text), py + 6 * scale
-        while any(
-            left < r and left + width > lft and abs(at - h) < 11 * scale for lft, r, h in placed
-        ):
-            at += 2 * scale
-        placed.append((left, left + width, at))
-        axes.annotate(
-            text, (x, y), xytext=((left - px) / scale, (at - py) / scale),
-            textcoords="offset points", color=colour, fontsize=9, va="center",
-            annotation_clip=False,
-        )  # fmt: skip
-
-
-def _arrows(axes: Any, left: str, right: str) -> None:
-    for x, text, align in ((0.0, f"← {left}", "left"), (1.0, f"{right} →", "right")):
-        axes.text(
-            x, 1.0, text, transform=axes.transAxes, ha=align, va="bottom", color=MUTED, fontsize=8
-        )
-
-
 def _plain_log_ticks(axes: Any) -> None:
     """Losses span less than a decade: plain numbers instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     low, high = axes.get_ylim()
     subs = (1.0, 2.0, 5.0) if high / low > 4 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", which="minor", length=0)
-
-
-def _arm(index: int) -> str:
-    return f"#0a0b{index % N_ARM_COLOURS:02x}"
-
-
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    figure = _figure(width, height)
-    axes = figure.add_subplot()
-    _plain(axes)
-    return figure, axes
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
-
-
-def _plain(axes: Any) -> None:
-    """No frame but the bottom line, colours of the page."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-    axes.tick_params(colors=INK, labelsize=9, color=LINE)
-    axes.xaxis.label.set(color=MUTED, fontsize=9)
-    axes.yaxis.label.set(color=MUTED, fontsize=9)
-    axes.set_axisbelow(True)
-
-
-def _svg(figure: Any, name: str, title: str) -> str:
-    """The figure as one <svg> element: page colours, no date, ids of its own."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
-    view = re.search(r'viewBox="[^"]*"', text)
-    body = text[text.index(">") + 1 :]
-    return f'<svg role="img" aria-label="{title}" {view.group(0) if view else ""}>{body}'

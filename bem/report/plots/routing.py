@@ -1,5 +1,4 @@
-"""The figures about routing: every arm beside the others, how the router learned, what it used.
-Drawn as those of `plots.py`."""
+"""The figures about routing: every arm beside the others, how the router learned, what it used."""
 
 from __future__ import annotations
 
@@ -8,20 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
-from bem.report.plots.figures import (
+from bem.report.plots.canvas import (
     INK,
     LINE,
     MUTED,
     N_ARM_COLOURS,
     PAPER,
     REJECT,
-    _arm,
-    _arrows,
-    _figure,
-    _labels_beside,
-    _plain,
-    _svg,
+    arm_colour,
+    arrows,
+    blank_figure,
+    labels_beside,
+    plain,
+    svg,
 )
 from bem.report.words import Difference
 
@@ -30,7 +30,7 @@ Rows = Mapping[int, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Standing:
+class RankedArm:
     """One arm's difference to the baseline in each panel; None: it could not be computed."""
 
     label: str
@@ -39,32 +39,32 @@ class Standing:
     control: bool = False
 
 
-def ranking(arms: Sequence[Standing], baseline: str) -> str:
+def ranking(arms: Sequence[RankedArm], baseline: str) -> str:
     """Differences to the baseline with their intervals, one panel per part of the conversations."""
     panels = list(arms[0].gains)
-    figure = _figure(7.6, 1.05 + 0.27 * len(arms))
+    figure = blank_figure(7.6, 1.05 + 0.27 * len(arms))
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(row, panels, strict=True):
-        _plain(axes)
+        plain(axes)
         axes.axvline(0, color=MUTED, lw=1)
         for y, arm in enumerate(arms):
-            if found := arm.gains[panel]:
-                _standing(axes, y, arm, found)
+            if gain := arm.gains[panel]:
+                _ranked(axes, y, arm, gain)
         axes.set_title(panel, color=INK, fontsize=9.5, fontweight="bold", pad=14)
         axes.set(xlabel=f"quality above {baseline} (points)", ylim=(len(arms) - 0.4, -0.6))
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.06)
         axes.grid(axis="x", color=LINE, lw=0.6)
-        _arrows(axes, "worse", "better")
+        arrows(axes, "worse", "better")
     row[0].set_yticks(range(len(arms)), [arm.label for arm in arms])
-    return _svg(figure, "ranking", "Quality of every arm against the baseline")
+    return svg(figure, "ranking", "Quality of every arm against the baseline")
 
 
-def _standing(axes: Any, y: int, arm: Standing, found: Difference) -> None:
-    tint, clear = _arm(arm.colour), found.low > 0 or found.high < 0
-    axes.plot([found.low, found.high], [y, y], color=tint, lw=2, solid_capstyle="butt")
+def _ranked(axes: Any, y: int, arm: RankedArm, gain: Difference) -> None:
+    tint, clear = arm_colour(arm.colour), gain.low > 0 or gain.high < 0
+    axes.plot([gain.low, gain.high], [y, y], color=tint, lw=2, solid_capstyle="butt")
     axes.plot(
-        found.value, y, "D" if arm.control else "o", ms=5.5 if arm.control else 6.5,
+        gain.value, y, "D" if arm.control else "o", ms=5.5 if arm.control else 6.5,
         mfc=tint if clear else PAPER, mec=tint, mew=1.6,
     )  # fmt: skip
 
@@ -76,11 +76,11 @@ def learning(seeds: Rows, delta: float) -> str:
         seeds: rows with iteration, reward, reward_se, kl, accepted, entropy.
         delta: largest KL of a step; refused steps are crosses on the axis.
     """
-    figure = _figure(7.6, 5.4)
+    figure = blank_figure(7.6, 5.4)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
     ends = []
     for place, (seed, rows) in enumerate(seeds.items(), 1):
-        tint, x = _arm(place), [row["iteration"] for row in rows]
+        tint, x = arm_colour(place), [row["iteration"] for row in rows]
         reward, se = (np.array([row[key] for row in rows]) for key in ("reward", "reward_se"))
         top.fill_between(x, reward - 2 * se, reward + 2 * se, color=tint, alpha=0.13, lw=0)
         for axes, values in (
@@ -94,7 +94,7 @@ def learning(seeds: Rows, delta: float) -> str:
             )
         ends.append((x[-1], reward[-1], f"seed {seed}", tint))
     for axes, label in ((top, "reward"), (middle, "KL of the step"), (bottom, "entropy (nats)")):
-        _plain(axes)
+        plain(axes)
         axes.set_ylabel(label)
         axes.grid(color=LINE, lw=0.6)
         axes.margins(x=0.02)
@@ -107,8 +107,8 @@ def learning(seeds: Rows, delta: float) -> str:
         1.005, delta, f"limit {delta:g}", transform=middle.get_yaxis_transform(), color=REJECT,
         fontsize=8, va="center",
     )  # fmt: skip
-    _labels_beside(top, ends)
-    return _svg(figure, "learning", "Reward, KL and entropy of the policy gradient")
+    labels_beside(top, ends)
+    return svg(figure, "learning", "Reward, KL and entropy of the policy gradient")
 
 
 def expert_use(seeds: Rows, options: Sequence[str]) -> str:
@@ -124,11 +124,11 @@ def expert_use(seeds: Rows, options: Sequence[str]) -> str:
     order = np.argsort(-np.mean([s.mean(0) for s in shares.values()], axis=0), kind="stable")
     own = sorted(order[: N_ARM_COLOURS - 1].tolist())
     names = [options[i] for i in own] + (["others"] if len(options) > len(own) else [])
-    tints = [_arm(i) for i in range(len(own))] + [MUTED]
-    figure = _figure(7.6, 3.0)
+    tints = [arm_colour(i) for i in range(len(own))] + [MUTED]
+    figure = blank_figure(7.6, 3.0)
     row = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
     for axes, (seed, share) in zip(row, shares.items(), strict=True):
-        _plain(axes)
+        plain(axes)
         x = [r["iteration"] for r in seeds[seed]]
         parts = [share[:, i] for i in own] + [1 - share[:, own].sum(1)] * (len(names) > len(own))
         axes.stackplot(
@@ -141,7 +141,7 @@ def expert_use(seeds: Rows, options: Sequence[str]) -> str:
         *row[0].get_legend_handles_labels(), loc="outside upper left", ncols=6, frameon=False,
         fontsize=8.5, labelcolor=INK, handlelength=1.0, columnspacing=1.2,
     )  # fmt: skip
-    return _svg(figure, "expert_use", "Use of the experts while the router learns")
+    return svg(figure, "expert_use", "Use of the experts while the router learns")
 
 
 def cloning(seeds: Rows) -> str:
@@ -151,26 +151,24 @@ def cloning(seeds: Rows) -> str:
         seeds: rows with head, accuracy, majority and chance.
     """
     heads = list(dict.fromkeys(row["head"] for rows in seeds.values() for row in rows))
-    figure = _figure(7.6, 0.95 + (0.2 + 0.16 * len(seeds)) * len(heads))
+    figure = blank_figure(7.6, 0.95 + (0.2 + 0.16 * len(seeds)) * len(heads))
     axes = figure.add_subplot()
-    _plain(axes)
+    plain(axes)
     for place, rows in enumerate(seeds.values(), 1):
         for row in rows:
             y = heads.index(row["head"]) + (place - (len(seeds) + 1) / 2) * 0.7 / len(seeds)
-            axes.plot([row["majority"], row["accuracy"]], [y, y], color=_arm(place), lw=1.2)
+            axes.plot([row["majority"], row["accuracy"]], [y, y], color=arm_colour(place), lw=1.2)
             axes.plot(row["chance"], y, "|", color=MUTED, ms=8, mew=1.4)
-            axes.plot(row["majority"], y, "D", ms=8, mfc=PAPER, mec=_arm(place), mew=1.2)
-            axes.plot(row["accuracy"], y, "o", ms=5.5, color=_arm(place), mec=PAPER, mew=1)
+            axes.plot(row["majority"], y, "D", ms=8, mfc=PAPER, mec=arm_colour(place), mew=1.2)
+            axes.plot(row["accuracy"], y, "o", ms=5.5, color=arm_colour(place), mec=PAPER, mew=1)
     axes.set_yticks(range(len(heads)), heads)
     axes.set(
         xlabel="share of the oracle's choices", xlim=(-0.02, 1.02), ylim=(len(heads) - 0.4, -0.6)
     )
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=LINE, lw=0.6)
-    return _svg(figure, "cloning", "Accuracy of the cloned router's heads")
+    return svg(figure, "cloning", "Accuracy of the cloned router's heads")
 
 
 def _whole_numbers(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

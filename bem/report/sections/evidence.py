@@ -8,11 +8,15 @@ from math import atanh, sqrt, tanh
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri
+from scipy.stats import spearmanr
 
 from bem.config import EVIDENCE_FEATURES, ExperimentConfig, GatesConfig
+from bem.errors import CheckpointError
+from bem.files import read_json
+from bem.report import words
 from bem.report.plots import evidence as plots
-from bem.runs.folder import RunFolder, read_json, read_jsonl
-from bem.stats import normal
+from bem.runs.folder import RunFolder, read_jsonl
 from bem.stats.bootstrap import bca_bootstrap
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.stats.monotone import index_swap
@@ -80,7 +84,7 @@ def part_of(
 ) -> EvidencePart | None:
     """None if no task of the run retrieves."""
     path = folder.path / "evidence.json"
-    facts = read_json(path) if path.is_file() else {}
+    facts = read_json(path, CheckpointError) if path.is_file() else {}
     if not facts:
         return None
     arms = {a.name: a for a in config.arms}
@@ -112,8 +116,8 @@ def _means(facts: RouterFacts, gates: GatesConfig) -> dict[str, plots.Interval]:
 
 
 def _interval(values: Any, clusters: Sequence[str] | None, gates: GatesConfig) -> plots.Interval:
-    found = bca_bootstrap(values, gates.n_bootstrap, gates.alpha, gates.seed, clusters=clusters)
-    return plots.Interval(found.observed, found.lower, found.upper)
+    bca = bca_bootstrap(values, gates.n_bootstrap, gates.alpha, gates.seed, clusters=clusters)
+    return plots.Interval(bca.observed, bca.lower, bca.upper)
 
 
 def _swap_row(
@@ -128,21 +132,21 @@ def _swap_row(
         for a, b in pairs
         if a in scores and b in scores
     ]
-    found = index_swap(scores, facts.clusters, gates)
-    trend = "–" if found.spearman is None else f"{found.spearman:+.2f} (p = {found.p_value:.2g})"
+    swap = index_swap(scores, facts.clusters, gates)
+    trend = "–" if swap.spearman is None else f"{swap.spearman:+.2f} (p = {swap.p_value:.2g})"
     return SwapRow(
         arm=arm,
         colour=colour,
         means=[f"{100 * scores[c].mean():.1f}" for c in conditions],
         losses=[f"{losses[c].mean():.3f}" for c in conditions if c in losses],
         steps=steps,
-        trend=trend.replace("-", "\u2212"),
-        monotone={True: "yes", False: "no", None: "not decided"}[found.monotone],
+        trend=words.minus(trend),
+        monotone={True: "yes", False: "no", None: "not decided"}[swap.monotone],
     )
 
 
 def _signed(i: plots.Interval) -> str:
-    return f"{i.value:+.1f} [{i.low:+.1f}, {i.high:+.1f}]".replace("-", "\u2212")
+    return str(words.Difference(i.value, i.low, i.high))
 
 
 @dataclass(frozen=True)
@@ -203,15 +207,12 @@ def _gate_row(arm: str, colour: int, answers: _Answers) -> GateRow | None:
 
 def correlation(x: np.ndarray, y: np.ndarray, alpha: float = 0.05) -> str:
     """Spearman's rank correlation with Fisher's interval (variance of Bonett & Wright 2000)."""
-    from scipy.stats import spearmanr
-
     if len(x) < 5 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return "none (constant)"
     r = float(spearmanr(x, y).statistic)  # pyright: ignore
     centre = atanh(min(max(r, -1 + 1e-12), 1 - 1e-12))
-    half = -normal.quantile(alpha / 2) * sqrt((1 + r * r / 2) / (len(x) - 3))
-    text = f"{r:+.2f} [{tanh(centre - half):+.2f}, {tanh(centre + half):+.2f}]"
-    return text.replace("-", "\u2212")
+    half = -float(ndtri(alpha / 2)) * sqrt((1 + r * r / 2) / (len(x) - 3))
+    return words.minus(f"{r:+.2f} [{tanh(centre - half):+.2f}, {tanh(centre + half):+.2f}]")
 
 
 def _gain(facts: Mapping[str, Any], gates: GatesConfig) -> str:
@@ -228,20 +229,20 @@ def _gain(facts: Mapping[str, Any], gates: GatesConfig) -> str:
 
 def _reciprocal(ranks: Sequence[int]) -> np.ndarray:
     """1 / rank, and 0 where the gold passage was not among the candidates (rank 0)."""
-    found = np.array(ranks, dtype=float)
-    return np.divide(1, found, out=np.zeros_like(found), where=found > 0)
+    place = np.array(ranks, dtype=float)
+    return np.divide(1, place, out=np.zeros_like(place), where=place > 0)
 
 
 def _fact_row(task: str, facts: Mapping[str, Any]) -> FactRow:
     ranks = facts["ranks"]
-    found = "–" if not ranks else f"{np.mean(np.array(ranks['search']) > 0):.0%}"
+    among = "–" if not ranks else f"{np.mean(np.array(ranks['search']) > 0):.0%}"
     first = "–" if not ranks else f"{np.mean(np.array(ranks['reranked']) == 1):.0%}"
     passages = facts["passages"]
     return FactRow(
         task,
         [
             f"{passages:,}" if passages else "each row's own",
-            found,
+            among,
             first,
             f"{facts['leaked']} of {facts['held_out']}",
             str(facts["withheld"]),

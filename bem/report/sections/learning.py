@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bem.config import ExperimentConfig
-from bem.report import words as wording
+from bem.errors import CheckpointError
+from bem.files import read_json
+from bem.report import words
 from bem.report.plots import routing as plots
-from bem.runs.folder import RunFolder, read_json, read_jsonl
+from bem.runs.folder import RunFolder, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class LearningPart:
 
 
 def part_of(folder: RunFolder, config: ExperimentConfig, options: Sequence[str]) -> LearningPart:
-    """Whatever the folder holds; `options`: names of the experts, the base first, [] if not known."""
+    """Whatever the folder holds; `options`: names of the experts, the base first, [] if there are none."""
     learned, cloned = _learned(folder, config), _cloned(folder, config)
     delta = config.routing.policy_gradient.delta if config.routing else 0.0
     return LearningPart(
@@ -64,8 +66,8 @@ def _stage(folder: RunFolder, seed: int) -> Path:
 
 
 def _learned(folder: RunFolder, config: ExperimentConfig) -> Learned:
-    found = {s: read_jsonl(_stage(folder, s) / "ar1-training/metrics.jsonl") for s in config.seeds}
-    return {seed: rows for seed, rows in found.items() if rows}
+    files = {seed: _stage(folder, seed) / "ar1-training/metrics.jsonl" for seed in config.seeds}
+    return {seed: rows for seed, path in files.items() if (rows := read_jsonl(path))}
 
 
 def _row(seed: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -74,7 +76,7 @@ def _row(seed: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     numbers = [f"{row['reward']:.3f} ± {2 * row['reward_se']:.3f}" for row in (first, last)]
     largest = max(row["kl"] for row in rows)
     ends = [*numbers, f"{largest:.4f}", str(refused), f"{last['entropy']:.2f}"]
-    return [wording.minus(text) for text in (str(seed), str(len(rows)), *ends)]
+    return [words.minus(text) for text in (str(seed), str(len(rows)), *ends)]
 
 
 def _remarks(learned: Learned) -> Iterator[str]:
@@ -108,18 +110,22 @@ def _numbers(iterations: Sequence[int]) -> str:
 def _cloned(folder: RunFolder, config: ExperimentConfig) -> dict[int, list[dict[str, Any]]]:
     """Seed -> `bc.Accuracy` of each head."""
     paths = {seed: _stage(folder, seed) / "cloning.json" for seed in config.seeds}
-    return {seed: read_json(path)["accuracy"] for seed, path in paths.items() if path.is_file()}
+    return {
+        seed: read_json(path, CheckpointError)["accuracy"]
+        for seed, path in paths.items()
+        if path.is_file()
+    }
 
 
 def _heads(cloned: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Head]:
     names = dict.fromkeys(a["head"] for heads in cloned.values() for a in heads)
-    found = {seed: {a["head"]: a for a in heads} for seed, heads in cloned.items()}
+    by_name = [{a["head"]: a for a in heads} for heads in cloned.values()]
     return [
         Head(
             name,
             [
-                next(f"{heads[name]['chance']:.1%}" for heads in found.values() if name in heads),
-                *(_against_majority(heads.get(name)) for heads in found.values()),
+                next(f"{heads[name]['chance']:.1%}" for heads in by_name if name in heads),
+                *(_against_majority(heads.get(name)) for heads in by_name),
             ],
         )
         for name in names

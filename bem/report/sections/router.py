@@ -1,5 +1,5 @@
-"""What a router did with held-out conversations: the report's view of `conversation_report`, and of
-`interference`."""
+"""What a router did with held-out conversations, and what experts lose beside one another: the report's
+view of the facts that `experiments.routing` writes, `transcript` and `interference`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from bem.config import ExperimentConfig
-from bem.report import words as wording
-from bem.runs.folder import RunFolder, read_json
+from bem.errors import CheckpointError
+from bem.files import read_json
+from bem.report import words
+from bem.runs.folder import RunFolder
 
 GIST = 44
 """Characters at either end of a chunk's text that stand beneath its column."""
@@ -75,7 +77,7 @@ class Choosing:
 
 
 @dataclass(frozen=True)
-class Lost:
+class InterferenceRow:
     """What one expert loses beside the others on its own skills."""
 
     expert: str
@@ -100,7 +102,7 @@ class RouterPart:
     """Names of the experts that it chooses from, the base first."""
     limit: str
     """Of `losses`: largest growth allowed."""
-    losses: list[Lost]
+    losses: list[InterferenceRow]
 
 
 CHOOSING = (
@@ -114,7 +116,7 @@ def part_of(folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, i
     by_route = {a.route: a.name for a in reversed(config.arms) if a.route}
     shown = by_route.get("ar1") or by_route.get("ar0") or ""
     talks = [f["conversations"] for f in facts.get(shown, []) if "conversations" in f]
-    owners = owners_of(config, talks[0]["skills"]) if talks else {}
+    owners = talks[0]["owner"] if talks else {}
     disturbed = [f["interference"] for f in facts.get(shown, []) if "interference" in f]
     return RouterPart(
         shown=shown,
@@ -122,9 +124,9 @@ def part_of(folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, i
         use=_use(talks, owners) if talks else None,
         columns=list(CHOOSING),
         choosing=[
-            Choosing(_named(name, found), colours[name], values)
-            for name, found in facts.items()
-            if any(values := _choosing(found))
+            Choosing(_named(name, seeds), colours[name], values)
+            for name, seeds in facts.items()
+            if any(values := _choosing(seeds))
         ],
         options=talks[0]["options"] if talks else [],
         limit=f"{disturbed[0]['limit']:.0%}" if disturbed else "",
@@ -132,22 +134,9 @@ def part_of(folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, i
     )
 
 
-def owners_of(config: ExperimentConfig, skills: Sequence[str]) -> dict[str, str]:
-    """Skill -> the expert that the maker's labels give it to."""
-    known = (config.routing.experts if config.routing else None) or {
-        skill.replace("/", "-"): [skill] for skill in skills
-    }
-    return {
-        skill: name
-        for name, mine in known.items()
-        for skill in skills
-        if any(skill == wanted or skill.startswith(wanted + "/") for wanted in mine)
-    }
-
-
 def _facts(folder: RunFolder, config: ExperimentConfig, arm: str) -> list[dict[str, Any]]:
-    paths = [folder.cell(arm, seed).path / "route.json" for seed in config.seeds]
-    return [read_json(path) for path in paths if path.is_file()]
+    paths = [folder.cell(arm, seed).route for seed in config.seeds]
+    return [read_json(path, CheckpointError) for path in paths if path.is_file()]
 
 
 def _named(arm: str, facts: Sequence[Mapping[str, Any]]) -> str:
@@ -222,8 +211,8 @@ def _use(talks: Sequence[Mapping[str, Any]], owners: Mapping[str, str]) -> Use:
 def _choosing(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns CHOOSING, means over seeds; "" where the arm has no such number."""
     talks = [f["conversations"] for f in facts if "conversations" in f]
-    known = [f["accuracy_per_turn"] for f in facts if "accuracy_per_turn" in f]
-    right = [talk["accuracy"] for talk in talks] or known
+    by_turn = [f["accuracy_per_turn"] for f in facts if "accuracy_per_turn" in f]
+    right = [talk["accuracy"] for talk in talks] or by_turn
     last = [f["agrees_with_gold"] for f in facts if "agrees_with_gold" in f]
     return [
         f"{np.mean(right):.1%}" if right else "",
@@ -234,11 +223,11 @@ def _choosing(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _losses(disturbed: Sequence[Mapping[str, Any]]) -> list[Lost]:
+def _losses(disturbed: Sequence[Mapping[str, Any]]) -> list[InterferenceRow]:
     """Losses in nats per answer token, averaged over seeds."""
 
     def mean(kind: str, key: str, at: int) -> float:
-        return float(np.mean([found[kind]["experts"][at][key] for found in disturbed]))
+        return float(np.mean([seed[kind]["experts"][at][key] for seed in disturbed]))
 
     names = [row["expert"] for row in disturbed[0]["mounted"]["experts"]] if disturbed else []
     rows = []
@@ -248,7 +237,7 @@ def _losses(disturbed: Sequence[Mapping[str, Any]]) -> list[Lost]:
         for kind in ("mounted", "routed"):
             loss = mean(kind, "mounted", at)
             growth = loss / alone - 1
-            text = wording.minus(f"{loss:.3f} ({growth:+.1%})")
+            text = words.minus(f"{loss:.3f} ({growth:+.1%})")
             beside.append((text, growth <= disturbed[0]["limit"]))
-        rows.append(Lost(name, f"{alone:.3f}", beside))
+        rows.append(InterferenceRow(name, f"{alone:.3f}", beside))
     return rows

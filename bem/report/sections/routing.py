@@ -1,7 +1,7 @@
 """The report's part on routing: who chooses between the experts, how well, and at what price.
 
-What may be claimed of it stands in `report_claims`, what the router itself did in `report_router`, and
-how it learned in `report_learning`.
+What may be claimed of it stands in `claims`, what the router itself did in `router`, and how it learned in
+`learning`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import numpy as np
 from bem.config import ArmConfig, ExperimentConfig
 from bem.report.claims import STICKY, gain, sentences
 from bem.report.plots import routing as plots
-from bem.report.sections import learning as report_learning
-from bem.report.sections import router as report_router
+from bem.report.sections import learning, router
 from bem.report.words import Difference
 from bem.runs.folder import RunFolder
 from bem.stats.latency import paired_ratio
@@ -79,8 +78,8 @@ class RoutingPart:
     """Names of the columns."""
     rows: list[Row]
     slices: list[SliceRow]
-    router: report_router.RouterPart
-    learning: report_learning.LearningPart
+    router: router.RouterPart
+    learning: learning.LearningPart
 
 
 def part_of(
@@ -99,7 +98,7 @@ def part_of(
         part: {arm.name: gain(measured[arm.name], base, gates, part) for arm in arms}
         for part in parts
     }
-    router = report_router.part_of(folder, config, colours)
+    conduct = router.part_of(folder, config, colours)
     return RoutingPart(
         sentences=list(sentences(config, measured)),
         ranking=_ranking(arms, gains, colours),
@@ -107,8 +106,8 @@ def part_of(
         costs=["answer loss", *(f"{p} p50" for p in base.latency_ms), "KV hits", "parameters"],
         rows=[_row(measured[arm.name], arm, base, gains, colours) for arm in arms],
         slices=list(_slices([measured[arm.name] for arm in arms], base)),
-        router=router,
-        learning=report_learning.part_of(folder, config, router.options),
+        router=conduct,
+        learning=learning.part_of(folder, config, conduct.options),
     )
 
 
@@ -124,7 +123,7 @@ def _ranking(arms: Sequence[ArmConfig], gains: Gains, colours: Mapping[str, int]
     rows.sort(key=lambda arm: -_value(gains[None][arm.name]))
     baseline = next(arm.name for arm in arms if arm.role == "baseline")
     shown = [
-        plots.Standing(
+        plots.RankedArm(
             arm.name,
             {part or "all conversations": gains[part][arm.name] for part in gains},
             colours[arm.name],
@@ -161,6 +160,8 @@ def _costs(m: Measurement, base: Measurement) -> Iterator[str]:
     for phase, times in base.latency_ms.items():
         if m is base:
             yield f"{np.median(np.asarray(times)):.1f} ms"
+        elif phase not in m.latency_ms:
+            yield "–"
         else:
             yield f"×{paired_ratio(m.latency_ms[phase], times).ratio:.2f}"
     if m.kv_hits is None or m.kv_needed is None:

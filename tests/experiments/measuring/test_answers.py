@@ -1,16 +1,17 @@
 """What is measured is what the model says: batches, padding and order change nothing."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import bem
 from bem.errors import MeasurementError
-from bem.experiments.measuring import answers as module
+from bem.experiments.measuring import losses
 from bem.experiments.measuring.answers import context_length, measure, quality
+from bem.files import json_lines
 from bem.tasks.load import Task
 from bem.training.data import Example, encode
 
@@ -84,7 +85,7 @@ def test_answers_and_losses_equal_those_of_one_row_at_a_time(
     t = task(dev=rows(7, history))
     path = tmp_path / "predictions.jsonl"
     m = measure(attached, tokenizer, t, batch_size=3, predictions=path)
-    written = [json.loads(line) for line in path.read_text().splitlines()]
+    written = [row for _, row in json_lines(path)]
     assert [row["id"] for row in written] == [f"t/r{i}" for i in range(7)] == list(m.example_ids)
     for i, example in enumerate(t.dev):
         prediction, loss = by_hand(attached, tokenizer, example, 6)
@@ -144,16 +145,6 @@ def test_quality_is_the_rows_own_primary_metric_between_0_and_1():
     assert quality("loss", scores) == pytest.approx(math.exp(-0.5))
 
 
-def test_cache_use_is_counted_from_the_calls():
-    # a prompt of 5, an answer of 3: decoding reads 5, 6 and 7 earlier tokens
-    assert module._cache_use([(0, 8), (8, 1), (9, 1), (10, 1)], 5, 3) == module.CacheUse(18, 18)
-    # a cache that was thrown away: each step hands in everything again
-    assert module._cache_use([(0, 8), (0, 9), (0, 10), (0, 11)], 5, 3) == module.CacheUse(0, 18)
-    # four tokens computed again in the second step
-    assert module._cache_use([(0, 8), (8, 1), (5, 5), (10, 1)], 5, 3) == module.CacheUse(14, 18)
-    assert module._cache_use([(0, 8)], 5, 0) == module.CacheUse(0, 0)
-
-
 def test_every_variant_reuses_the_whole_cache(attached, tokenizer):
     m = measure(attached, tokenizer, task())
     assert m.kv_needed.min() > 0 and np.array_equal(m.kv_hits, m.kv_needed)
@@ -189,14 +180,51 @@ def test_what_cannot_be_measured_is_refused(attached, tokenizer, tmp_path):
         measure(attached, tokenizer, [task(), task()])
     with pytest.raises(MeasurementError, match="answers of 510 tokens leave 2 of the model's 512"):
         measure(attached, tokenizer, task(max_new_tokens=510))
+    (tmp_path / "file").touch()
     with pytest.raises(MeasurementError, match=r"p\.jsonl could not be written: "):
-        measure(attached, tokenizer, task(1), predictions=tmp_path / "none" / "p.jsonl")
+        measure(attached, tokenizer, task(1), predictions=tmp_path / "file" / "p.jsonl")
     assert context_length(attached.model) == 512
+
+
+def test_every_step_with_an_empty_cache_counts_as_no_hit(attached, tokenizer):
+    # one token is handed in at each step, as with a cache, but nothing is there
+    attached.base.register_forward_pre_hook(_emptied, with_kwargs=True, prepend=True)
+    m = measure(attached, tokenizer, task(3))
+    assert m.kv_hits.sum() == 0 < m.kv_needed.sum()
+
+
+def _emptied(module, args, kwargs):
+    kwargs["past_key_values"] = DynamicCache()
+    return args, kwargs
+
+
+class Saying:
+    """A tokenizer that reads every answer as the same text."""
+
+    def __init__(self, tokenizer, text):
+        self._tokenizer, self._text = tokenizer, text
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **options):
+        return self._tokenizer(*args, **options)
+
+    def decode(self, ids, **options):
+        return self._text
+
+
+@pytest.mark.parametrize("odd", ["a\u2028b", "\x00\x85", "half \ud83d", "x" * 50_000])
+def test_any_answer_is_written_and_read_back_as_it_was(micro_llama, tokenizer, tmp_path, odd):
+    path = tmp_path / "predictions.jsonl"
+    attached = bem.attach(micro_llama, "s0", rank=2)
+    measure(attached, Saying(tokenizer, f"<{odd}>"), task(2), predictions=path)
+    assert [row["prediction"] for _, row in json_lines(path)] == [f"<{odd}>"] * 2
 
 
 def test_losses_in_small_portions_are_the_same(attached, tokenizer, monkeypatch):
     whole = measure(attached, tokenizer, task()).metrics["loss"]
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 320 * 100)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 320 * 100)
     np.testing.assert_allclose(
         measure(attached, tokenizer, task()).metrics["loss"], whole, atol=1e-5
     )

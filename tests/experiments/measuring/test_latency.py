@@ -1,4 +1,4 @@
-"""Arms take turns; memory is what the tensors hold."""
+"""Arms take turns, and timing goes on while an answer is open."""
 
 import time
 
@@ -8,13 +8,10 @@ from torch import nn
 
 import bem
 from bem.adapters.copies import with_shared_weights
+from bem.config import GatesConfig
 from bem.errors import MeasurementError
 from bem.experiments.measuring import latency as module
-from bem.experiments.measuring.latency import (
-    measure_latency,
-    peak_memory,
-    weight_bytes,
-)
+from bem.experiments.measuring.latency import Budget, measure_latency, rounds_wanted
 
 
 @pytest.fixture
@@ -110,24 +107,72 @@ def test_copies_share_their_weights_and_carry_different_adapters(micro_llama, ar
         torch.testing.assert_close(arms["v1"].model(input_ids=ids).logits, expected)
 
 
-def test_live_bytes_by_hand():
-    with module._LiveBytes() as live:
-        a = torch.ones(1000)  # 4,000 bytes
-        b = a + a  # 8,000 at once
-        del a
-        assert live.now == 4000
-        b.add_(1)  # in place: nothing new
-        c = b.view(10, 100)[2:]  # a view: nothing new
-        assert (live.now, live.peak) == (4000, 8000)
-        del b, c
-    assert (live.now, live.peak) == (0, 8000)
+# --------------------------------------------------------------------------- while an answer is open
 
 
-def test_peak_memory_is_repeatable_and_grows_with_the_batch(arms, micro_llama):
-    first = peak_memory(arms["s0"], prompt_tokens=64, new_tokens=4)
-    assert first == peak_memory(arms["s0"], prompt_tokens=64, new_tokens=4)
-    assert peak_memory(arms["s0"], prompt_tokens=64, new_tokens=4, batch_size=4) > first
-    adapter = sum(p.numel() * 4 for p in arms["s0"].parameters())
-    assert weight_bytes(arms["s0"].model) == weight_bytes(micro_llama) + adapter
-    cache = 2 * 4 * 68 * 2 * 8 * 4  # keys and values, layers, tokens, heads, head size, bytes
-    assert first > weight_bytes(arms["s0"].model) + cache
+@pytest.fixture
+def quick(monkeypatch):
+    """Rounds that take no time: every sample is 1 ms."""
+    taken = {"prefill": [1.0], "decode": [1.0]}
+    monkeypatch.setattr(module, "_round", lambda *_: {k: list(v) for k, v in taken.items()})
+
+
+SHORT = {"rounds": 2, "prompt_tokens": 8, "new_tokens": 1, "pairs": [("v1", "s0")]}
+
+
+def test_rounds_go_on_while_they_are_wanted(arms, quick):
+    looks = []
+
+    def undecided(pairs):
+        looks.append([(len(a), len(b)) for a, b in pairs])
+        return 3 if len(looks) == 1 else 0
+
+    seen = []
+    timings = measure_latency(
+        arms,
+        **SHORT,
+        undecided=undecided,
+        budget=Budget(20),
+        on_progress=lambda *at: seen.append(at),
+    )
+    assert timings.rounds == 5
+    assert looks == [[(2, 2)] * 2, [(5, 5)] * 2]  # candidate and opponent, prefill and decode
+    assert {len(r) for phases in timings.latency_ms.values() for r in phases.values()} == {5}
+    assert seen == [(1, 2), (2, 2), (3, 5), (4, 5), (5, 5)]
+
+
+def test_rounds_end_with_the_budget_though_the_answer_is_open(arms, quick):
+    assert measure_latency(arms, **SHORT, undecided=lambda _: 99, budget=Budget(7)).rounds == 7
+    no_time = Budget(7, seconds=0.0)
+    assert measure_latency(arms, **SHORT, undecided=lambda _: 99, budget=no_time).rounds == 2
+    assert measure_latency(arms, **SHORT, undecided=lambda _: 99).rounds == 2
+
+
+def test_nothing_is_asked_without_pairs_and_unknown_arms_are_refused(arms, quick):
+    alone = {**SHORT, "pairs": []}
+    assert measure_latency(arms, **alone, undecided=lambda _: 99, budget=Budget(7)).rounds == 2
+    with pytest.raises(MeasurementError, match=r"No arm 'v9' to time\. Arms: s0, v1, v4"):
+        measure_latency(arms, **{**SHORT, "pairs": [("v9", "s0")]})
+
+
+def paced(ratio, spread, rounds=20):
+    """Candidate and baseline times whose ratios lie evenly around one, in logarithms."""
+    steps = torch.linspace(-spread, spread, rounds).exp().tolist()
+    return [ratio * step for step in steps], [1.0] * rounds
+
+
+def test_no_rounds_are_wanted_once_the_limits_lie_on_one_side():
+    gates = GatesConfig(latency_ratio_max=1.15)
+    assert rounds_wanted([paced(1.05, 0.02), paced(1.30, 0.02)], gates) == 0
+    assert rounds_wanted([], gates) == 0
+
+
+def test_an_open_ratio_wants_more_rounds_the_nearer_it_lies_to_the_limit():
+    gates = GatesConfig(latency_ratio_max=1.15)
+    wanted = [rounds_wanted([paced(ratio, 0.2)], gates) for ratio in (1.10, 1.12, 1.15)]
+    assert 0 < wanted[0] < wanted[1] <= wanted[2] == 20  # never more than there are
+    assert rounds_wanted([paced(1.05, 0.02), paced(1.10, 0.2)], gates) == wanted[0]
+
+
+def test_too_few_rounds_for_any_limit_want_as_many_again():
+    assert rounds_wanted([paced(1.0, 0.01, rounds=3)], GatesConfig()) == 3

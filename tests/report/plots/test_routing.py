@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from bem.report.plots.routing import Standing, cloning, expert_use, learning, ranking
+from bem.report.plots.routing import RankedArm, cloning, expert_use, learning, ranking
 from bem.report.words import Difference
 
 CLEAR, OPEN = Difference(2.0, 1.0, 3.0), Difference(0.1, -1.0, 1.2)
 ARMS = [
-    Standing("oracle", {"all": CLEAR, "sticky": CLEAR}, 3, control=True),
-    Standing("ar1", {"all": OPEN, "sticky": None}, 1),
+    RankedArm("oracle", {"all": CLEAR, "sticky": CLEAR}, 3, control=True),
+    RankedArm("ar1", {"all": OPEN, "sticky": None}, 1),
 ]
 
 
@@ -38,7 +38,7 @@ def test_the_ranking_has_a_panel_per_part_and_a_row_per_arm():
 
 
 def test_what_could_not_be_computed_has_no_mark():
-    known = ranking([ARMS[0], Standing("ar1", {"all": OPEN, "sticky": OPEN}, 1)], "s0")
+    known = ranking([ARMS[0], RankedArm("ar1", {"all": OPEN, "sticky": OPEN}, 1)], "s0")
     assert "ar1" in ranking(ARMS, "s0")
     assert known.count("var(--arm-1)") > ranking(ARMS, "s0").count("var(--arm-1)")
 

@@ -1,11 +1,13 @@
 """The reader learns a cue of a few words that stands turns before the answer it decides."""
 
 import numpy as np
+import pytest
 import torch
 
 from bem.config import CloningConfig, ReadingConfig
+from bem.errors import TrainingError
 from bem.training.data import Example, encode
-from bem.training.reading import expected_regret, hidden_states, learn_to_read
+from bem.training.reader import expected_regret, train_reader
 from bem.training.traces import trace
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
@@ -23,37 +25,39 @@ def rows():
         yield kind, encode(row, make_tokenizer(), 400)
 
 
-def test_a_cue_is_heard_and_remembered():
+def test_a_cue_at_the_beginning_decides_the_expert_turns_later():
     kinds, encoded = zip(*rows(), strict=True)
     model = mounted(make_llama(), router_layer=1)
     traces = trace(model, encoded, 0, CONFIG, experts_alone=True)
     path = np.repeat(1 + np.array(kinds)[:, None], traces.path.shape[1], 1)
     traces = type(traces)(**{**vars(traces), "path": path})
-    held = torch.arange(96) % 6 >= 4
+    validation = [i for i in range(96) if i % 6 >= 4]
+    train = [i for i in range(96) if i % 6 < 4]
     reading = ReadingConfig(tries=2, epochs=20, batch_size=8, learning_rate=1e-2, dropout=0.0)
     settings = CONFIG.model_copy(update={"reading": reading, "regret": 0.0})
-    said: list[str] = []
+    messages: list[str] = []
     with model.training("router"):
-        curve = learn_to_read(model, encoded, traces, held, 0, settings, 0, said.append)
-    assert len(curve) == 20 and len(said) == 40
-    assert curve[0][1] > 0.6 and min(held for _, held in curve) < 0.1  # chance: ln 2 = 0.69
+        curve = train_reader(
+            model, encoded, traces, train, validation, 0, settings, 0, messages.append
+        )
+    assert len(curve) == 20 and len(messages) == 40
+    assert curve[0][1] > 0.6 and min(loss for _, loss in curve) < 0.1  # chance: ln 2 = 0.69
 
 
 def test_expected_regret_is_what_the_drawn_expert_loses():
     logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
     losses = torch.tensor([[1.0, 1.5, 0.5], [0.2, 0.2, 9.2]])
-    found = expected_regret(logits, losses, largest=3.0)
-    torch.testing.assert_close(found, torch.tensor([0.75, 1.0]))  # (.5 + 1) / 2, 3 / 3
+    regret = expected_regret(logits, losses, largest=3.0)
+    torch.testing.assert_close(regret, torch.tensor([0.75, 1.0]))  # (.5 + 1) / 2, 3 / 3
 
 
-def test_hidden_states_are_those_of_the_whole_model_and_of_no_expert():
-    model = make_llama()
-    encoded = [e for _, e in rows()][:5]
-    expected = []
-    with torch.no_grad():
-        for row in encoded:
-            every = model(torch.tensor([row.input_ids]), output_hidden_states=True).hidden_states
-            expected.append(every[1][0])
-    found = dict(hidden_states(mounted(model, router_layer=1).base, encoded, 1, 0, 2))
-    for i in range(5):
-        torch.testing.assert_close(found[i], expected[i], atol=1e-5, rtol=1e-4)
+def test_a_split_without_answers_is_an_error_before_anything_is_trained():
+    _, encoded = zip(*list(rows())[:8], strict=True)
+    model = mounted(make_llama(), router_layer=1)
+    traces = trace(model, encoded, 0, CONFIG, experts_alone=True)
+    traces.answers[6:] = False
+    before = {n: t.clone() for n, t in model.router.policy.state_dict().items()}
+    with model.training("router"), pytest.raises(TrainingError, match="no answer on one side"):
+        train_reader(model, encoded, traces, range(6), [6, 7], 0, CONFIG, 0, lambda text: None)
+    after = model.router.policy.state_dict()
+    assert all(torch.equal(after[n], t) for n, t in before.items())

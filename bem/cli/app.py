@@ -1,0 +1,53 @@
+"""The commands: run | train | evaluate | validate | promote | report | route | index | doctor."""
+
+from __future__ import annotations
+
+import typer
+
+import bem
+from bem.cli.doctor import doctor
+from bem.cli.experiment import evaluate, report, run, train_app
+from bem.cli.index import index_app
+from bem.cli.route import route_app
+from bem.cli.verdict import promote, validate
+
+app = typer.Typer(
+    help="Adapt a frozen language model chunk by chunk, and know whether it got better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (run, evaluate, validate, promote, report, doctor):
+    app.command()(command)
+app.add_typer(train_app, name="train")
+app.add_typer(route_app, name="route")
+app.add_typer(index_app, name="index")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bem {bem.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version."
+    ),
+) -> None:
+    """Options of `bem` itself."""
+
+
+def usage_problem(error: BaseException) -> str | None:
+    """What was wrong with the words on the command line; "" if only help was shown; None: another error.
+
+    typer carries its own copy of click or uses an installed one: the base of either's errors has this name.
+    """
+    if not any(kind.__name__ == "ClickException" for kind in type(error).__mro__):
+        return None
+    message = getattr(error, "format_message", lambda: str(error))()
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "bem"
+    return f"{message}\nSee `{where} --help`." if message else ""

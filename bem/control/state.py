@@ -1,0 +1,326 @@
+"""What BEM remembers of sequences, many at a time: arrays [slot, ...], a sequence owns one slot.
+
+A slot holds the running chunk (sums, counts, its control), what is known of the sequence beside its
+tokens, one row of history per finished chunk, and the features of the newest tokens alone. So memory
+grows by a chunk's control and sums every `chunk_size` tokens, and not by the features of each token.
+
+Nothing here reads back from the device while tokens are appended: columns and bounds are counted on
+the host. Past control is never revised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bem.control.controller import Pooled, Running
+from bem.errors import CacheError
+
+KEPT_FEATURES = 128  # newest tokens whose features are kept, so that a crop can end inside a chunk
+FIRST_CHUNKS, FIRST_COLUMNS = 4, 256  # room of a new array; it doubles when it is full
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one adapter's state."""
+
+    features: int
+    """Pooled numbers per token."""
+    width: int
+    """Control floats per chunk, the controller's tail included."""
+    applied: int
+    """How many of them act on the model; the rest is the controller's memory."""
+    chunk_size: int
+    conditioning: tuple[tuple[str, int], ...] = ()
+    """(name, width) of what may be known beside the tokens."""
+
+
+class ControlState:
+    """The control of many sequences.
+
+    slot = state.begin()                  a new sequence
+    state.append([slot], pooled, ...)     a piece of it was read
+    other = state.fork(slot)              a second one that goes on from there
+    state.crop([slot], keep)              forget its newest tokens
+    state.free(slot)                      its slot may be used again
+    """
+
+    def __init__(self, layout: Layout, slots: int, device: torch.device | str = "cpu"):
+        self.layout, self.device = layout, torch.device(device)
+        self.columns = [0] * slots  # tokens of each sequence, padding included
+        self.turns = [0] * slots  # most turn starts in each
+        self._free = list(range(slots - 1, -1, -1))
+        with torch.inference_mode(False):  # inference tensors could not be written to outside of it
+            self._allocate(slots)
+
+    def _allocate(self, slots: int) -> None:
+        f, w = self.layout.features, self.layout.width
+        float64 = {"dtype": torch.float64, "device": self.device}
+        whole = {"dtype": torch.long, "device": self.device}
+        self.running = Running(
+            sums=torch.zeros(slots, f, **float64),
+            count=torch.zeros(slots, **whole),
+            done_sums=torch.zeros(slots, f, **float64),
+            done_count=torch.zeros(slots, **whole),
+            number=torch.zeros(slots, **whole),
+            control=torch.zeros(slots, w, device=self.device),
+        )
+        self.conditioning = {
+            name: torch.zeros(slots, width, device=self.device)
+            for name, width in self.layout.conditioning
+        }
+        # one row per chunk number (0: before the first token), and a last one for what is no chunk
+        chunks = FIRST_CHUNKS + 1
+        self.starts = torch.zeros(slots, chunks, **whole)
+        self.chunk_sums = torch.zeros(slots, chunks, f, **float64)  # of all chunks before this one
+        self.controls = torch.zeros(slots, chunks, w, device=self.device)
+        self.valid = torch.ones(slots, FIRST_COLUMNS, dtype=torch.bool, device=self.device)
+        self.recent = torch.zeros(slots, KEPT_FEATURES, f, device=self.device)
+
+    # --- sequences --------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def begin(self) -> int:
+        """The slot of a new, empty sequence.
+
+        Raises:
+            CacheError: every slot is taken.
+        """
+        if not self._free:
+            raise CacheError(
+                f"all {len(self)} sequences are taken: free one, or make room for more."
+            )
+        slot = self._free.pop()
+        self._clear(slot)
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Give a slot back."""
+        if slot in self._free:
+            raise CacheError(f"slot {slot} is free already.")
+        self._free.append(slot)
+
+    def fork(self, slot: int) -> int:
+        """The slot of a copy of a sequence; both go on from here on their own."""
+        twin = self.begin()
+        for array in self._arrays():
+            array[twin] = array[slot]
+        self.columns[twin], self.turns[twin] = self.columns[slot], self.turns[slot]
+        return twin
+
+    def _clear(self, slot: int) -> None:
+        for array in self._arrays():
+            array[slot] = 1 if array is self.valid else 0
+        self.columns[slot] = self.turns[slot] = 0
+
+    def select(self, rows: Int[Tensor, " n"]) -> ControlState:
+        """A new state whose slots are these slots of this one: kept, repeated or reordered."""
+        other = ControlState.__new__(ControlState)
+        other.layout, other.device = self.layout, self.device
+        rows, host = rows.to(self.device), rows.tolist()
+        other.columns = [self.columns[r] for r in host]
+        other.turns = [self.turns[r] for r in host]
+        other._free = []
+        other.running = self.running.select(rows)
+        other.conditioning = {n: v.index_select(0, rows) for n, v in self.conditioning.items()}
+        for name in ("starts", "chunk_sums", "controls", "valid", "recent"):
+            setattr(other, name, getattr(self, name).index_select(0, rows))
+        return other
+
+    def _arrays(self) -> list[Tensor]:
+        running = self.running
+        return [
+            *(running.sums, running.count, running.done_sums, running.done_count),
+            *(running.number, running.control, *self.conditioning.values()),
+            *(self.starts, self.chunk_sums, self.controls, self.valid, self.recent),
+        ]
+
+    # --- reading a piece --------------------------------------------------------------------------
+
+    def before(self, slots: Sequence[int]) -> Running:
+        """The state from which a piece of these sequences is read."""
+        if self._is_all(slots):
+            return self.running.map(lambda t: t.clone())
+        return self.running.select(self._index(slots))
+
+    def append(
+        self,
+        slots: Sequence[int],
+        pooled: Pooled,
+        features: Float[Tensor, "batch tokens features"],
+        valid: Bool[Tensor, "batch tokens"],
+        begun: int,
+    ) -> None:
+        """Take over a piece that was read and decided.
+
+        Args:
+            slots: of the sequences, in the order of the batch.
+            pooled: with its controls, made from `before(slots)`.
+            features: float32, of each token.
+            begun: most chunks that can have begun in the piece.
+        """
+        tokens = features.shape[1]
+        rows = self._index(slots)
+        starts = torch.tensor([self.columns[s] for s in slots], device=self.device)
+        size = self.layout.chunk_size
+        for slot in slots:
+            self.columns[slot] += tokens
+            self.turns[slot] += begun - -(-tokens // size)
+        self._make_room(slots)
+        self._write_history(rows, starts, pooled)
+        at = starts[:, None] + torch.arange(tokens, device=self.device)
+        self.valid[rows[:, None], at] = valid
+        newest = (features * valid[..., None])[:, -KEPT_FEATURES:]
+        self.recent[rows[:, None], at[:, -KEPT_FEATURES:] % KEPT_FEATURES] = newest
+        after = pooled.after()
+        for name, array in vars(self.running).items():
+            array[rows] = getattr(after, name).detach().to(array.dtype)
+
+    def _write_history(self, rows: Tensor, starts: Tensor, pooled: Pooled) -> None:
+        """A row for every chunk that begins here; a slot without tokens goes to the last row."""
+        real = pooled.count[:, 1:] > 0
+        chunk = torch.where(real, pooled.number[:, 1:], self.starts.shape[1] - 1)
+        at = (rows[:, None].expand_as(chunk), chunk)
+        self.starts[at] = starts[:, None] + pooled.first_tokens
+        past = pooled.before.done_sums[:, None] + pooled.sums.cumsum(1)
+        self.chunk_sums[at] = past[:, :-1]
+        self.controls[at] = pooled.control[:, 1:].detach().to(self.controls.dtype)
+
+    def append_token(
+        self, slots: Sequence[int], features: Float[Tensor, "batch 1 features"]
+    ) -> None:
+        """A decoded token of each sequence, inside its running chunk."""
+        place = {self.columns[s] for s in slots}
+        running = self.running
+        if self._is_all(slots) and len(place) == 1:  # the usual batch: no index is needed
+            running.sums.add_(features[:, 0])
+            running.count.add_(1)
+            self.recent[:, place.pop() % KEPT_FEATURES] = features[:, 0]
+        else:
+            rows = self._index(slots)
+            at = torch.tensor([self.columns[s] for s in slots], device=self.device) % KEPT_FEATURES
+            running.sums.index_add_(0, rows, features[:, 0].double())
+            running.count.index_add_(0, rows, torch.ones_like(rows))
+            self.recent[rows, at] = features[:, 0]
+        for slot in slots:
+            self.columns[slot] += 1
+        self._make_room(slots)
+
+    def _make_room(self, slots: Sequence[int]) -> None:
+        """Double what is too small. The last row of the history is no chunk's."""
+        columns = max(self.columns[s] for s in slots)
+        size = self.layout.chunk_size
+        chunks = max(self.turns[s] + self.columns[s] // size + 1 for s in slots)
+        if columns > self.valid.shape[1]:
+            with torch.inference_mode(False):
+                self.valid = _grown(self.valid, columns, fill=True)
+        if chunks + 2 > self.starts.shape[1]:
+            with torch.inference_mode(False):
+                for name in ("starts", "chunk_sums", "controls"):
+                    setattr(self, name, _grown(getattr(self, name), chunks + 2))
+
+    # --- forgetting -------------------------------------------------------------------------------
+
+    def crop(self, slots: Sequence[int], keep: int) -> None:
+        """Forget all but the first `keep` columns of each sequence.
+
+        Raises:
+            CacheError: the cut lies inside a chunk whose features are no longer kept.
+        """
+        rows, columns = self._index(slots), self.columns[slots[0]]
+        chunk = self._chunk_of(rows, keep - 1)
+        ends = self._ends(rows, chunk)
+        lost = (ends > keep) & (max(keep, columns - KEPT_FEATURES) > keep)
+        if bool(lost.any()):
+            raise CacheError(
+                f"cannot crop to {keep} tokens: that lies inside a chunk and more than {KEPT_FEATURES} tokens "
+                f"back. Crop to a chunk boundary (row 0: {self.boundaries(slots[0])}) or less far."
+            )
+        state = self._at(rows, keep, chunk, self._features_between(rows, keep, ends))
+        for name, array in vars(self.running).items():
+            array[rows] = getattr(state, name)
+        self.valid[rows, keep:] = True
+        for slot in slots:
+            self.columns[slot] = keep
+
+    def _features_between(self, rows: Tensor, keep: int, ends: Tensor) -> Tensor:
+        """Sum of the newest features from column `keep` to the end of a chunk (rows, features)."""
+        columns = self.columns[int(rows[0])]
+        at = torch.arange(max(0, columns - KEPT_FEATURES), columns, device=self.device)
+        cut = (at >= keep) & (at[None] < ends[:, None])
+        cut = (cut & self.valid[rows][:, at])[..., None]
+        return (self.recent[rows][:, at % KEPT_FEATURES] * cut).sum(1, dtype=torch.float64)
+
+    def _at(self, rows: Tensor, keep: int, chunk: Tensor, gone: Tensor) -> Running:
+        """What was running when column `keep` was the next one."""
+        done = self.chunk_sums[rows, chunk]
+        is_last = (chunk == self.running.number[rows])[:, None]
+        following = self.chunk_sums[rows, chunk + 1]
+        total = torch.where(is_last, self.running.sums[rows], following - done)
+        held = self.valid[rows][:, :keep]
+        at = torch.arange(keep, device=self.device)
+        inside = at[None] >= self.starts[rows, chunk][:, None]
+        return Running(
+            sums=total - gone,
+            count=(held & inside).sum(1),
+            done_sums=done,
+            done_count=(held & ~inside).sum(1),
+            number=chunk,
+            control=self.controls[rows, chunk],
+        )
+
+    def _chunk_of(self, rows: Tensor, column: int) -> Tensor:
+        """Chunk number of a column of each sequence."""
+        chunks = torch.arange(self.starts.shape[1], device=self.device)
+        begun = (chunks > 0) & (chunks[None] <= self.running.number[rows][:, None])
+        return (begun & (self.starts[rows] <= column)).sum(1)
+
+    def _ends(self, rows: Tensor, chunk: Tensor) -> Tensor:
+        """Column behind the last one of a chunk of each sequence (padding behind it included)."""
+        columns = torch.tensor([self.columns[r] for r in rows.tolist()], device=self.device)
+        following = self.starts[rows, chunk + 1]
+        return torch.where(chunk < self.running.number[rows], following, columns)
+
+    # --- looking ----------------------------------------------------------------------------------
+
+    def numbers(self, slots: Sequence[int]) -> Int[Tensor, "batch columns"]:
+        """Chunk number of every column; 0 before the first token."""
+        rows, columns = self._index(slots), self.columns[slots[0]]
+        last = int(self.running.number[rows].max())
+        begun = torch.arange(1, last + 1, device=self.device)
+        real = begun[None] <= self.running.number[rows][:, None]
+        starts = torch.where(real, self.starts[rows][:, 1 : last + 1], columns)
+        at = torch.arange(columns, device=self.device)
+        return torch.searchsorted(
+            starts.contiguous(), at.expand(len(rows), -1).contiguous(), right=True
+        )
+
+    def history(self, slots: Sequence[int]) -> Float[Tensor, "batch chunks width"]:
+        """Control of every chunk, the controller's tail included; chunk 0 stands before the first token."""
+        rows = self._index(slots)
+        return self.controls[rows][:, : int(self.running.number[rows].max()) + 1]
+
+    def boundaries(self, slot: int) -> list[int]:
+        """Columns at which the chunks of a sequence begin, the first one left out."""
+        return self.starts[slot, 2 : int(self.running.number[slot]) + 1].tolist()
+
+    def _index(self, slots: Sequence[int]) -> Tensor:
+        return torch.tensor(list(slots), device=self.device)
+
+    def _is_all(self, slots: Sequence[int]) -> bool:
+        return len(slots) == len(self) and all(i == s for i, s in enumerate(slots))
+
+
+def _grown(array: Tensor, room: int, fill: bool = False) -> Tensor:
+    """A copy with at least twice the room along dimension 1."""
+    shape = list(array.shape)
+    shape[1] = max(room, 2 * shape[1])
+    grown = array.new_full(shape, 1) if fill else array.new_zeros(shape)
+    grown[:, : array.shape[1]] = array
+    return grown

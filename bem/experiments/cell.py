@@ -1,0 +1,167 @@
+"""One cell of a run: one arm with one seed, trained, measured and saved, unless that was done before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import bem
+from bem.config import AdapterConfig
+from bem.experiments.adapted import adapted
+from bem.experiments.events import Event, Show
+from bem.experiments.inputs import RunInputs
+from bem.experiments.measuring.answers import measure
+from bem.experiments.plan import Plan
+from bem.experiments.routing.arms import ready_arm
+from bem.experiments.routing.stages import RoutingArtifacts
+from bem.files import sha256_json, write_json
+from bem.runs.folder import Cell
+from bem.stats.files import save
+from bem.stats.measurement import Measurement, RouterFacts
+from bem.tasks.load import Task
+from bem.tasks.scoring import QUALITY
+from bem.training.fit import STATE, StepMetrics, fit
+
+
+class CellRunner:
+    """Works through cells one after another on one base; a process has one of these."""
+
+    def __init__(self, inputs: RunInputs, show: Show):
+        self.inputs, self.show = inputs, show
+        self._started = time.monotonic()
+        self._worked = 0
+        """Cells that were not finished before."""
+        self._event = Event("")
+        self._artifacts: dict[int, RoutingArtifacts] = {}
+
+    def is_finished(self, plan: Plan, seed: int) -> bool:
+        """The cell was made before, from the same inputs."""
+        cell = self.inputs.folder.cell(plan.arm.name, seed)
+        return cell.is_finished(cell_key(self.inputs, plan, seed))
+
+    def one_cell(self, plan: Plan, seed: int, number: int, of: int) -> None:
+        """Train, save and measure one arm with one seed, unless that was done before.
+
+        Args:
+            number, of: which cell this is, from 1, of how many: for whoever watches.
+        """
+        event = self._event = Event("", plan.arm.name, seed, number, of)
+        if self.is_finished(plan, seed):
+            self.show(event.at("finished before: skipped", final=True))
+            return
+        cell = self.inputs.folder.cell(plan.arm.name, seed)
+        make = self._routed_cell if plan.arm.route else self._trained_cell
+        detail = make(plan, seed, cell, event)
+        cell.finish(cell_key(self.inputs, plan, seed))
+        (cell.path / STATE).unlink(missing_ok=True)  # only needed to resume the training
+        self._worked += 1
+        self.show(event.at("done", detail=detail + self._left(of - number), final=True))
+
+    def routing(self, seed: int) -> RoutingArtifacts:
+        """Experts and routers of one seed."""
+        if seed not in self._artifacts:
+            self._artifacts[seed] = RoutingArtifacts(self.inputs, seed, self._tell)
+        return self._artifacts[seed]
+
+    def _trained_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
+        """Train, save and measure an arm without a route; returns what to say of it."""
+        inputs, training = self.inputs, self.inputs.config.training
+        with adapted(inputs.model, seeded(plan, seed)) as attached:
+            result = fit(
+                attached,
+                inputs.tokenizer,
+                inputs.examples,
+                training,
+                cell.path,
+                seed,
+                on_progress=lambda step: self.show(_step(event, step, training.steps)),
+                label=f"{plan.arm.name} seed {seed}",
+            )
+            attached.save(cell.checkpoint, data_hash=result.data_hash, extra={"seed": seed})
+            measurement = self._measure(attached, inputs.tasks, cell, event)
+        save(measurement, cell.measurement)
+        return f"loss {result.final_loss:.3f}, quality {_mean_quality(measurement):.1%}"
+
+    def _routed_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
+        """Make and measure an arm with a route; returns what to say of it."""
+        with ready_arm(plan.arm, self.routing(seed), cell) as ready:
+            ready.attached.save(cell.checkpoint, self.inputs.data["train"])
+            measurement = self._measure(ready.attached, ready.tasks, cell, event)
+        if "conversations" in ready.facts:
+            measurement = with_plans(measurement, ready.facts["conversations"]["plans"])
+        save(measurement, cell.measurement)
+        write_json(cell.route, ready.facts)
+        return f"quality {_mean_quality(measurement):.1%}"
+
+    def _measure(
+        self, attached: Any, tasks: Sequence[Task], cell: Cell, event: Event
+    ) -> Measurement:
+        config = self.inputs.config
+        return measure(
+            attached,
+            self.inputs.tokenizer,
+            tasks,
+            name=event.arm,
+            batch_size=config.eval_batch_size,
+            max_length=config.training.max_length,
+            predictions=cell.predictions,
+            on_progress=lambda done, total: self.show(
+                event.at("measuring", done=done, total=total)
+            ),
+        )
+
+    def _tell(self, stage: str, done: int, total: int, detail: str) -> None:
+        self.show(self._event.at(stage, done=done, total=total, detail=detail))
+
+    def _left(self, cells: int) -> str:
+        if not cells:
+            return ""
+        spent = time.monotonic() - self._started
+        seconds = spent / self._worked * cells / self.inputs.config.workers
+        return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+
+
+def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
+    """sha256 of everything that a cell's result depends on."""
+    config = inputs.config
+    facts: dict[str, Any] = {
+        "bem": bem.__version__,
+        "training": config.training.model_dump(mode="json"),
+        "seed": seed,
+        "data": inputs.data,
+        "answers": {t.name: [t.max_new_tokens, t.metrics, t.form] for t in inputs.tasks},
+        "base": inputs.base,
+    }
+    if plan.adapter is not None:
+        facts["adapter"] = seeded(plan, seed).model_dump(mode="json")
+    elif config.routing is not None:
+        facts["route"] = [plan.arm.route, config.routing.model_dump(mode="json")]
+    return sha256_json(facts)
+
+
+def seeded(plan: Plan, seed: int) -> AdapterConfig:
+    """The adapter of one seed: its initial weights differ."""
+    assert plan.adapter is not None, "an arm with a route has no adapter of its own"
+    return plan.adapter.model_copy(update={"seed": plan.adapter.seed + seed})
+
+
+def with_plans(measurement: Measurement, plans: Sequence[int]) -> Measurement:
+    """The measurement with the lengths of the router's plans beside its other router facts.
+
+    Args:
+        plans: number of different actions in each turn.
+    """
+    facts = measurement.router or RouterFacts()
+    return replace(measurement, router=replace(facts, plan_lengths=list(plans)))
+
+
+def _mean_quality(measurement: Measurement) -> float:
+    return float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
+
+
+def _step(event: Event, step: StepMetrics, steps: int) -> Event:
+    rate = step.tokens / max(step.seconds, 1e-9)
+    detail = f"loss {step.loss:.3f}, {rate:,.0f} tokens/s"
+    return event.at("training", done=step.step, total=steps, detail=detail)

@@ -1,0 +1,71 @@
+"""The updates of all variants in plain torch: one layout, one definition.
+
+    masked_low_rank    y + U (c * (V x))          c: one row of a table for each token
+    kronecker          y + s * sum_t (A_t (x) B_t) x
+
+A rank mask is a k-hot c; a head-group gate is a block of c whose rows of V see that group's inputs
+alone; experts are their ranks side by side and their gates blocks of c; a strength is a factor on c.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def masked_low_rank(
+    y: Float[Tensor, "*tokens out"],
+    x: Float[Tensor, "*tokens in"],
+    v: Float[Tensor, "rank in"] | Float[Tensor, "groups ranks part"],
+    c: Float[Tensor, "rows rank"],
+    slot: Int[Tensor, " n"] | None,
+    u: Float[Tensor, "out rank"],
+) -> Float[Tensor, "*tokens out"]:
+    """y + U (c[slot] * (V x)) for every token.
+
+    Args:
+        y: output of the frozen layer.
+        x: its input, in the dtype of v, c and u.
+        v: (R, in), or (G, R / G, in / G): the ranks of group g see the g-th slice of x alone.
+        c: control table; a token is governed by one row of it.
+        slot: row of c of each token, tokens counted in flattened order (n); None: c has one row, which
+            holds for all tokens, or one row per token.
+        u: (out, R).
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    h = F.linear(flat, v) if v.dim() == 2 else _grouped(flat, v)
+    h = h * (c if slot is None else c.index_select(0, slot))
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h, u.t()).view(y.shape)
+
+
+def _grouped(x: Float[Tensor, "n in"], v: Float[Tensor, "groups ranks part"]) -> Tensor:
+    """V_g x_g of all groups side by side (n, R)."""
+    groups, ranks, part = v.shape
+    if len(x) == 1:  # one decoded token: its slices are a batch as they lie
+        return torch.bmm(v, x.view(groups, part, 1)).view(1, groups * ranks)
+    # V_g X_g^T for all tokens: twice as fast as X_g V_g^T, whose result is too thin
+    slices = x.view(-1, groups, part).permute(1, 2, 0)
+    return torch.bmm(v, slices).view(groups * ranks, -1).t()
+
+
+def kronecker(
+    y: Float[Tensor, "*tokens out"],
+    x: Float[Tensor, "*tokens in"],
+    a: Float[Tensor, "terms a1 a2"],
+    b: Float[Tensor, "terms b1 b2"],
+    scale: float,
+) -> Float[Tensor, "*tokens out"]:
+    """y + scale * sum_t (A_t (x) B_t) x, never formed; out = a1 b1, in = a2 b2.
+
+    For x read row by row as X (a2, b2): (A (x) B) x = vec_r(A X B^T) (Van Loan, "The ubiquitous
+    Kronecker product", 2000). A comes first: where out < in that is the cheaper order, and the second
+    product is one plain matrix product.
+    """
+    (terms, a1, a2), (_, b1, b2) = a.shape, b.shape
+    rows = x.reshape(-1, a2, b2)
+    first = a.transpose(0, 1).reshape(a1 * terms, a2)
+    left = torch.bmm(first.expand(len(rows), -1, -1), rows).view(-1, terms * b2)
+    second = b.transpose(1, 2).reshape(terms * b2, b1)
+    return torch.addmm(y.reshape(-1, b1), left, second, alpha=scale).view(y.shape)

@@ -1,0 +1,42 @@
+"""Where a run took place, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bem.config import ExperimentConfig
+from bem.runs.folder import RunFolder
+from bem.stats.measurement import Measurement
+
+
+def lead(config: ExperimentConfig, base: Measurement) -> str:
+    """What was compared, on what."""
+    tasks = [task if isinstance(task, str) else task.name for task in config.data.tasks]
+    groups = len(set(base.clusters)) if base.clusters is not None else base.n
+    return (
+        f"Run {config.name}: {len(config.arms)} arms on {config.base}, tasks {', '.join(tasks)}; "
+        f"{base.n:,} held-out examples from {groups:,} source documents, "
+        f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
+        f"{config.training.steps} training steps each."
+    )
+
+
+def environment_rows(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Name and value of everything in `environment.json`, nested names joined."""
+    for key, value in environment.items():
+        name = f"{prefix} {key}".strip()
+        if isinstance(value, dict):
+            yield from environment_rows(value, name)
+        elif key != "command":
+            yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def repeat(folder: RunFolder, config: ExperimentConfig, environment: Mapping[str, Any]) -> str:
+    """The commands that repeat a run."""
+    again = f"bem run {folder.path}/config.yaml --name {config.name}-again"
+    lines = [environment["command"]] if environment.get("command") else []
+    lines.append(f"# or, from the resolved config beside this report:\n{again}" if lines else again)
+    if environment.get("revision"):
+        lines.insert(0, f"git checkout {environment['revision'].rstrip('+')}")
+    return "\n".join(lines)
