@@ -35,8 +35,9 @@ from torch import Tensor, nn  # noqa: E402
 
 from bem.errors import MissingExtra  # noqa: E402
 from bem.routing.distribution import HeadsDistribution  # noqa: E402
+from bem.training.baseline import fit_value  # noqa: E402
 from bem.training.gae import gae  # noqa: E402
-from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer, fit_value  # noqa: E402
+from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer  # noqa: E402
 
 try:
     import gymnasium

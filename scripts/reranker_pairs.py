@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bem.evidence.bm25 import FUNCTION_WORDS, Bm25, stem, words
-from bem.tasks.embedded import Function, Part, functions
+from bem.tasks.functions import Function, Part, functions
 
 
 @dataclass(frozen=True)

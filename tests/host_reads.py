@@ -7,8 +7,18 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
-READERS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+# their result, or its shape, is something that the host waits for
+OPERATIONS = {
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"),
+        *("_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
+    )
+}
+READERS = (
+    *("item", "tolist", "numpy", "cpu", "nonzero"),
+    *("__bool__", "__int__", "__float__", "__index__"),
+)
 
 
 def _ours() -> str | None:
@@ -33,7 +43,10 @@ class _Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if name in OPERATIONS and (where := _ours()) is not None:
+        mask = name == "aten::index" and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]
+        )
+        if (name in OPERATIONS or mask) and (where := _ours()) is not None:
             self.notes.append(f"{name} at {where}")
         return func(*args, **(kwargs or {}))
 

@@ -37,20 +37,21 @@ def problem(capsys, *arguments) -> str:
 @pytest.fixture
 def config(tmp_path, micro_base):
     """A config that runs: two arms, own rows, three steps."""
-    rows = [
-        {"input": f"say {word} {i}", "references": [word], "group": f"doc{i // 2}"}
-        for i in range(12)
-        for word in ("yes", "no")
-    ]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file, first in ((data, 0), (held_out, 12)):
+        rows = [
+            {"input": f"say {word} {i}", "references": [word], "group": f"doc{i // 2}"}
+            for i in range(first, first + 12)
+            for word in ("yes", "no")
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "config.yaml"
     path.write_text(f"""
 name: small
 output: {tmp_path}/runs
 base: {micro_base}
 seeds: [0]
-data: {{tasks: [{{name: mine, train: {data}, dev: {data}, max_new_tokens: 3}}]}}
+data: {{tasks: [{{name: mine, train: {data}, dev: {held_out}, max_new_tokens: 3}}]}}
 adapters: {{rank: 2}}
 arms:
   - {{name: s0, role: baseline}}

@@ -45,6 +45,16 @@ def test_build_search_and_info_with_the_states_of_a_base(corpus, tmp_path, micro
     assert "files are as the manifest says" in call("info", out)
 
 
+def test_vectors_are_deleted_by_force_alone(corpus, tmp_path, micro_base):
+    out = tmp_path / "ix"
+    call("build", corpus, "--out", out, "--base", micro_base)
+    with pytest.raises(DataError, match=f"holds vectors by encoder base:{micro_base};.*`--force`"):
+        call("build", corpus, "--out", out, "--encoder", "none")
+    assert "32 dimensions" in call("info", out)
+    printed = call("build", corpus, "--out", out, "--encoder", "none", "--force")
+    assert "none: BM25 alone" in printed
+
+
 def test_json_lines_carry_whole_passages(corpus, tmp_path):
     call("build", corpus, "--out", tmp_path / "ix", "--encoder", "none")
     lines = call("search", tmp_path / "ix", "cats", "--json").splitlines()
@@ -73,7 +83,7 @@ def test_problems_say_what_to_do(corpus, tmp_path):
         call("search", tmp_path / "ix", "x", "--method", "dense")
     with pytest.raises(DataError, match="bem index build"):
         call("info", tmp_path)
-    with pytest.raises(DataError, match="Cannot read"):
+    with pytest.raises(DataError, match=r"absent\.jsonl is missing"):
         call("build", tmp_path / "absent.jsonl", "--out", tmp_path / "other")
 
 

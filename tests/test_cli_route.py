@@ -138,7 +138,7 @@ def test_what_cannot_be_explained_is_one_message(capsys, router, micro_base, tmp
     other.model.norm.weight.data += 1
     other.save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    assert "was made for a base with hash" in said("hi", router, tmp_path / "other")
+    assert "was made for a base with digest" in said("hi", router, tmp_path / "other")
 
 
 # -- export
@@ -203,14 +203,15 @@ def test_what_cannot_be_exported_is_one_message(
 def config(tmp_path, micro_base):
     """Conversations between two skills, a router over two experts, few steps of everything."""
     for task, answer in (("say", "yes"), ("tell", "the value")):
-        rows = [
-            {"input": f"{task} it {i}", "references": [answer], "group": f"doc{i}"}
-            for i in range(12)
-        ]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{task}.jsonl").write_text(lines)
+        for part, first in (("train", 0), ("dev", 12)):
+            rows = [
+                {"input": f"{task} it {i}", "references": [answer], "group": f"doc{i}"}
+                for i in range(first, first + 12)
+            ]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{task}.{part}.jsonl").write_text(lines)
     tasks = ", ".join(
-        f"{{name: {t}, train: {tmp_path}/{t}.jsonl, dev: {tmp_path}/{t}.jsonl, max_new_tokens: 3}}"
+        f"{{name: {t}, train: {tmp_path}/{t}.train.jsonl, dev: {tmp_path}/{t}.dev.jsonl, max_new_tokens: 3}}"
         for t in ("say", "tell")
     )
     path = tmp_path / "routing.yaml"

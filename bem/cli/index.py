@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -14,12 +14,13 @@ from rich.table import Table
 
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import ConfigError
-
-if TYPE_CHECKING:
-    from bem.evidence.encoders import Encoder
-    from bem.evidence.index import Hit
-    from bem.evidence.retriever import Evidence
-    from bem.evidence.storage import Manifest
+from bem.evidence import index as indexes
+from bem.evidence.encoders import OWN, Encoder, load_encoder
+from bem.evidence.index import Hit, open_index
+from bem.evidence.passages import read_corpus
+from bem.evidence.rerank import load_reranker
+from bem.evidence.retriever import Evidence, Retriever
+from bem.evidence.storage import Manifest, check_files, read_manifest
 
 SHOWN_CHARACTERS = 200
 
@@ -48,20 +49,19 @@ def build(
     exact: Annotated[
         bool, typer.Option("--exact", help="Look at every vector, however many there are.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Delete vectors that another encoder made there.")
+    ] = False,
 ) -> int:
     """Index a corpus; the same command resumes what was interrupted.
 
     Whoever queries the folder meanwhile gets what it held before.
     """
-    from bem.evidence import index as indexes
-    from bem.evidence.passages import read_corpus
-    from bem.evidence.storage import read_manifest
-
     passages = read_corpus(corpus)
     made_by = _encoder(encoder, base)
     console = Console()
     with _Display(console) as display:
-        indexes.build(passages, out, made_by, display.show, exact=exact)
+        indexes.build(passages, out, made_by, display.show, exact, force)
     _show(console, out, read_manifest(out))
     return 0
 
@@ -75,12 +75,10 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per passage.")] = False,
 ) -> int:
     """Show the passages that an index finds for a query."""
-    from bem.evidence import index as indexes
-
-    if method not in get_args(indexes.Method):
-        known = ", ".join(get_args(indexes.Method))
-        raise ConfigError(f"No search method {method!r}; there are {known}.")
-    index = indexes.open_index(folder)
+    methods = get_args(indexes.Method)
+    if method not in methods:
+        raise ConfigError(f"No search method {method!r}; there are {', '.join(methods)}.")
+    index = open_index(folder)
     if method != "bm25":
         _quiet()
     hits = index.search([query], k, method)[0]  # pyright: ignore[reportArgumentType]
@@ -109,30 +107,24 @@ def evidence(
     as_json: Annotated[bool, typer.Option("--json", help="Passages and record as JSON.")] = False,
 ) -> int:
     """Show what a model would be given and told for a question: passages, and how good they are."""
-    from bem.evidence.index import open_index
-    from bem.evidence.rerank import load_reranker
-    from bem.evidence.retriever import Retriever
-
     _quiet()
     judge = load_reranker(reranker)
     most = max(candidates, shown)
-    found = Retriever(
+    evidence = Retriever(
         open_index(folder), judge, candidates=most, shown=shown, timeout_ms=timeout_ms
     ).retrieve(query)
     if as_json:
-        passages = [{"id": p.id, "title": p.title, "text": p.text} for p in found.passages]
-        record = {**vars(found.record), "features": found.record.features()}
+        passages = [{"id": p.id, "title": p.title, "text": p.text} for p in evidence.passages]
+        record = {**vars(evidence.record), "features": evidence.record.features()}
         print(json.dumps({"passages": passages, "record": record}, ensure_ascii=False))
         return 0
-    _tell(Console(), found)
+    _tell(Console(), evidence)
     return 0
 
 
 @index_app.command()
 def info(folder: Folder) -> int:
     """Check every file of an index against its manifest, and say what it holds."""
-    from bem.evidence.storage import check_files, read_manifest
-
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     console = Console()
@@ -145,8 +137,6 @@ def _encoder(name: str, base: str) -> Encoder | None:
     if name == "none":
         return None
     _quiet()
-    from bem.evidence.encoders import OWN, load_encoder
-
     return load_encoder(f"{OWN}{base}" if name == "base" else name)
 
 
@@ -179,14 +169,14 @@ def _list(console: Console, hits: list[Hit], method: str) -> None:
         console.print(escape(_short(hit.passage.shown)), highlight=False)
 
 
-def _tell(console: Console, found: Evidence) -> None:
-    record = found.record
-    if not found.passages:
+def _tell(console: Console, evidence: Evidence) -> None:
+    record = evidence.record
+    if not evidence.passages:
         console.print("Nothing found: no passage shares a word with the question.")
-    scores = record.scores or (None,) * len(found.passages)
-    for passage, score in zip(found.passages, scores, strict=False):
-        said = "" if score is None else f" relevant with probability {score:.2f}"
-        console.print(f"[cyan]{escape(passage.id)}[/]{said}", soft_wrap=True, highlight=False)
+    scores = record.scores or (None,) * len(evidence.passages)
+    for passage, score in zip(evidence.passages, scores, strict=False):
+        relevance = "" if score is None else f" relevant with probability {score:.2f}"
+        console.print(f"[cyan]{escape(passage.id)}[/]{relevance}", soft_wrap=True, highlight=False)
         console.print(escape(_short(passage.shown)), highlight=False)
     if record.timed_out:
         console.print("[yellow]Time was up before the reranker was done:[/] order of the search.")
@@ -207,8 +197,8 @@ def _show(console: Console, folder: Path, manifest: Manifest) -> None:
     table.add_column(overflow="fold")  # a long path is worth its lines
     vectors = "none: BM25 alone"
     if manifest.encoder is not None:
-        found = manifest.encoder
-        vectors = f"{found.name}, {found.dimension} dimensions, search {manifest.search}"
+        encoder = manifest.encoder
+        vectors = f"{encoder.name}, {encoder.dimension} dimensions, search {manifest.search}"
     size = sum(facts["bytes"] for facts in manifest.files.values()) / 2**20
     copies = f" ({manifest.copies:,} copies left out)" if manifest.copies else ""
     for name, value in {

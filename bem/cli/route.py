@@ -81,8 +81,8 @@ def explain(
     if as_json:
         named = zip(read.chunks, read.texts, strict=True)
         chunks = [{**asdict(chunk), "text": text} for chunk, text in named]
-        found = {"router": str(router), "base": base, "chunks": chunks, "answer": read.answer}
-        print(json.dumps(found, ensure_ascii=False))
+        result = {"router": str(router), "base": base, "chunks": chunks, "answer": read.answer}
+        print(json.dumps(result, ensure_ascii=False))
         return 0
     console = Console()
     console.print(table_of(read.chunks, read.texts, mounted.router.chunk_size))
@@ -113,7 +113,7 @@ def export(
         raise ConfigError("Name either --expert NAME or --gates JSON.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already: name a new folder.")
-    wanted = {expert: 1.0} if expert is not None else _gates(gates or "")
+    chosen = {expert: 1.0} if expert is not None else _gates(gates or "")
     mounted, _ = _mounted(router, base, device)
     import torch
 
@@ -121,17 +121,17 @@ def export(
     from bem.experts.stack import fixed_updates
 
     names = [e.name for e in mounted.experts]
-    _check_names(wanted, names)
-    gate = torch.tensor([wanted.get(name, 0.0) for name in names], device=mounted.base.device)
+    _check_names(chosen, names)
+    gate = torch.tensor([chosen.get(name, 0.0) for name in names], device=mounted.base.device)
     updates = fixed_updates(mounted.stacks, gate, mounted.router.region)
     write_lora(updates, out, None if base == "bem-tiny" else base)
     rank = max((len(update.v) for update in updates.values()), default=0)
     console = Console()
-    said = f"{len(updates)} sites, rank {rank}"
-    console.print(f"LoRA: [bold]{escape(str(out))}[/] ({said})", soft_wrap=True, highlight=False)
+    size = f"{len(updates)} sites, rank {rank}"
+    console.print(f"LoRA: [bold]{escape(str(out))}[/] ({size})", soft_wrap=True, highlight=False)
     shared = mounted.router_config.shared
-    if shared and shared not in wanted:
-        always = json.dumps({**wanted, shared: 1.0})
+    if shared and shared not in chosen:
+        always = json.dumps({**chosen, shared: 1.0})
         note = f"{shared!r}, which the router lets act in every chunk, is not in it: --gates '{always}'"
         console.print(f"[dim]{escape(note)}[/]", soft_wrap=True, highlight=False)
     return 0
@@ -183,8 +183,8 @@ def conversation(text: str) -> tuple[Example, bool]:
         if role != expected or not words:
             what = "says nothing" if role == expected else f"is the {role}'s, not the {expected}'s"
             raise DataError(f"Turn {number + 1} of the text {what}. Turns alternate, user first.")
-    said = [words for _, words in turns]
-    *earlier, last = [said[i : i + 2] for i in range(0, len(said), 2)]
+    texts = [words for _, words in turns]
+    *earlier, last = [texts[i : i + 2] for i in range(0, len(texts), 2)]
     history = tuple((user, assistant) for user, assistant in earlier)
     return Example("the text", last[0], tuple(last[1:]) or ("",), history=history), len(last) == 2
 
@@ -200,8 +200,8 @@ def _turns(text: str) -> list[tuple[str, str]]:
             turns.append((begins[1].lower(), [line[begins.end() :]]))
         else:
             turns[-1][1].append(line)
-    found = [(role, "\n".join(said).strip()) for role, said in turns]
-    return found[:-1] if found[-1] == ("assistant", "") else found  # the answer is yet to come
+    joined = [(role, "\n".join(lines).strip()) for role, lines in turns]
+    return joined[:-1] if joined[-1] == ("assistant", "") else joined  # the answer is yet to come
 
 
 def _read(mounted: Mounted, tokenizer: Any, row: Example, answered: bool, new_tokens: int) -> Read:
@@ -218,9 +218,9 @@ def _read(mounted: Mounted, tokenizer: Any, row: Example, answered: bool, new_to
         turns[-1] = True  # here `generate` begins the answer's first chunk
     answer = None
     if new_tokens:
-        said = greedy_answers(mounted.model, tokenizer, [encoded], new_tokens)[0]
-        answer = tokenizer.decode(said, skip_special_tokens=True).strip()
-        ids, turns = ids + said, turns + [False] * len(said)
+        generated = greedy_answers(mounted.model, tokenizer, [encoded], new_tokens)[0]
+        answer = tokenizer.decode(generated, skip_special_tokens=True).strip()
+        ids, turns = ids + generated, turns + [False] * len(generated)
     chunks = explaining.explain(mounted, ids, turns)
     texts = [tokenizer.decode(ids[chunk.start : chunk.stop]) for chunk in chunks]
     return Read(chunks, texts, answer)
@@ -273,8 +273,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _check_names(wanted: Iterable[str], names: list[str]) -> None:
-    for name in wanted:
+def _check_names(chosen: Iterable[str], names: list[str]) -> None:
+    for name in chosen:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -176,7 +176,7 @@ def show_decision(console: Console, verdict: Verdict) -> None:
     line = Text.assemble(
         (verdict.candidate, "bold"),
         (f" {verdict.decision} ", COLOURS[verdict.decision]),
-        wording.sentence(verdict.to_dict()),
+        wording.sentence(verdict),
     )
     console.print(line, soft_wrap=True, highlight=False)
 
@@ -187,7 +187,7 @@ def _show(console: Console, verdict: Verdict, not_compared: Sequence[str]) -> No
     marks = {
         "pass": Text("pass", "green"), "fail": Text("fail", "red"), "unknown": Text("?", "yellow")
     }  # fmt: skip
-    for gate in wording.gates(verdict.to_dict()):
+    for gate in wording.gates(verdict):
         cells = (Text(cell) for cell in (gate.name, gate.value, gate.limit, gate.why))
         table.add_row(marks[gate.state], *cells)
     console.print(table)

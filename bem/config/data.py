@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from bem.config.section import Section
 
@@ -43,33 +43,51 @@ class RetrievalConfig(Section):
     """Seed of withheld rows and of the worse indices."""
 
 
+SPLITS = {"train": "train", "dev": "validation"}
+
+
 class TaskConfig(Section):
     """One task family: where its rows come from and how they are scored."""
 
-    name: str
-    """Name of a built-in or public task, or of your own."""
+    name: str = Field(min_length=1, pattern=r"^\w[\w .+-]*$")
+    """Name of a built-in or public task, or of your own; it names files and slices."""
     train: str | None = None
     """JSONL (or .gz) file; None: the named task's own file under `data`."""
     dev: str | None = None
-    """Held-out JSONL file."""
+    """Held-out JSONL file; no row of it may be in `train`."""
     metric: str | None = None
     """Primary metric; None: the task's own."""
     metrics: list[str] | None = None
     """Every metric to report; None: the task's own."""
     instruction: str = ""
     """Text put before every input."""
-    max_new_tokens: int = Field(default=64, ge=1)
-    """Longest generated answer in tokens."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest generated answer in tokens; None: the task's own, 64 for your own rows."""
     hf_dataset: str | None = None
     """A Hugging Face dataset id (extra `datasets`) instead of files."""
     hf_config: str | None = None
     """Configuration name of that dataset."""
-    hf_splits: dict[str, str] = {"train": "train", "dev": "validation"}
+    hf_splits: dict[Literal["train", "dev"], str] = SPLITS  # pyright: ignore
     """Which of its splits serve as train and dev."""
     columns: dict[str, str] = {}
-    """Mapping of our fields (input, references, evidence, group, id) to its columns."""
+    """Our fields (input, references, evidence, group, id ...) and the columns of the files or the dataset
+    that hold them, dots for nested ones: {references: answers.text}."""
     retrieval: RetrievalConfig | None = None
     """Evidence by retrieval; None: the task's own way, for most tasks what stands in the rows."""
+
+    @model_validator(mode="after")
+    def _rows_have_one_source(self) -> TaskConfig:
+        if self.columns and not (self.train or self.dev or self.hf_dataset):
+            raise ValueError("`columns` need rows of your own: `train` and `dev`, or `hf_dataset`.")
+        if not self.hf_dataset and (self.hf_config or self.hf_splits != SPLITS):
+            raise ValueError("`hf_config` and `hf_splits` need an `hf_dataset`.")
+        if self.hf_dataset and self.train and self.dev:
+            raise ValueError("give `train` and `dev`, or `hf_dataset`, not both.")
+        return self
+
+
+def _kind_of_task(value: Any) -> str:
+    return "entry" if isinstance(value, dict | TaskConfig) else "name"
 
 
 class ConversationConfig(Section):
@@ -105,7 +123,12 @@ class DataConfig(Section):
 
     root: str | None = None
     """Folder of public sets; None: the suite embedded in the package."""
-    tasks: list[str | TaskConfig] = Field(min_length=1)
+    tasks: list[
+        Annotated[
+            Annotated[str, Tag("name")] | Annotated[TaskConfig, Tag("entry")],
+            Discriminator(_kind_of_task),
+        ]
+    ] = Field(min_length=1)
     """Names of built-in or public tasks, or full task entries."""
     train_rows: int | None = Field(default=None, ge=1)
     """Rows per task for training; None: all."""

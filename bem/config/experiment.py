@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from bem.config.adapters import KINDS, AdapterConfig, TrainingConfig, parse_adapter
 from bem.config.data import DataConfig
+from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
 from bem.config.section import Section, parse
 from bem.errors import ConfigError
@@ -28,8 +29,16 @@ class GatesConfig(Section):
     """A gain counts only beyond this many points."""
     regression_margin_points: float = Field(default=0.5, ge=0)
     """No core metric's lower limit may lie further below the baseline, in points."""
+    relative_margin: float = Field(default=0.1, ge=0)
+    """The same for metrics without points (loss, seconds), as a share of the baseline's mean."""
     slice_margin_points: float = Field(default=1.0, ge=0)
     """Non-inferiority margin of each named slice, in points."""
+    severe_loss_points: float = Field(default=5.0, gt=0)
+    """A loss that alike slices or metrics cannot excuse: a part of at least `severe_loss_examples`
+    must exclude it by its own scores, one-sided at `alpha`; so a part that has truly lost so much is
+    promoted with probability `alpha` at most. Never less than the margin of the part."""
+    severe_loss_examples: int = Field(default=200, ge=1)
+    """Smaller parts cannot exclude it, however alike they are; they rest on the others."""
     budget_tolerance: float = Field(default=0.05, ge=0)
     """Allowed relative difference in adapter parameters and in adapter FLOPs per token."""
     allow_cheaper: bool = True
@@ -52,8 +61,13 @@ class GatesConfig(Section):
     """Smallest gain worth promoting, in points; once it can be excluded the candidate is rejected."""
     reported_slices: tuple[str, ...] = ("A",)
     """Slices that are reported only; every other named slice is a guard."""
-    waived: tuple[Literal["budget", "latency", "memory", "kv_hit", "router", "slices"], ...] = ()
-    """Cost gates that do not apply (score files alone have no costs); every verdict lists them."""
+    reported_metrics: tuple[str, ...] = ()
+    """Metrics that no guard looks at; every verdict lists them."""
+    waived: tuple[
+        Literal["budget", "latency", "memory", "kv_hit", "router", "index_swap", "slices"], ...
+    ] = ()
+    """Gates that do not apply (score files alone have no costs, tasks without retrieval no index to
+    swap); every verdict lists them."""
 
 
 class ArmConfig(Section):
@@ -198,7 +212,7 @@ def _refuse_without_effect(arm: ArmConfig) -> None:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read an experiment from YAML and apply overrides such as `training.steps=50`.
+    """Read an experiment from YAML and apply overrides such as `training.steps=50` (see `overrides`).
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the nearest is named) or a bad value.
@@ -206,27 +220,33 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"No config file at {path}. Shipped ones lie in configs/.")
+    values = _mapping(path, "sections")
+    for override in overrides or []:
+        apply_override(values, override)
+    where = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+    return parse(ExperimentConfig, values, where)
+
+
+def load_gates(path: str | Path | None) -> GatesConfig:
+    """Gates from YAML: the keys to change, alone or under `gates`; None: the defaults.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest is named) or a bad value.
+    """
+    if path is None:
+        return GatesConfig()
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"No gates file at {path}.")
+    values = _mapping(path, "gates")
+    return parse(GatesConfig, values.get("gates", values), str(path))
+
+
+def _mapping(path: Path, of: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, found {type(values).__name__}.")
-    for override in overrides or []:
-        _override(values, override)
-    return parse(ExperimentConfig, values, str(path))
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"Override {override!r} must look like section.key=value.")
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"Override {override!r}: {parent!r} is not a section.")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"{path} must hold a mapping of {of}, found {type(values).__name__}.")
+    return values

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bem.errors import ConfigError
+
+MOST_HINTS = 3
 
 
 class Section(BaseModel):
@@ -19,38 +22,81 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def parse(section: type[S], values: dict[str, Any], where: str) -> S:
-    """Validate `values` as `section`; a problem becomes one readable ConfigError."""
+def parse(section: type[S], values: Any, where: str) -> S:
+    """Validate `values` as `section`; a problem becomes one readable ConfigError.
+
+    Args:
+        where: what an error message names: a file, an option, a function.
+    """
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(section, e, where) for e in error.errors())) from None
+        lines = [_explanation(section, values, e, where) for e in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _explain(section: type[Section], error: Any, where: str) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "(whole)"
-    message = error["msg"].removeprefix("Value error, ")
+def _explanation(section: type[Section], values: Any, error: Any, where: str) -> str:
+    loc, message = error["loc"], error["msg"].removeprefix("Value error, ")
     if error["type"] != "extra_forbidden":
-        return (
-            f"{where}: {key}: {message} (got {error['input']!r:.80})"
-            if error["loc"]
-            else f"{where}: {message}"
-        )
-    known = _known_keys(section)
-    nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{where}: unknown key {key!r}.{hint}"
+        place = readable_place(values, loc, missing=error["type"] == "missing")
+        got = f" (got {error['input']!r:.80})" if place else ""
+        return f"{where}: {place + ': ' if place else ''}{message}{got}"
+    place, key = readable_place(values, loc[:-1]), str(loc[-1])
+    if place and "[" not in place:
+        place, key = "", f"{place}.{key}"
+    return f"{where}: {place + ': ' if place else ''}unknown key {key!r}.{_hint(section, loc)}"
 
 
-def _known_keys(section: type[Section], seen: frozenset[type] = frozenset()) -> list[str]:
-    """All keys of a section and of the sections below it."""
-    keys: list[str] = []
+def readable_place(values: Any, loc: Sequence[Any], missing: bool = False) -> str:
+    """`data.tasks[0] (mine): metric` for a path through the values; [0] has the name "mine".
+
+    Args:
+        loc: a path as pydantic gives it, with the names of a union's members in between.
+        missing: the last part is a key that is not there.
+    """
+    text, here = "", values
+    for number, part in enumerate(loc, 1):
+        if isinstance(here, list | tuple) and isinstance(part, int):
+            here = here[part] if part < len(here) else None
+            name = here.get("name") if isinstance(here, Mapping) else here
+            text += f"[{part}]" + (f" ({name})" if isinstance(name, str) else "")
+        elif isinstance(here, Mapping) and (part in here or (missing and number == len(loc))):
+            here = here.get(part)
+            text += (": " if text.endswith(")") else "." if text else "") + str(part)
+    return text
+
+
+def _hint(section: type[Section], loc: Sequence[Any]) -> str:
+    """Where the unknown key belongs, or which key it may have been meant to be."""
+    key, own = str(loc[-1]), list(_section_at(section, loc[:-1]).model_fields)
+    paths = list(_paths(section))
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == key]
+    nearest = elsewhere or difflib.get_close_matches(key, own, n=1, cutoff=0.5)
+    if not nearest:
+        last = {path.rpartition(".")[2]: path for path in reversed(paths)}
+        nearest = [last[m] for m in difflib.get_close_matches(key, last, n=1, cutoff=0.5)]
+    names = " or ".join(repr(name) for name in nearest[:MOST_HINTS])
+    return f" Did you mean {names}?" if names else ""
+
+
+def _section_at(section: type[Section], loc: Sequence[Any]) -> type[Section]:
+    """The section in which a path ends."""
+    for part in loc:
+        field = section.model_fields.get(str(part))
+        if field is not None and (inner := _sections_in(field.annotation)):
+            section = inner[0]
+    return section
+
+
+def _paths(section: type[Section], seen: frozenset[type] = frozenset()) -> Iterator[str]:
+    """Every key of a section and of the sections below it, with dots; NAME stands for list entries."""
     for name, field in section.model_fields.items():
-        keys.append(name)
+        yield name
+        several = "list[" in str(field.annotation)
         for inner in _sections_in(field.annotation):
             if inner not in seen:
-                keys += _known_keys(inner, seen | {inner})
-    return keys
+                above = f"{name}.NAME" if several else name
+                yield from (f"{above}.{path}" for path in _paths(inner, seen | {inner}))
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

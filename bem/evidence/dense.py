@@ -30,7 +30,7 @@ from bem.errors import DataError, MissingExtra
 from bem.evidence import fusion
 from bem.evidence.encoders import Encoder
 from bem.evidence.passages import Passage
-from bem.evidence.storage import whole
+from bem.files import whole
 
 FAISS_FROM = 100_000
 """Passages from which on a graph is searched instead of every vector."""
@@ -47,6 +47,9 @@ RIDGE = 1e-6
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 256
 
 VECTORS, WHITENING, GRAPH = "vectors.npy", "whitening.npz", "vectors.faiss"
+RAW, RAW_DONE = "raw.npy", "raw.json"
+"""Vectors as the encoder gave them, while a build goes on, and how many of them."""
+FILES = (VECTORS, WHITENING, GRAPH, RAW, RAW_DONE)
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ def _fit(vectors: NDArray[np.float32], encoder: Encoder) -> Whitening | None:
 
 
 def _leftovers(generation: Path) -> list[Path]:
-    return [generation / "raw.npy", generation / "raw.json"]
+    return [generation / RAW, generation / RAW_DONE]
 
 
 def _encode(

@@ -10,7 +10,6 @@ Passages that show the same text are indexed once, under the first id; the manif
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,14 @@ from bem.evidence.dense import Dense
 from bem.evidence.encoders import Encoder, load_encoder
 from bem.evidence.passages import Passage, corpus_hash, distinct
 from bem.evidence.storage import EncoderFacts, Manifest, Progress, StoredPassages
+from bem.files import locked, whole
 
 Method = Literal["bm25", "dense", "hybrid"]
 FUSED = 100
 """Passages that each method contributes to a hybrid ranking, at least."""
 NEWS_EVERY = 4096  # passages between two reports of progress
+ENTRIES = (storage.PASSAGES, storage.OFFSETS, storage.LEXICAL, *dense.FILES)
+"""Names of what a build leaves in its generation."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class Index:
 
     def _lexical(self, query: str, k: int) -> list[Hit]:
         scores = self._bm25.scores(query)
-        found = fusion.best(scores, k, above=0.0)
-        return self._hits([(i, float(scores[i])) for i in found], scores)
+        best = fusion.best(scores, k, above=0.0)
+        return self._hits([(i, float(scores[i])) for i in best], scores)
 
     def _with_vectors(
         self, query: str, near: list[tuple[int, float]], k: int, method: Method
@@ -116,8 +118,8 @@ class Index:
             near = fusion.reciprocal_rank([lexical, [i for i, _ in near]])
         return self._hits(near[:k], scores)
 
-    def _hits(self, found: list[tuple[int, float]], lexical: NDArray[np.float32]) -> list[Hit]:
-        return [Hit(self.passages[i], score, float(lexical[i])) for i, score in found]
+    def _hits(self, ranked: list[tuple[int, float]], lexical: NDArray[np.float32]) -> list[Hit]:
+        return [Hit(self.passages[i], score, float(lexical[i])) for i, score in ranked]
 
     def _vectors(self) -> Dense:
         if self._dense is None:
@@ -142,11 +144,11 @@ def in_memory(passages: Sequence[Passage], encoder: Encoder | None = None) -> In
     Raises:
         DataError: no passages, one id for two texts, or an encoder that gives no unit vectors.
     """
-    kept = distinct(passages)
-    vectors = dense.in_memory(kept, encoder) if encoder else None
-    lexical = Bm25.build(passage.shown for passage in kept)
+    texts = distinct(passages)
+    vectors = dense.in_memory(texts, encoder) if encoder else None
+    lexical = Bm25.build(passage.shown for passage in texts)
     facts = EncoderFacts.of(encoder)
-    return Index(kept, corpus_hash(passages), lexical, vectors, encoder, facts)
+    return Index(texts, corpus_hash(passages), lexical, vectors, encoder, facts)
 
 
 def build(
@@ -155,44 +157,81 @@ def build(
     encoder: Encoder | None = None,
     on_progress: Progress | None = None,
     exact: bool = False,
+    force: bool = False,
 ) -> Index:
     """Index a corpus in a folder, and open it.
 
     An interrupted build goes on where it was when it is called again with the same corpus and
-    encoder. Queries see what the folder held before until the new index is complete.
+    encoder. Queries see what the folder held before until the new index is complete. Nothing is
+    deleted that a build has not written.
 
     Args:
         passages: the corpus, in order.
         folder: made if it is not there.
         encoder: makes the vectors for dense and hybrid search; None: BM25 alone.
-        on_progress: hears (stage, done, total).
+        on_progress: called with (stage, done, total).
         exact: look at every vector also in corpora of 100,000 passages or more.
+        force: delete the vectors that another encoder made in this folder.
     Raises:
-        DataError: no passages, one id for two texts, an encoder that gives no unit vectors, or
-            somebody else is building in this folder.
+        DataError: no passages, one id for two texts, an encoder that gives no unit vectors, a folder
+            with vectors that would be lost or with another program's manifest, or somebody else is
+            building in it.
         MissingExtra: 100,000 passages or more, vectors, not `exact`, and no FAISS.
     """
     folder, news = Path(folder), on_progress or (lambda *_: None)
-    kept = distinct(passages)
-    graph = encoder is not None and not exact and len(kept) >= dense.FAISS_FROM
+    texts = distinct(passages)
+    graph = encoder is not None and not exact and len(texts) >= dense.FAISS_FROM
     if graph:
         dense.require_faiss()
     corpus, facts = corpus_hash(passages), EncoderFacts.of(encoder)
     search = "none" if encoder is None else "hnsw" if graph else "exact"
-    with storage.locked(folder):
+    busy = DataError(f"Another build is working in {folder}. Wait for it.")
+    _make_folder(folder)
+    with locked(folder / storage.LOCK, busy):
         generation = folder / _generation_name(corpus, facts, search)
+        storage.refuse_foreign(folder)
+        if not force:
+            _refuse_lost_vectors(folder, facts, generation)
         _discard_if_damaged(folder, generation)
         generation.mkdir(exist_ok=True)
-        _write_lexical(generation, kept, news)
+        _write_lexical(generation, texts, news)
         if encoder is not None:
-            dense.write(generation, kept, encoder, graph, news)
+            dense.write(generation, texts, encoder, graph, news)
         news("checksums", 0, 1)
         files = storage.describe_files(generation)
-        copies = len(passages) - len(kept)
-        manifest = Manifest(generation.name, corpus, len(kept), copies, facts, search, files)
-        storage.publish(folder, manifest)
+        copies = len(passages) - len(texts)
+        manifest = Manifest(generation.name, corpus, len(texts), copies, facts, search, files)
+        storage.publish(folder, manifest, ENTRIES)
         news("checksums", 1, 1)
     return open_index(folder, encoder, checksums=False)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot hold an index: {error}.") from error
+
+
+def _refuse_lost_vectors(folder: Path, facts: EncoderFacts | None, generation: Path) -> None:
+    """Vectors may have taken hours: a build with another encoder does not delete them unasked."""
+    try:
+        before = storage.read_manifest(folder).encoder
+    except DataError:
+        before = None
+    if before is not None and (facts is None or facts.hash != before.hash):
+        now = "without vectors" if facts is None else f"with encoder {facts.name}"
+        raise DataError(
+            f"{folder} holds vectors by encoder {before.name}; a build {now} deletes them. Build with "
+            f"`--encoder {before.name}`, into another folder, or say `--force`."
+        )
+    others = [g for g in storage.generations(folder) if g != generation]
+    unfinished = [g for g in others if any((g / f).exists() for f in (dense.VECTORS, dense.RAW))]
+    if facts is None and before is None and unfinished:
+        raise DataError(
+            f"{unfinished[0]} holds vectors of a build that is not finished; a build without vectors "
+            "deletes them. Run that build again, name another folder, or say `--force`."
+        )
 
 
 def open_index(folder: str | Path, encoder: Encoder | None = None, checksums: bool = True) -> Index:
@@ -224,7 +263,7 @@ def _open(folder: Path, manifest: Manifest, encoder: Encoder | None, checksums: 
         manifest.encoder.check(encoder)
     storage.check_files(folder, manifest, checksums)
     generation = folder / manifest.generation
-    passages, lexical = StoredPassages(generation), Bm25.load(generation / "bm25")
+    passages, lexical = StoredPassages(generation), Bm25.load(generation / storage.LEXICAL)
     counts = {"manifest": manifest.passages, "passages": len(passages), "bm25": lexical.count}
     vectors = None
     if manifest.encoder is not None:
@@ -238,7 +277,7 @@ def _open(folder: Path, manifest: Manifest, encoder: Encoder | None, checksums: 
 def _write_lexical(generation: Path, passages: Sequence[Passage], news: Progress) -> None:
     if not (generation / storage.OFFSETS).is_file():
         StoredPassages.write(generation, passages)
-    if not (generation / "bm25").is_dir():
+    if not (generation / storage.LEXICAL).is_dir():
         total = len(passages)
 
         def read(done: int) -> None:
@@ -246,7 +285,7 @@ def _write_lexical(generation: Path, passages: Sequence[Passage], news: Progress
                 news("words", done, total)
 
         lexical = Bm25.build((passage.shown for passage in passages), read)
-        with storage.whole(generation / "bm25") as draft:
+        with whole(generation / storage.LEXICAL) as draft:
             draft.mkdir()
             lexical.save(draft)
 
@@ -261,7 +300,7 @@ def _discard_if_damaged(folder: Path, generation: Path) -> None:
         try:
             storage.check_files(folder, manifest)
         except DataError:
-            shutil.rmtree(generation, ignore_errors=True)
+            storage.remove_generation(generation, ENTRIES)
 
 
 def _generation_name(corpus: str, facts: EncoderFacts | None, search: str) -> str:

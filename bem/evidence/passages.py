@@ -11,16 +11,14 @@ index, where it would give its own answer away.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bem.errors import DataError
+from bem.files import json_lines
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def read_corpus(path: str | Path) -> list[Passage]:
     path = Path(path)
     passages: list[Passage] = []
     lines: dict[str, int] = {}
-    for number, row in _rows(path):
+    for number, row in json_lines(path):
         for passage in _passages(row, number, f"{path}:{number}"):
             if passage.id in lines:
                 raise DataError(
@@ -89,34 +87,10 @@ def distinct(passages: Sequence[Passage]) -> list[Passage]:
     return list(first.values())
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _row(line, f"{path}:{number}")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"Cannot read {path}: {error}") from None
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+def _passages(row: Any, number: int, where: str) -> Iterator[Passage]:
     if not isinstance(row, dict):
-        raise DataError(f'{where} must be an object with a "text", got {line.strip()[:40]!r}.')
-    return row
-
-
-def _passages(row: dict[str, Any], number: int, where: str) -> Iterator[Passage]:
-    name = str(number if row.get("id") is None else row["id"])
+        raise DataError(f'{where}: a row must be an object with a "text", got {row!r:.40}.')
+    name = _name(row.get("id"), number, where)
     if "text" in row:
         yield Passage(name, _text(row["text"], where), _string(row.get("title"), where, "title"))
         return
@@ -132,6 +106,12 @@ def _passages(row: dict[str, Any], number: int, where: str) -> Iterator[Passage]
         yield Passage(name, _text(texts[0], where), _string(row.get("input"), where, "input"))
     else:
         raise DataError(f"{where}: a row without references is one passage, found {len(texts)}.")
+
+
+def _name(value: Any, number: int, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise DataError(f"{where}: id must be text or a number, got {value!r:.40}.")
+    return str(number if value is None else value)
 
 
 def _text(value: Any, where: str) -> str:

@@ -5,6 +5,8 @@
       g-KEY/            passages.jsonl offsets.npy bm25/ [vectors.npy whitening.npz vectors.faiss]
       .lock             held while somebody builds
 
+Anything else in the folder is somebody else's and stays.
+
 A generation's name is a hash of everything it is made from. So an interrupted build finds what it had
 finished when the same command runs again, while a build of something else works beside the
 generation in use. The manifest is replaced last, in one move: queries see the old index until then,
@@ -14,10 +16,9 @@ and readers that have it open keep it after that, because they hold its files ma
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,11 +30,14 @@ import numpy as np
 from bem.errors import DataError
 from bem.evidence.encoders import Encoder
 from bem.evidence.passages import Passage
+from bem.files import sha256_file, whole, write_json
 
 FORMAT = "bem-index-1"
 """Of the folder and of the terms in it: changes with the way in which text is split into words."""
 MANIFEST = "manifest.json"
-PASSAGES, OFFSETS = "passages.jsonl", "offsets.npy"
+PASSAGES, OFFSETS, LEXICAL = "passages.jsonl", "offsets.npy", "bm25"
+LOCK = ".lock"
+_GENERATION = re.compile("g-[0-9a-f]{16}")
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being done, how much is done, and of how much."""
@@ -91,10 +95,10 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged ({error}). Build the index again.") from None
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
+    written = values.get("format") if isinstance(values, dict) else None
+    if written != FORMAT:
         raise DataError(
-            f"{path} has format {found!r}, this version reads {FORMAT!r}. Build the index again."
+            f"{path} has format {written!r}, this version reads {FORMAT!r}. Build the index again."
         )
     try:
         encoder = values.pop("encoder")
@@ -103,12 +107,53 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is damaged ({error}). Build the index again.") from None
 
 
-def publish(folder: Path, manifest: Manifest) -> None:
-    """Make a finished generation the one in use, then delete all others."""
-    _write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
-    for other in folder.glob("g-*"):
+def refuse_foreign(folder: Path) -> None:
+    """DataError if the folder's manifest is that of something else: a build would write over it."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # damaged: ours only if it stands beside what a build leaves
+        ours = any(generations(folder))
+    else:
+        ours = isinstance(values, dict) and str(values.get("format", "")).startswith("bem-index-")
+    if not ours:
+        raise DataError(
+            f"{path} is not the manifest of an index. Give the index a folder of its own."
+        )
+
+
+def generations(folder: Path) -> Iterator[Path]:
+    """Sub-folders that builds have made."""
+    for path in sorted(folder.glob("g-*")):
+        if _GENERATION.fullmatch(path.name) and path.is_dir():
+            yield path
+
+
+def publish(folder: Path, manifest: Manifest, entries: Sequence[str]) -> None:
+    """Make a finished generation the one in use, then delete all others.
+
+    Args:
+        entries: names that a build leaves in a generation.
+    """
+    write_json(folder / MANIFEST, asdict(manifest))
+    for other in generations(folder):
         if other.name != manifest.generation:
-            shutil.rmtree(other, ignore_errors=True)
+            remove_generation(other, entries)
+
+
+def remove_generation(generation: Path, entries: Sequence[str]) -> None:
+    """Delete what a build has left there, and the folder unless it holds something else."""
+    for name in [part for entry in entries for part in (entry, f"{entry}.part")]:
+        path = generation / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: the rest is not ours
+        generation.rmdir()
 
 
 def describe_files(generation: Path) -> dict[str, dict[str, Any]]:
@@ -117,7 +162,7 @@ def describe_files(generation: Path) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(generation).as_posix(): {
             "bytes": path.stat().st_size,
-            "sha256": sha256(path),
+            "sha256": sha256_file(path),
         }
         for path in paths
     }
@@ -130,52 +175,21 @@ def check_files(folder: Path, manifest: Manifest, checksums: bool = True) -> Non
         DataError: names the file and what is wrong with it.
     """
     generation = folder / manifest.generation
-    for name, wanted in manifest.files.items():
+    for name, recorded in manifest.files.items():
         path = generation / name
         if not path.is_file():
             raise DataError(f"{path} is missing: the index is damaged. {_again(folder)}")
         size = path.stat().st_size
-        if size != wanted["bytes"]:
+        if size != recorded["bytes"]:
             raise DataError(
-                f"{path} has {size:,} bytes, the manifest says {wanted['bytes']:,}: the index is "
+                f"{path} has {size:,} bytes, the manifest says {recorded['bytes']:,}: the index is "
                 f"damaged. {_again(folder)}"
             )
-        if checksums and sha256(path) != wanted["sha256"]:
+        if checksums and sha256_file(path) != recorded["sha256"]:
             raise DataError(
                 f"{path} is not the file that the manifest describes (its sha256 differs): the "
                 f"index was changed or damaged. {_again(folder)}"
             )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Two builds in one folder would write over each other: the second is refused."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"Another build is working in {folder}. Wait for it.") from None
-        yield
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Write a file or folder under another name, and give it its own once it is complete."""
-    draft = path.with_name(path.name + ".part")
-    if draft.is_dir():
-        shutil.rmtree(draft)
-    yield draft
-    for part in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
-        _to_disk(part)
-    draft.replace(path)
 
 
 class StoredPassages(Sequence[Passage]):
@@ -212,20 +226,6 @@ class StoredPassages(Sequence[Passage]):
                 offsets[number] = file.tell()
         with whole(generation / OFFSETS) as draft, draft.open("wb") as file:
             np.save(file, offsets)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with whole(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-def _to_disk(path: Path) -> None:
-    """Before a name says that something is complete, its bytes are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _again(folder: Path) -> str:

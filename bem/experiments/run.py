@@ -223,11 +223,12 @@ class ExperimentRun:
         key = self._timings_key()
         if latency.is_file() and read_json(latency, CheckpointError)["key"] == key:
             return
-        self.show(Event("timing"))
+        self.show(Event("measuring memory"))
         arms = {plan.arm.name: self._reopened(plan.arm) for plan in self.plans}
         prompt = min(PROMPT_TOKENS, context_length(self.inputs.model) - NEW_TOKENS)
         memory = added_memory(arms, self.inputs.model, prompt_tokens=prompt)
         base = whole_memory(self.inputs.model, prompt_tokens=prompt)
+        self.show(Event("timing"))
         pairs = [(a.name, opponent_of(config, a)) for a in config.arms if a.role == "candidate"]
         judged = "latency" not in config.gates.waived
         timings = measure_latency(

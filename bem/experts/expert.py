@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bem.adapters import checkpoint
+from bem.adapters.attach import NAME, Attached
 from bem.adapters.lora import (
     CONFIG,
     WEIGHTS,
@@ -21,12 +22,10 @@ from bem.adapters.lora import (
     read_lora,
     write_lora,
 )
+from bem.adapters.peft_method import adapters_of
 from bem.errors import AttachError, CheckpointError
 from bem.variants.digest import weights_digest
 from bem.variants.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from bem.adapters.attach import Attached
 
 __all__ = ["Expert", "Update", "expert_of", "from_updates", "read_expert", "write_lora"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -78,9 +77,6 @@ def expert_of(attached: Attached, name: str, about: str = "") -> Expert:
     Raises:
         AttachError: the variant is not static, or no plain low-rank update.
     """
-    from bem.adapters.attach import NAME
-    from bem.adapters.peft_method import adapters_of
-
     parts = {site: part.update for site, part in adapters_of(attached.base, NAME)}
     if attached.config.variant != "s0":
         raise AttachError(_not_static(attached.config.variant, f"{name}: this adapter"))

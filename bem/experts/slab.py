@@ -58,13 +58,10 @@ class SitePack:
         lasting: it stands until a weight changes, so that what follows from it can be kept."""
         self.engine, self.mounting, self.lasting = engine, mounting, lasting
         self.rows_of_u, self.v = rows_of_u, v
+        self.u: Float[Tensor, "out R"] = rows_of_u.t()
         self._derived: dict[Any, Any] = {}
+        self._multiplied: dict[int, int] = {}  # rows of a control -> experts
         self._in_use: tuple[Tensor, int, tuple[Tensor, Tensor, Tensor]] | None = None
-
-    @property
-    def u(self) -> Float[Tensor, "out R"]:
-        """Output directions, a view."""
-        return self.rows_of_u.t()
 
     @property
     def control_width(self) -> int:
@@ -135,12 +132,14 @@ class SitePack:
         """See `Adapter.update`. A gate of zero has a gradient in the dense form alone."""
         if not self.control_width:
             return y
-        here = self.at(x.dtype)
-        tokens = x.numel() // max(1, x.shape[-1])
-        widths, everyone = self.v.shape[1] + self.rows_of_u.shape[1], len(self.engine.ranks)
-        experts = experts_multiplied(self.engine, self.mounting, widths, len(control), tokens)
-        learns = self.mounting.form == "auto" and control.requires_grad
-        if experts == everyone or learns:
+        here = self if x.dtype == self.v.dtype else self.at(x.dtype)
+        experts = here._multiplied.get(len(control))
+        if experts is None:
+            widths = self.v.shape[1] + self.rows_of_u.shape[1]
+            experts = experts_multiplied(self.engine, self.mounting, widths, len(control))
+            here._multiplied[len(control)] = experts
+        learns = control.requires_grad and self.mounting.form == "auto"
+        if experts == len(self.engine.ranks) or learns:
             return masked_low_rank(y, x, here.v, control, slot, here.u)
         v, c, u = here._blocks_in_use(control, experts, keep=slot is None)
         return masked_low_rank(y, x, v, c, slot, u)
@@ -153,22 +152,22 @@ class SitePack:
         keep: while a chunk is decoded the same control comes for every token.
         """
         version = -1 if control.is_inference() else control._version
-        known = self._in_use
-        if known is not None and known[0] is control and known[1] == version:
-            return known[2]
+        last = self._in_use
+        if last is not None and last[0] is control and last[1] == version:
+            return last[2]
         used = F.pad(control.detach().abs().amax(0), (0, 1))
         chosen = used[self.engine.columns].amax(1).topk(experts).indices.sort().values
         columns = self.engine.columns[chosen].flatten()
         real, columns = columns < self.control_width, columns.clamp(max=self.control_width - 1)
         c = control.index_select(1, columns) * real
-        found = self.v.index_select(0, columns), c, self.rows_of_u.index_select(0, columns).t()
+        blocks = self.v.index_select(0, columns), c, self.rows_of_u.index_select(0, columns).t()
         if keep and not torch.is_grad_enabled():
-            self._in_use = (control, version, found)
-        return found
+            self._in_use = (control, version, blocks)
+        return blocks
 
 
 def experts_multiplied(
-    engine: CompositionEngine, mounting: Mounting, widths: int, rows: int, tokens: int
+    engine: CompositionEngine, mounting: Mounting, widths: int, rows: int
 ) -> int:
     """Of how many experts the ranks are multiplied, by sizes alone: nothing is read back to see which
     are in use.

@@ -27,6 +27,7 @@ from bem.experts.singular import singular_form
 from bem.experts.slab import PACKING, Form, Mounting, SitePack, experts_multiplied
 from bem.experts.subspace import orthogonality_error, orthonormality_error
 from bem.variants.base import Adapter, Code, Flops
+from bem.variants.projection import norm_flops
 from bem.variants.watch import Watch
 
 
@@ -46,7 +47,7 @@ class ExpertStack(Adapter):
         self.d_in, self.d_out, self.ranks = d_in, d_out, tuple(ranks)
         ends = list(accumulate(self.ranks, initial=0))
         self.spans = list(pairwise(ends))  # first and past-the-last rank
-        self.control_width = ends[-1]
+        self.control_width = self.rank = ends[-1]
         self.u, self.v = nn.ParameterDict(), nn.ParameterDict()  # expert number -> its factor
         for expert, rank in enumerate(self.ranks):
             if rank:
@@ -147,9 +148,8 @@ class ExpertStack(Adapter):
         """Become another stack of the same shape: its parameters are copied, what acts is shared."""
         with PACKING, torch.no_grad():
             acting = {dtype: other.at(dtype) for dtype in {*self._packs, *other._packs}}
-            for own, theirs in ((self.u, other.u), (self.v, other.v)):
-                for name in own:
-                    own[name] = nn.Parameter(theirs[name].detach().clone(), requires_grad=False)
+            for own, theirs in zip(self.parameters(), other.parameters(), strict=True):
+                own.copy_(theirs)
             self.mounting, self.region = other.mounting, other.region
             self.bases, self._engine = list(other.bases), other._engine
             self._watch.changed(*self.parameters())
@@ -165,11 +165,8 @@ class ExpertStack(Adapter):
             self.ranks,
             self.spans,
         )
-        twin.control_width, twin.mounting, twin.region = (
-            self.control_width,
-            self.mounting,
-            self.region,
-        )
+        twin.control_width = twin.rank = self.rank
+        twin.mounting, twin.region = self.mounting, self.region
         twin.u, twin.v = nn.ParameterDict(), nn.ParameterDict()
         for own, copied in ((self.u, twin.u), (self.v, twin.v)):
             for name, parameter in own.items():
@@ -288,7 +285,7 @@ class ExpertStack(Adapter):
         """As executed in a prefill of so many tokens. Projecting: once for every set of weights, or per
         chunk where not all of the router's actions can be composed beforehand."""
         rows, widths = -(-tokens // chunk_size) + 1, self.d_in + self.d_out
-        experts = experts_multiplied(self._engine, self.mounting, widths, rows, tokens)
+        experts = experts_multiplied(self._engine, self.mounting, widths, rows)
         everyone = experts == len(self.ranks)
         ranks = self.control_width if everyone else experts * self._engine.largest
         return Flops(2 * ranks * widths, self._projecting())
@@ -298,7 +295,7 @@ class ExpertStack(Adapter):
             return 0
         most = min(len(self.ranks), self.mounting.most or len(self.ranks))
         n = self.control_width if most == len(self.ranks) else most * self._engine.largest
-        return 2 * n**2 if self.region.norm == "frobenius" else 2 * (2 + 17) * n**3
+        return norm_flops(self.region.norm, n)
 
 
 def fixed_updates(

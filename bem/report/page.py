@@ -37,7 +37,7 @@ class Page:
     gate_changes: str
     """Settings of the gates that are not the defaults; "" if all are."""
     arms: list[arms.Arm]
-    effects: list[figures.Effect]
+    effects: list[figures.ForestRow]
     forest: str
     scatter: str
     curves: str

@@ -241,15 +241,15 @@ def survives_unloading(make: Make, arch: str) -> str:
 def _least_disturbing(experts: torch.Tensor, size: int) -> tuple[int, int, torch.Tensor]:
     """(a column inside a chunk, the expert in force there in some conversation that most conversations
     never meet, bool (rows,): which ones)."""
-    found = []
+    cases = []
     for cut in range(14, TOKENS - 1):
         begun = chunks_until(cut - 1, size)
         if begun == chunks_until(cut, size):  # the chunk that runs there goes on
             for option in experts[:, begun - 1].long().unique().tolist():
                 never = ~(experts == option).any(1)
-                found += [(int(never.sum()), -cut, option, never)] if option else []
-    assert found, "the check is void: the perturbed router uses the bare base alone"
-    count, cut, option, never = max(found, key=lambda f: f[:3])
+                cases += [(int(never.sum()), -cut, option, never)] if option else []
+    assert cases, "the check is void: the perturbed router uses the bare base alone"
+    count, cut, option, never = max(cases, key=lambda c: c[:3])
     assert count, "the check is void: every conversation meets every expert"
     return -cut, option, never
 

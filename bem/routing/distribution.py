@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -119,23 +119,6 @@ class HeadsDistribution:
             for log_p, mask in zip(self._log_p, self.masks, strict=True)
         ]
         return torch.stack(parts).sum(0)
-
-
-def modes(
-    logits: Float[Tensor, "batch options"],
-    possible: Bool[Tensor, "batch options"],
-    sizes: Sequence[int],
-) -> Int[Tensor, "batch heads"]:
-    """`HeadsDistribution.mode` straight from logits and mask of all heads side by side: the forward pass
-    needs no more.
-
-    Raises:
-        ValueError: logits that are not finite.
-    """
-    if not bool(logits.isfinite().all()):
-        raise ValueError("the router's logits are not finite: the policy diverged.")
-    heads = torch.where(possible, logits, -torch.inf).split(list(sizes), -1)
-    return torch.stack([head.argmax(-1) for head in heads], -1)
 
 
 def _masked_log_softmax(name: str, logits: Tensor, mask: Tensor) -> Tensor:

@@ -93,6 +93,8 @@ def _explained(mounted: Mounted, step: Step, start: int, stop: int) -> Explained
 def _why(mounted: Mounted, step: Step, before: int) -> str:
     space, limits, rules = mounted.router.space, mounted.router.limits, step.allowed
     now = int(step.record[0, EXPERT])
+    if not mounted.router.trained:
+        return "the router is not trained: the bare base answers"
     q = step.boundary.q[0]
     threshold = limits.switch_cost + limits.hysteresis
     if bool(rules.running[0]):

@@ -42,15 +42,20 @@ def text_of(row: Row, column: str) -> str:
         DataError: nothing there, a boolean, a list or an object; names the line.
     """
     value = row.cells[column]
-    where = f"{row.where}{of_id(row)}: column {column!r}"
     if is_empty(value):
-        raise DataError(f"{where} is missing: every row needs one.")
+        raise DataError(f"{_place(row, column)} is missing: every row needs one.")
     if isinstance(value, bool | list | dict):
-        raise DataError(f"{where} is {value!r:.40}: text or a number is needed.")
-    text = label(where, value).strip()
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where} is {value!r:.40}: half a character (a surrogate).")
+        raise DataError(f"{_place(row, column)} is {value!r:.40}: text or a number is needed.")
+    if isinstance(value, float) and not isfinite(value):
+        raise DataError(f"{_place(row, column)} is {value}: every row needs one.")
+    text = label(column, value).strip()
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{_place(row, column)} is {value!r:.40}: half a character (a surrogate).")
     return text
+
+
+def _place(row: Row, column: str) -> str:
+    return f"{row.where}{of_id(row)}: column {column!r}"
 
 
 def number_of(row: Row, column: str, decimal_comma: bool = False) -> float:
@@ -65,7 +70,7 @@ def number_of(row: Row, column: str, decimal_comma: bool = False) -> float:
     number = _plain_number(value)
     if number is not None and isfinite(number):
         return number
-    where = f"{row.where}{of_id(row)}: column {column!r}"
+    where = _place(row, column)
     if number is not None or str(value).strip().lower() in _MISSING:
         shown = "missing" if is_empty(value) else f"{value!s:.40}"
         raise DataError(

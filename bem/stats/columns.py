@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Columns:
     declared: dict[str, Metric]
 
 
+@lru_cache(4096)
 def canonical(column: str) -> str:
     """A column's name without spaces around it; names that we know in lower case."""
     name = column.strip()

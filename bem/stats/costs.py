@@ -1,9 +1,23 @@
-"""The gates on what a candidate costs: budget, latency, memory, cache hits; a router's rules."""
+"""The gates on what a candidate costs: budget, latency, memory, cache hits; a router's plans; and
+whether quality follows the index.
+
+Facts that a gate needs, as fields of the Measurement of both sides; what is missing leaves it open:
+
+budget      adapter_parameters, adapter_flops_per_token
+latency     latency_ms: phase -> p50 of each interleaved round
+memory      adapter_memory_bytes: peak bytes that the adapter adds to its frozen base (weights,
+            state, activations); the base's own weights would hide every difference
+kv_hit      kv_needed, kv_held, kv_hits, each [requests] or [seeds, requests]: cache entries that the
+            decode steps of a request needed, that the cache held, and that were reused
+router      router.plan_lengths (of a candidate that routes)
+index_swap  router.index_swap (where there is one, and of every candidate that routes)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,60 +25,113 @@ from numpy.typing import ArrayLike
 from bem.config import GatesConfig
 from bem.errors import DataError
 from bem.stats.bootstrap import joint_bca
-from bem.stats.inputs import Floats, finite
-from bem.stats.latency import paired_ratio
+from bem.stats.comparisons import effective_units
+from bem.stats.inputs import Floats, cluster_codes, finite, sum_by_cluster
+from bem.stats.latency import further_rounds, paired_ratio
 from bem.stats.measurement import Measurement
 from bem.stats.monotone import index_swap
-from bem.stats.verdict import Check
+from bem.stats.verdict import Check, Kind
 from bem.stats.weights import Statistic
 
 MAX_PLAN = 3
 """Most actions in a router's plan."""
+COSTS: dict[str, tuple[str, ...]] = {
+    "budget": ("adapter_parameters", "adapter_flops_per_token"),
+    "latency": ("latency_ms",),
+    "memory": ("adapter_memory_bytes",),
+    "kv_hit": ("kv_hits", "kv_held", "kv_needed"),
+}
+"""Cost gate -> fields of a Measurement that it needs."""
 
 
-def cost_checks(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
-    """Every cost gate that is not waived. What is missing is open, never passed."""
-    kinds: dict[str, Callable[[Measurement, Measurement, GatesConfig], list[Check]]] = {
-        "budget": _budget,
-        "latency": _latency,
-        "memory": _memory,
-        "kv_hit": _kv_hit,
-        "router": _router,
+def costs_not_measured(sides: Sequence[Measurement]) -> tuple[str, ...]:
+    """Cost gates of which no side holds a single fact (score files have none): they may be waived.
+
+    What one side alone lacks is not among them: that gate stays open."""
+    return tuple(
+        gate
+        for gate, names in COSTS.items()
+        if not any(_measured(_fact(side, name)) for side in sides for name in names)
+    )
+
+
+def cost_checks(
+    baseline: Measurement, candidate: Measurement, gates: GatesConfig,
+    labels: Sequence[str] | None = None, routed: bool = False,
+) -> list[Check]:  # fmt: skip
+    """Every cost gate that is not waived. What is missing is open, never passed.
+
+    Args:
+        labels: cluster of each of the baseline's examples.
+        routed: the candidate routes between experts.
+    """
+    gate_of: dict[Kind, Callable[[], list[Check]]] = {
+        "budget": lambda: _budget(baseline, candidate, gates),
+        "latency": lambda: _latency(baseline, candidate, gates),
+        "memory": lambda: _memory(baseline, candidate, gates),
+        "kv_hit": lambda: _kv_hit(baseline, candidate, gates, labels),
+        "router": lambda: _router(candidate, routed),
+        "index_swap": lambda: _index_swap(baseline, candidate, gates, labels, routed),
     }
     checks: list[Check] = []
-    for kind, compute in kinds.items():
+    for kind, compute in gate_of.items():
         if kind in gates.waived:
             continue
         try:
-            checks += compute(baseline, candidate, gates)
+            checks += compute()
         except DataError as error:
             checks.append(Check(kind, None, f"cannot be computed: {error}"))
     return checks
 
 
+def further_timing_rounds(
+    pairs: Iterable[tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]]],
+    gates: GatesConfig,
+    budget: int,
+) -> int:
+    """Interleaved rounds worth timing for all arms together; 0: every latency gate has its answer, or
+    the budget is spent. See `bem.stats.latency.further_rounds`; ask again after so many rounds.
+
+    Args:
+        pairs: of every candidate its `latency_ms` so far and that of the arm it is compared with.
+        budget: most rounds in all.
+    """
+    return max(
+        (
+            further_rounds(
+                new[phase], old[phase], gates.latency_ratio_max, budget, gates.alpha, gates.power
+            )
+            for new, old in pairs
+            for phase in old
+        ),
+        default=0,
+    )
+
+
 def _budget(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
-    named = {
+    sizes = {
         "parameters": (candidate.adapter_parameters, baseline.adapter_parameters),
         "flops": (candidate.adapter_flops_per_token, baseline.adapter_flops_per_token),
     }
-    return [_parity(f"budget.{key}", new, old, gates) for key, (new, old) in named.items()]
+    return [_parity(what, new, old, gates) for what, (new, old) in sizes.items()]
 
 
-def _parity(name: str, new: float | None, old: float | None, gates: GatesConfig) -> Check:
+def _parity(what: str, new: float | None, old: float | None, gates: GatesConfig) -> Check:
     if not _positive(old) or new is None or not isfinite(new):
-        return Check(name, None, f"cannot be computed: candidate {new}, baseline {old}.")
+        reason = f"cannot be computed: candidate {new}, baseline {old}."
+        return Check("budget", None, reason, what)
     assert old is not None
     change, tolerance = float(new) / float(old) - 1, gates.budget_tolerance
     numbers = f"{new:g} against {old:g} ({change:+.1%}, allowed +-{tolerance:.0%})"
     if change > tolerance + 1e-12:
-        return Check(name, False, f"too expensive: {numbers}.", change, tolerance)
-    if change >= -tolerance - 1e-12:
-        return Check(name, True, f"at parity: {numbers}.", change, tolerance)
-    if gates.allow_cheaper:
-        return Check(
-            name, True, f"below parity, allowed because cheaper: {numbers}.", change, tolerance
-        )
-    return Check(name, False, f"below parity: {numbers}.", change, tolerance)
+        verdict, passed = "too expensive", False
+    elif change >= -tolerance - 1e-12:
+        verdict, passed = "at parity", True
+    elif gates.allow_cheaper:
+        verdict, passed = "below parity, allowed because cheaper", True
+    else:
+        verdict, passed = "below parity", False
+    return Check("budget", passed, f"{verdict}: {numbers}.", what, value=change, limit=tolerance)
 
 
 def _latency(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
@@ -74,64 +141,100 @@ def _latency(baseline: Measurement, candidate: Measurement, gates: GatesConfig) 
 
 
 def _phase(phase: str, baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> Check:
-    name, most = f"latency.{phase}", gates.latency_ratio_max
+    most = gates.latency_ratio_max
     if phase not in candidate.latency_ms:
-        return Check(name, None, f"cannot be computed: {candidate.name} has none.")
+        reason = f"cannot be computed: {candidate.name} has none."
+        return Check("latency", None, reason, phase=phase)
     try:
         r = paired_ratio(candidate.latency_ms[phase], baseline.latency_ms[phase], gates.alpha)
     except DataError as error:
-        return Check(name, None, f"cannot be computed: {error}")
-    passed = True if r.upper <= most else False if r.lower > most else None
+        return Check("latency", None, f"cannot be computed: {error}", phase=phase)
+    passed = r.within(most)
     advice = "" if passed is not None else " More rounds would decide."
     reason = (
         f"p50 ratio {r.ratio:.3f}, one-sided {1 - r.alpha:.0%} limits {r.lower:.3f} and "
         f"{r.upper:.3f} over {r.rounds} paired rounds; the upper one may be {most:g}.{advice}"
     )
-    return Check(name, passed, reason, r.ratio, most, r.lower, r.upper)
+    return Check(
+        "latency", passed, reason, phase=phase, value=r.ratio, limit=most,
+        ci_low=r.lower, ci_high=r.upper,
+    )  # fmt: skip
 
 
 def _memory(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
-    new, old, most = candidate.memory_bytes, baseline.memory_bytes, gates.memory_ratio_max
+    new, old = (_fact(side, "adapter_memory_bytes") for side in (candidate, baseline))
+    most = gates.memory_ratio_max
     if not _positive(old) or not _positive(new):
-        reason = f"cannot be computed: candidate {new}, baseline {old} bytes."
+        reason = (
+            f"cannot be computed: the adapters add {new} (candidate) and {old} (baseline) bytes."
+        )
         return [Check("memory", None, reason)]
-    assert new is not None and old is not None
-    change = float(new) / float(old)
-    reason = f"peak ratio {change:.3f}, allowed {most:g} ({new:g} against {old:g} bytes)."
-    return [Check("memory", change <= most, reason, change, most)]
+    ratio = float(new) / float(old)
+    reason = (
+        f"the adapter adds {new:g} bytes, {ratio:.3f} of the baseline's {old:g}; allowed {most:g}."
+    )
+    return [Check("memory", ratio <= most, reason, value=ratio, limit=most)]
 
 
-def _kv_hit(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
-    columns = _cache_columns(baseline, candidate)
-    margin = -gates.kv_hit_margin_points / 100
-    if len(columns) < gates.min_items:
-        reason = f"only {len(columns)} requests; at least {gates.min_items} are needed."
+# --- cache hits ---------------------------------------------------------------------------------
+
+
+def _kv_hit(
+    baseline: Measurement, candidate: Measurement, gates: GatesConfig, labels: Sequence[str] | None
+) -> list[Check]:
+    sides = [_cache_use(side) for side in (candidate, baseline)]
+    if len(sides[0]) != len(sides[1]):
+        raise DataError(f"{len(sides[0])} requests cannot be paired with {len(sides[1])}.")
+    columns = np.concatenate(sides, axis=1)
+    same = labels is not None and len(columns) == baseline.n
+    codes = cluster_codes(labels, baseline.n) if same else None
+    effective = effective_units(np.ones(len(columns), dtype=bool), codes)
+    if effective < gates.min_items:
+        reason = f"only {effective:.1f} independent requests; {gates.min_items} are needed."
         return [Check("kv_hit", None, reason)]
-    statistic = Statistic("kv_hit", columns, _hit_rate_difference)
+    statistic = Statistic("kv_hit", sum_by_cluster(columns, codes), _hit_rate_difference)
     bca = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
+    margin = -gates.kv_hit_margin_points / 100
     passed = True if bca.lower >= margin else False if bca.upper < margin else None
     reason = (
         f"hit rate {100 * bca.observed:+.2f} points [{100 * bca.lower:.2f}, "
-        f"{100 * bca.upper:.2f}] over {bca.n} paired requests; "
+        f"{100 * bca.upper:.2f}] over {bca.n} independent requests; "
         f"the lower limit may be {100 * margin:g}."
     )
-    return [Check("kv_hit", passed, reason, bca.observed, margin, bca.lower, bca.upper)]
+    return [
+        Check(
+            "kv_hit", passed, reason, value=bca.observed, limit=margin,
+            ci_low=bca.lower, ci_high=bca.upper,
+        )
+    ]  # fmt: skip
 
 
-def _cache_columns(baseline: Measurement, candidate: Measurement) -> Floats:
-    """[requests, 4]: hits and needs of the candidate, hits and needs of the baseline."""
-    rows = []
-    for side in (candidate, baseline):
-        if side.kv_hits is None or side.kv_needed is None:
-            raise DataError(f"{side.name} has no kv_hits and kv_needed.")
-        hits = finite(f"{side.name}: kv_hits", side.kv_hits)
-        needed = finite(f"{side.name}: kv_needed", side.kv_needed)
-        if hits.size != needed.size or (hits > needed).any() or hits.min() < 0 or not needed.any():
-            raise DataError(f"{side.name}: kv_hits must lie between 0 and kv_needed, per request.")
-        rows += [hits, needed]
-    if rows[0].size != rows[2].size:
-        raise DataError(f"{rows[0].size} requests cannot be paired with {rows[2].size}.")
-    return np.stack(rows, axis=1)
+def _cache_use(side: Measurement) -> Floats:
+    """[requests, 2]: hits and needs, summed over the seeds of each request.
+
+    Raises:
+        DataError: a fact is missing, or more was hit than the cache held or the request needed.
+    """
+    columns = {}
+    for name in ("kv_hits", "kv_held", "kv_needed"):
+        values = _fact(side, name)
+        if values is None:
+            raise DataError(f"{side.name} has no {name}.")
+        columns[name] = np.atleast_2d(finite(f"{side.name}: {name}", values, (1, 2)))
+    hits, held, needed = columns.values()
+    if not hits.shape == held.shape == needed.shape:
+        raise DataError(f"{side.name}: {', '.join(columns)} differ in shape.")
+    if hits.shape[0] == 1 and side.n < hits.shape[1] and hits.shape[1] % side.n == 0:
+        raise DataError(
+            f"{side.name}: {hits.shape[1]} requests for {side.n} examples: are they seeds of the "
+            "same requests? Give kv_hits, kv_held and kv_needed as [seeds, requests]."
+        )
+    if (hits > np.minimum(held, needed)).any() or hits.min() < 0 or not needed.any():
+        raise DataError(
+            f"{side.name}: kv_hits must lie between 0 and what the cache held and the request "
+            "needed."
+        )
+    return np.stack([hits.sum(axis=0), needed.sum(axis=0)], axis=1)
 
 
 def _hit_rate_difference(sums: Floats) -> Floats:
@@ -139,34 +242,64 @@ def _hit_rate_difference(sums: Floats) -> Floats:
         return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
 
 
-def _router(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
-    facts, checks = candidate.router, []
-    if facts is None:
-        return []
-    if facts.plan_lengths is not None:
-        longest = float(finite("router.plan_lengths", list(facts.plan_lengths)).max())
-        reason = f"longest plan {longest:g} actions, allowed {MAX_PLAN}."
-        checks.append(Check("router.plan", longest <= MAX_PLAN, reason, longest, MAX_PLAN))
-    if facts.index_swap is not None:
-        clusters = facts.clusters or _clusters(baseline, candidate, facts.index_swap)
-        checks += [
-            Check(f"router.{s.better}>={s.worse}", s.passed, s.reason, s.difference, 0.0,
-                  s.ci_low, s.ci_high)
-            for s in index_swap(facts.index_swap, clusters, gates).steps
-        ]  # fmt: skip
-    return checks
+# --- routers and the index ----------------------------------------------------------------------
 
 
-def _clusters(
-    baseline: Measurement, candidate: Measurement, scores: Mapping[str, ArrayLike]
-) -> list[str] | None:
+def _router(candidate: Measurement, routed: bool) -> list[Check]:
+    plans = None if candidate.router is None else candidate.router.plan_lengths
+    if plans is None:
+        reason = f"cannot be computed: {candidate.name} has no router.plan_lengths."
+        return [Check("router", None, reason, "plan")] if routed else []
+    longest = float(finite("router.plan_lengths", list(plans)).max())
+    reason = f"longest plan {longest:g} actions, allowed {MAX_PLAN}."
+    passed = longest <= MAX_PLAN
+    return [Check("router", passed, reason, "plan", value=longest, limit=MAX_PLAN)]
+
+
+def _index_swap(
+    baseline: Measurement, candidate: Measurement, gates: GatesConfig,
+    labels: Sequence[str] | None, routed: bool,
+) -> list[Check]:  # fmt: skip
+    """Each step by its lower limit, and the trend; scores that ignore the index pass no trend."""
+    facts = candidate.router
+    if facts is None or facts.index_swap is None:
+        reason = f"cannot be computed: {candidate.name} has no router.index_swap."
+        return [Check("index_swap", None, reason)] if routed else []
+    clusters = facts.clusters or _clusters_of(baseline, candidate, facts.index_swap, labels)
+    swap = index_swap(facts.index_swap, clusters, gates)
+    checks = [
+        Check("index_swap", s.passed, s.reason, phase=f"{s.better}>={s.worse}", value=s.difference,
+              limit=0.0, ci_low=s.ci_low, ci_high=s.ci_high)
+        for s in swap.steps
+    ]  # fmt: skip
+    if swap.p_value is None:
+        reason = "cannot be computed: needs all conditions on the same examples."
+        return [*checks, Check("index_swap", None, reason, phase="trend")]
+    reason = f"mean rank correlation {swap.spearman:.3f}, Page's one-sided p {swap.p_value:.2g}."
+    passed = True if swap.follows else None
+    trend = Check("index_swap", passed, reason, phase="trend", value=swap.spearman,
+                  p_value=swap.p_value)  # fmt: skip
+    return [*checks, trend]
+
+
+def _clusters_of(
+    baseline: Measurement, candidate: Measurement, scores: Mapping[str, ArrayLike],
+    labels: Sequence[str] | None,
+) -> list[str] | None:  # fmt: skip
     """Clusters of the index-swap scores, if they are of the measured examples."""
-    if baseline.clusters is None or any(
-        np.shape(v)[-1:] != (candidate.n,) for v in scores.values()
-    ):
+    if labels is None or any(np.shape(v)[-1:] != (candidate.n,) for v in scores.values()):
         return None
-    of = dict(zip(baseline.example_ids, baseline.clusters, strict=True))
-    return [of.get(example, example) for example in candidate.example_ids]
+    label = dict(zip(baseline.example_ids, labels, strict=True))
+    return [label.get(example, example) for example in candidate.example_ids]
+
+
+def _fact(side: Measurement, name: str) -> Any:
+    """A field that measurements of older runs lack."""
+    return getattr(side, name, None)
+
+
+def _measured(value: Any) -> bool:
+    return value is not None and bool(np.size(value)) and value != {}
 
 
 def _positive(value: float | None) -> bool:

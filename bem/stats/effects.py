@@ -2,64 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bem.config import GatesConfig
 from bem.errors import DataError
 from bem.stats.bootstrap import Bca, joint_bca
+from bem.stats.comparisons import (
+    Comparison,
+    check_clusters,
+    cluster_labels,
+    compare,
+    corpus_pair,
+    meaning_of,
+    names_of,
+)
 from bem.stats.corpus import CORPUS
 from bem.stats.fdr import benjamini_hochberg_correction
-from bem.stats.inputs import Floats, cluster_codes, finite, sum_by_cluster
+from bem.stats.inputs import Floats, cluster_codes
 from bem.stats.measurement import Measurement
 from bem.stats.paired import SignFlip, sign_flip_tests, swap_test
 from bem.stats.power import minimal_detectable_effect
-from bem.stats.scores import METRICS, Metric
+from bem.stats.scores import Metric
 from bem.stats.verdict import Effect
-from bem.stats.weights import Statistic, ratio
+from bem.stats.weights import ratio
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An effect with what the joint guards need beyond its interval."""
+
+    effect: Effect
+    interval: Bca
+    deviations: Floats
+    """[units]: see `Comparison`."""
 
 
 @dataclass(frozen=True)
 class Judged:
     """Effects of one candidate, and what could not be computed and why."""
 
-    effects: tuple[Effect, ...]
-    problems: Mapping[str, str]
+    estimates: Mapping[tuple[str, str | None], Estimate] = field(default_factory=dict)
+    """(metric, slice) -> estimate."""
+    remainders: Mapping[str, Comparison] = field(default_factory=dict)
+    """metric -> gain on the examples that lie in no guarded slice, if there are any."""
+    problems: Mapping[str, str] = field(default_factory=dict)
     """metric (or metric@slice) -> reason."""
 
-
-@dataclass(frozen=True)
-class _Comparison:
-    """One candidate, metric and slice, ready to be resampled."""
-
-    candidate: str
-    metric: str
-    slice: str | None
-    statistic: Statistic
-    means: tuple[float, float]
-    """Baseline and candidate score."""
-    discordant: int
-    examples: int
-    meaning: Metric
-
-
-def names_of(measurement: Measurement) -> list[str]:
-    """Every metric measured, corpus metrics included."""
-    return [*measurement.metrics, *(k for k in measurement.corpus if k not in measurement.metrics)]
+    @property
+    def effects(self) -> tuple[Effect, ...]:
+        return tuple(e.effect for e in self.estimates.values())
 
 
 def default_family(baseline: Measurement) -> tuple[str, ...]:
     """Core metrics of the baseline (those with points); all its metrics if it has no core one."""
     names = names_of(baseline)
-    core = [name for name in names if _meaning(baseline, name).core]
+    core = [name for name in names if meaning_of(baseline, name).core]
     return tuple(core or names)
 
 
 def margin_of(meaning: Metric, points: float) -> float:
     """`points` in the metric's own units; 0 for a metric without points."""
     return points / meaning.points_per_unit if meaning.points_per_unit else 0.0
+
+
+def guarded_slices(baseline: Measurement, gates: GatesConfig) -> list[str]:
+    """Named slices that are guards, not only reported."""
+    if "slices" in gates.waived:
+        return []
+    return [name for name in baseline.slices if name not in gates.reported_slices]
 
 
 def all_effects(
@@ -69,15 +83,86 @@ def all_effects(
     family: Sequence[str],
 ) -> dict[str, Judged]:
     """Every effect of every candidate; the family's with adjusted p, exact p and FCR interval."""
-    comparisons: list[_Comparison] = []
-    problems: dict[str, dict[str, str]] = {name: {} for name in candidates}
-    for name, candidate in candidates.items():
-        for metric in dict.fromkeys([*names_of(baseline), *family]):
-            for part in (None, *baseline.slices):
+    labels = cluster_labels([baseline, *candidates.values()], baseline.example_ids)
+    metrics = list(dict.fromkeys([*names_of(baseline), *family]))
+    sides = {
+        name: _Side(name, baseline, candidate, labels, guarded_slices(baseline, gates), metrics)
+        for name, candidate in candidates.items()
+    }
+    comparisons = [c for side in sides.values() for c in side.comparisons]
+    estimates = _estimates(comparisons, baseline, candidates, gates, family, labels)
+    return {
+        name: Judged(
+            {
+                (e.effect.metric, e.effect.slice): e
+                for c, e in zip(comparisons, estimates, strict=True)
+                if c.candidate == name
+            },
+            side.remainders,
+            side.problems,
+        )
+        for name, side in sides.items()
+    }
+
+
+class _Side:
+    """All comparisons of one candidate, and why others are impossible."""
+
+    def __init__(
+        self, name: str, baseline: Measurement, candidate: Measurement,
+        labels: Sequence[str] | None, guarded: Sequence[str], metrics: Sequence[str],
+    ):  # fmt: skip
+        self.comparisons: list[Comparison] = []
+        self.remainders: dict[str, Comparison] = {}
+        self.problems: dict[str, str] = {}
+        parts: dict[str | None, NDArray[np.bool_]] = {None: np.ones(baseline.n, dtype=bool)}
+        parts |= {part: np.asarray(mask, dtype=bool) for part, mask in baseline.slices.items()}
+        outside = ~np.logical_or.reduce([parts[part] for part in guarded or [None]])
+        codes = cluster_codes(labels, baseline.n)
+        try:
+            place = candidate.aligned_to(baseline.example_ids)
+            if labels is not None:
+                check_clusters(candidate, baseline.example_ids, labels)
+        except DataError as error:
+            self.problems = {_key(m, part): str(error) for m in metrics for part in parts}
+            return
+        for metric in metrics:
+            for part, mask in parts.items():
                 try:
-                    comparisons.append(_compare(name, baseline, candidate, metric, part))
+                    _check_members(candidate, part, mask, place)
+                    self.comparisons.append(
+                        compare(name, baseline, candidate, metric, part, mask, codes, place)
+                    )
                 except DataError as error:
-                    problems[name][metric if part is None else f"{metric}@{part}"] = str(error)
+                    self.problems[_key(metric, part)] = str(error)
+            if outside.any() and metric not in self.problems:
+                self.remainders[metric] = compare(
+                    name, baseline, candidate, metric, "no slice", outside, codes, place
+                )
+
+
+def _key(metric: str, part: str | None) -> str:
+    return metric if part is None else f"{metric}@{part}"
+
+
+def _check_members(
+    candidate: Measurement, part: str | None, mask: NDArray[np.bool_], place: NDArray[np.intp]
+) -> None:
+    """Refuse a slice that holds other examples in the candidate's measurement."""
+    if part is None or part not in candidate.slices:
+        return
+    theirs = np.asarray(candidate.slices[part], dtype=bool)[place]
+    if (differs := np.flatnonzero(theirs != mask)).size:
+        raise DataError(
+            f"{candidate.name} has other examples in slice {part}: {differs.size} of {mask.size} "
+            "differ. Both sides need the same slices."
+        )
+
+
+def _estimates(
+    comparisons: list[Comparison], baseline: Measurement, candidates: Mapping[str, Measurement],
+    gates: GatesConfig, family: Sequence[str], labels: Sequence[str] | None,
+) -> list[Estimate]:  # fmt: skip
     margins = [margin_of(c.meaning, gates.quality_margin) for c in comparisons]
     intervals = joint_bca(
         [c.statistic for c in comparisons],
@@ -87,101 +172,37 @@ def all_effects(
         _effect(c, bca, gates, c.slice is None and c.metric in family)
         for c, bca in zip(comparisons, intervals, strict=True)
     ]
-    effects = _second_opinion(comparisons, effects, margins, baseline, candidates, gates)
-    size = len(candidates) * len(family)
-    effects = _corrected(effects, intervals, gates, size)
-    return {
-        name: Judged(
-            tuple(e for c, e in zip(comparisons, effects, strict=True) if c.candidate == name),
-            problems[name],
-        )
-        for name in candidates
-    }
+    tests = _exact_tests(comparisons, effects, margins, baseline, candidates, gates, labels)
+    effects = [
+        replace(e, exact_p=tests[i].p_value, exact_p_greater=tests[i].p_greater)
+        if i in tests
+        else e
+        for i, e in enumerate(effects)
+    ]
+    effects = _corrected(effects, intervals, gates, len(candidates) * len(family))
+    return [
+        Estimate(e, bca, c.deviations)
+        for e, bca, c in zip(effects, intervals, comparisons, strict=True)
+    ]
 
 
-def _compare(
-    name: str, baseline: Measurement, candidate: Measurement, metric: str, part: str | None
-) -> _Comparison:
-    place = candidate.aligned_to(baseline.example_ids)
-    codes = cluster_codes(baseline.clusters, baseline.n)
-    mask = np.ones(baseline.n) if part is None else np.asarray(baseline.slices[part], dtype=float)
-    if not mask.any():
-        raise DataError(f"slice {part} has no examples.")
-    meaning = _meaning(baseline, metric)
-    label = f"{name}: {metric}" + (f" on {part}" if part else "")
-    if metric in CORPUS and metric not in baseline.metrics:
-        new, old = _corpus_pair(baseline, candidate, metric, place)
-        inside = mask.astype(bool)[:, None]
-        columns = np.concatenate([_flat(new), _flat(old)], axis=1) * inside
-        scores = [float(CORPUS[metric][1](x[:, mask > 0].sum(axis=1)).mean()) for x in (old, new)]
-        of = _corpus_gain(metric, len(new), len(old))
-        differ = ((new - old) * inside != 0).any(axis=(0, 2))
-    else:
-        new, old = _score_pair(baseline, candidate, metric, place)
-        gain = meaning.sign * (new - old)
-        columns = np.stack([gain * mask, mask], axis=1)
-        scores = [float(x[mask > 0].mean()) for x in (old, new)]
-        of = ratio
-        differ = np.abs(gain * mask) > 1e-12
-    statistic = Statistic(label, sum_by_cluster(columns, codes), of)
-    units = np.flatnonzero(differ) if codes is None else np.unique(codes[differ])
-    return _Comparison(
-        name, metric, part, statistic, (scores[0], scores[1]), units.size, int(mask.sum()), meaning
-    )
-
-
-def _score_pair(
-    baseline: Measurement, candidate: Measurement, metric: str, place: np.ndarray
-) -> tuple[Floats, Floats]:
-    """Candidate's and baseline's scores [examples], averaged over seeds."""
-    pair = []
-    for side, order in ((candidate, place), (baseline, np.arange(baseline.n))):
-        if metric not in side.metrics:
-            raise DataError(f"{side.name} has no metric {metric}.")
-        scores = finite(f"{side.name}: metrics.{metric}", side.metrics[metric], 2)
-        pair.append(scores[:, order].mean(axis=0))
-    return pair[0], pair[1]
-
-
-def _corpus_pair(
-    baseline: Measurement, candidate: Measurement, metric: str, place: np.ndarray
-) -> tuple[Floats, Floats]:
-    """Candidate's and baseline's statistics [seeds, examples, k]."""
-    pair = []
-    for side, order in ((candidate, place), (baseline, np.arange(baseline.n))):
-        if metric not in side.corpus:
-            raise DataError(f"{side.name} has no sufficient statistics of {metric}.")
-        pair.append(finite(f"{side.name}: corpus.{metric}", side.corpus[metric], 3)[:, order])
-    return pair[0], pair[1]
-
-
-def _corpus_gain(metric: str, new_seeds: int, old_seeds: int) -> Callable[[Floats], Floats]:
-    width, score = CORPUS[metric]
-
-    def gain(sums: Floats) -> Floats:
-        sides = sums.reshape(*sums.shape[:-1], new_seeds + old_seeds, width)
-        values = score(sides)
-        return values[..., :new_seeds].mean(axis=-1) - values[..., new_seeds:].mean(axis=-1)
-
-    return gain
-
-
-def _effect(c: _Comparison, bca: Bca, gates: GatesConfig, primary: bool) -> Effect:
+def _effect(c: Comparison, bca: Bca, gates: GatesConfig, primary: bool) -> Effect:
     return Effect(
         metric=c.metric, slice=c.slice, primary=primary, baseline=c.means[0], candidate=c.means[1],
         gain=bca.observed, ci_low=bca.lower, ci_high=bca.upper,
-        points_per_unit=c.meaning.points_per_unit, p_value=bca.p_value,
-        n=bca.n, examples=c.examples, se=bca.se,
+        points_per_unit=c.meaning.points_per_unit, p_value=bca.p_value, n=bca.n,
+        effective_n=c.effective_n, examples=c.examples, se=bca.se,
         mde=minimal_detectable_effect(bca.se, gates.alpha, gates.power), engine=bca.engine,
         acceleration=bca.acceleration, flags=bca.flags, discordant=c.discordant,
     )  # fmt: skip
 
 
-def _second_opinion(
-    comparisons: list[_Comparison], effects: list[Effect], margins: list[float],
+def _exact_tests(
+    comparisons: list[Comparison], effects: list[Effect], margins: list[float],
     baseline: Measurement, candidates: Mapping[str, Measurement], gates: GatesConfig,
-) -> list[Effect]:  # fmt: skip
-    """Adds the exact tests; all means share their signs."""
+    labels: Sequence[str] | None,
+) -> dict[int, SignFlip]:  # fmt: skip
+    """The exact test of each primary effect by its place; all means share their signs."""
     tests: dict[int, SignFlip] = {}
     primary = [i for i, e in enumerate(effects) if e.primary]
     means = [i for i in primary if comparisons[i].statistic.of is ratio]
@@ -196,19 +217,14 @@ def _second_opinion(
         if c.statistic.of is ratio or margins[i] > 0:
             continue  # a swap of sides knows no margin: a corpus metric with one stays unconfirmed
         place = candidates[c.candidate].aligned_to(baseline.example_ids)
-        new, old = _corpus_pair(baseline, candidates[c.candidate], c.metric, place)
+        new, old = corpus_pair(baseline, candidates[c.candidate], c.metric, place)
         if len(new) != len(old):
             continue  # sides with different seeds cannot be swapped
         of = CORPUS[c.metric][1]
         tests[i] = swap_test(
-            new, old, of, clusters=baseline.clusters, n_resamples=gates.n_bootstrap, seed=gates.seed
+            new, old, of, clusters=labels, n_resamples=gates.n_bootstrap, seed=gates.seed
         )
-    return [
-        replace(e, exact_p=tests[i].p_value, exact_p_greater=tests[i].p_greater)
-        if i in tests
-        else e
-        for i, e in enumerate(effects)
-    ]
+    return tests
 
 
 def _corrected(
@@ -220,25 +236,15 @@ def _corrected(
         return effects
     p = np.ones(max(family_size, len(primary)))
     p[: len(primary)] = [effects[i].p_value for i in primary]
-    found = benjamini_hochberg_correction(p, gates.alpha, gates.fdr)
+    discoveries = benjamini_hochberg_correction(p, gates.alpha, gates.fdr)
     out = list(effects)
     for k, i in enumerate(primary):
-        rejected = bool(found.rejected[k])
+        rejected = bool(discoveries.rejected[k])
         adjusted = replace(
-            effects[i], adjusted_p=float(found.adjusted_p_values[k]), rejected=rejected
+            effects[i], adjusted_p=float(discoveries.adjusted_p_values[k]), rejected=rejected
         )
         if rejected and intervals[i].law is not None:
-            selected = intervals[i].at(found.fcr_level)
+            selected = intervals[i].at(discoveries.fcr_level)
             adjusted = replace(adjusted, fcr_low=selected.lower, fcr_high=selected.upper)
         out[i] = adjusted
     return out
-
-
-def _meaning(measurement: Measurement, name: str) -> Metric:
-    return METRICS[name] if name in CORPUS else measurement.metric(name)
-
-
-def _flat(statistics: Floats) -> Floats:
-    """[seeds, n, k] to [n, seeds * k]."""
-    seeds, n, k = statistics.shape
-    return statistics.transpose(1, 0, 2).reshape(n, seeds * k)

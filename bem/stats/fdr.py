@@ -1,4 +1,4 @@
-"""False discovery rate over a declared family of hypotheses, and the intervals that go with it."""
+"""Several tests at once: false discovery rate over a declared family, and Holm's familywise test."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import false_discovery_control
 
 from bem.errors import DataError
 from bem.stats.inputs import Floats, finite
+
+ROUNDING = 1e-12
+"""Relative: an adjusted p this close to alpha stands on the boundary, and the boundary rejects."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,29 @@ def benjamini_hochberg_correction(
     """
     p = finite("p_values", p_values)
     _in_unit_interval(p, alpha)
-    m = p.size
-    penalty = 1.0 if method == "bh" else float((1.0 / np.arange(1, m + 1)).sum())
-    order = np.argsort(p, kind="stable")
-    scaled = penalty * m * p[order] / np.arange(1, m + 1)
-    adjusted = np.empty(m)
-    adjusted[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1.0)
+    adjusted = np.asarray(false_discovery_control(p, method=method), dtype=np.float64)
+    adjusted[np.abs(adjusted - alpha) <= ROUNDING * alpha] = alpha  # 6 * .05 / 6 is not .05
     rejected = adjusted <= alpha
     selected = int(rejected.sum())
-    level = alpha * selected / (penalty * m) if selected else alpha
+    penalty = 1.0 if method == "bh" else float((1.0 / np.arange(1, p.size + 1)).sum())
+    level = alpha * selected / (penalty * p.size) if selected else alpha
     return Discoveries(rejected, adjusted, level)
+
+
+def holm(p_values: ArrayLike) -> Floats:
+    """Adjusted p-values that keep the chance of any false rejection below their level (Holm 1979).
+
+        adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)),  under any dependence
+
+    Args:
+        p_values: [m], each in [0, 1]; may be empty.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    steps = np.minimum(1.0, np.arange(p.size, 0, -1) * p[order])
+    adjusted = np.empty(p.size)
+    adjusted[order] = np.maximum.accumulate(steps)
+    return adjusted
 
 
 def _in_unit_interval(p: Floats, alpha: float) -> None:

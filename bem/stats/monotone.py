@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from bem.config import GatesConfig
 from bem.stats.bootstrap import joint_bca
+from bem.stats.comparisons import kish
 from bem.stats.inputs import Floats, cluster_codes, over_seeds, sum_by_cluster
 from bem.stats.weights import Statistic, ratio
 
@@ -30,7 +32,7 @@ class Step:
     better: str
     worse: str
     passed: bool | None
-    """True: the better index does not score lower; False: it surely does; None: not decided."""
+    """True: the better index surely does not score lower; False: it surely does; None: not decided."""
     reason: str
     difference: float | None = None
     """Mean score with the better index minus that with the worse."""
@@ -57,6 +59,8 @@ class IndexSwap:
     monotone: bool | None
     """True: all steps passed, and the trend is significant (equal scores are no proof); False: a
     step failed; None: not decided."""
+    follows: bool
+    """The trend is significant, on enough units."""
 
 
 def index_swap(
@@ -85,11 +89,12 @@ def index_swap(
         means = [units[c][:, 0] / units[c][:, 1] for c in CONDITIONS]
         p_value = page_test(np.stack(means, axis=1))
     passed = [step.passed for step in steps]
-    significant = p_value is not None and p_value <= gates.alpha
-    monotone = False if False in passed else True if all(passed) and significant else None
-    means_of = {c: float(row.mean()) for c, row in rows.items()}
     n = max((len(u) for u in units.values()), default=0)
-    return IndexSwap(means_of, steps, spearman, p_value, ablation, n, monotone)
+    enough = all(kish(u[:, 1]) >= gates.min_items for u in units.values())
+    follows = p_value is not None and p_value <= gates.alpha and enough
+    monotone = False if False in passed else True if all(passed) and follows else None
+    means_of = {c: float(row.mean()) for c, row in rows.items()}
+    return IndexSwap(means_of, steps, spearman, p_value, ablation, n, monotone, follows)
 
 
 def trend(table: Floats) -> float:
@@ -139,15 +144,19 @@ def _step(better: str, worse: str, units: Mapping[str, Floats], gates: GatesConf
         reason = "cannot be computed: needs both, on the same examples."
         return Step(better, worse, None, reason)
     a, b = units[better], units[worse]
-    if len(a) < gates.min_items:
-        reason = f"only {len(a)} examples or clusters; at least {gates.min_items} are needed."
+    effective = kish(a[:, 1])
+    if effective < gates.min_items:
+        reason = (
+            f"{len(a)} examples or clusters count as {effective:.1f} of equal size; "
+            f"at least {gates.min_items} are needed."
+        )
         return Step(better, worse, None, reason)
     columns = np.stack([a[:, 0] - b[:, 0], a[:, 1]], axis=1)
     statistic = Statistic(f"{better}>={worse}", columns, ratio)
     bca = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
-    passed = True if bca.observed >= 0 else False if bca.upper < 0 else None
+    passed = True if bca.lower >= 0 else False if bca.upper < 0 else None
     interval = f"[{bca.lower:.4f}, {bca.upper:.4f}]"
-    reason = f"difference {bca.observed:+.4f} {interval}, may not be negative."
+    reason = f"difference {bca.observed:+.4f} {interval}, the lower limit may not be negative."
     return Step(better, worse, passed, reason, bca.observed, bca.lower, bca.upper)
 
 
@@ -159,6 +168,4 @@ def _units(row: Floats, clusters: Sequence[Any] | None) -> Floats:
 
 def _ranks(table: Floats) -> NDArray[np.float64]:
     """Ranks within rows, ties averaged; values that differ by rounding only are tied."""
-    from scipy.stats import rankdata
-
     return np.asarray(rankdata(np.round(table, 9), axis=1))

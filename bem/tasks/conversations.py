@@ -20,14 +20,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from bem.config import ConversationConfig
 from bem.errors import ConfigError, DataError
+from bem.tasks.record import Task
 from bem.training.data import Example
-
-if TYPE_CHECKING:
-    from bem.tasks.load import Task
 
 Pools = dict[str, list[Example]]
 """skill -> rows of one side."""
@@ -52,8 +50,8 @@ def skills(tasks: Sequence[Task]) -> list[str]:
 
 
 def characters(row: Example) -> int:
-    """Length of a turn: what the user says and the first reference."""
-    return len(row.prompt) + len(row.references[0])
+    """Length of a turn: what the user says and its answer, and the system message."""
+    return len(row.prompt) + len(row.answer) + len(row.system)
 
 
 def into_conversations(tasks: Sequence[Task], config: ConversationConfig) -> list[Task]:
@@ -101,7 +99,7 @@ def _conversation(row: Example, part: str, pools: Pools, config: ConversationCon
     turns = _fitting([*_earlier(row, pools, config, rng), row], config)
     return replace(
         turns[-1],
-        history=tuple((turn.prompt, turn.references[0]) for turn in turns[:-1]),
+        history=tuple((turn.prompt, turn.answer) for turn in turns[:-1]),
         meta={
             **row.meta,
             "skills": [skill_of(turn) for turn in turns],

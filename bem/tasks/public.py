@@ -11,9 +11,6 @@ scene; rows that stand alone are their own cluster.
 from __future__ import annotations
 
 import hashlib
-import json
-import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +18,15 @@ from typing import Literal
 
 from bem.config import RetrievalConfig
 from bem.errors import DataError
+from bem.tasks.derived import (
+    first_acceptable,
+    rnnlg_styles,
+    scene_in_words,
+    snips_forms,
+    with_gold,
+)
 from bem.tasks.record import ANSWER_METRICS, STRUCTURE_METRICS, TEXT_METRICS, Family
 from bem.training.data import Example, read_jsonl
-
-FILLER_CHARACTERS = 320
-"""Other rows between cue and question: more than 64 tokens even at 4.8 characters per token."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,6 @@ class PublicSet:
     """Makes the task's rows from the file's."""
 
 
-# ------------------------------------------------------------------------------------ whole sources
-
-
 def _meta(key: str) -> Callable[[Example], str]:
     return lambda row: str(row.meta[key])
 
@@ -55,40 +53,6 @@ def _without_last_number(row: Example) -> str:
 
 def _passage(row: Example) -> str:
     return hashlib.md5(" ".join(row.evidence).encode()).hexdigest()[:12]
-
-
-def _first_acceptable(rows: list[Example]) -> Iterator[Example]:
-    """BFCL gives the acceptable values of each argument: the first of each makes the answer, the
-    whole map stays as a second reference for the form "tool".
-
-    An argument whose first acceptable value is "" may be left out, and is.
-    """
-    for row in rows:
-        (reference,) = row.references
-        if reference != "none":
-            call = {
-                name: {k: v[0] for k, v in arguments.items() if v and v[0] != ""}
-                for name, arguments in json.loads(reference).items()
-            }
-            row = replace(row, references=(json.dumps(call, ensure_ascii=False), reference))
-        yield row
-
-
-def _with_gold(rows: list[Example]) -> Iterator[Example]:
-    """Every passage of these rows is a gold one."""
-    for row in rows:
-        yield replace(row, gold_evidence=tuple(range(len(row.evidence))))
-
-
-def _scene_in_words(rows: list[Example]) -> Iterator[Example]:
-    """NLVR's scene as text: each box lists its shapes with colour, place and size."""
-    for row in rows:
-        boxes = tuple(
-            f"box {number}: "
-            + (", ".join(f"{c} {s} at {x},{y} size {d}" for s, c, x, y, d in box) or "empty")
-            for number, box in enumerate(row.meta["boxes"], 1)
-        )
-        yield replace(row, evidence=boxes, gold_evidence=(), meta={})
 
 
 def _answer(instruction: str, **changes) -> Family:
@@ -109,68 +73,6 @@ def _json(instruction: str, **changes) -> Family:
 def _label(instruction: str, **changes) -> Family:
     return _answer(instruction, **{"form": "label", "max_new_tokens": 16, **changes})
 
-
-# ---------------------------------------------------------------------------- conflicting-cue tasks
-
-
-def _conflicting(
-    rows: list[Example], cues: dict[str, tuple[str, ...]], asked: Callable[[Example], list[str]]
-) -> Iterator[tuple[Example, str, str]]:
-    """(row, what is asked, prompt): a cue, then other inputs of the set, then the row's input."""
-    if len({row.input for row in rows}) < 2:
-        raise DataError("Two different inputs are needed: one stands between cue and question.")
-    for row in rows:
-        for ask in asked(row):
-            rng = random.Random(f"{row.id} {ask}")
-            filler: list[str] = []
-            while sum(map(len, filler)) < FILLER_CHARACTERS:
-                other = rows[rng.randrange(len(rows))]
-                if other.input != row.input:
-                    filler.append(_bare(other.input))
-            prompt = "\n".join([rng.choice(cues[ask]), *filler, "", _bare(row.input)])
-            yield row, ask, prompt
-
-
-def _bare(text: str) -> str:
-    """A dialogue act without its domain; any other text as it is."""
-    return re.sub(r"^(restaurant|hotel|tv|laptop) (?=\??\w+\()", "", text)
-
-
-SNIPS_CUES = {
-    "json": ("Answer in JSON.", "Intent and slots as an object.", "Structured output, please."),
-    "intent": ("Name the intent only.", "What kind of request is it?", "One word: the intent."),
-    "slots": ("List the slots.", "Slot lines only.", "Which details are given, and what for?"),
-}
-
-
-def _snips_forms(rows: list[Example]) -> Iterator[Example]:
-    for row, ask, prompt in _conflicting(rows, SNIPS_CUES, lambda _: list(SNIPS_CUES)):
-        parsed = json.loads(row.references[0])
-        lines = [f"{name}: {value}" for name, value in parsed["slots"].items()]
-        answer, form = {
-            "json": (row.references[0], "json"),
-            "intent": (parsed["intent"], "label"),
-            "slots": ("\n".join(lines) or "none", "text"),
-        }[ask]
-        meta = {"ask": ask, "form": form, "bare": _bare(row.input)}
-        yield Example(f"{row.id}:{ask}", prompt, (answer,), group=row.id, meta=meta)
-
-
-RNNLG_CUES = {
-    "restaurant": ("Speak about restaurants.", "It is about places to eat.", "Topic: restaurant."),
-    "hotel": ("Speak about hotels.", "It is about places to stay.", "Topic: hotel."),
-    "tv": ("Speak about televisions.", "It is about TV sets.", "Topic: television."),
-    "laptop": ("Speak about laptops.", "It is about notebook computers.", "Topic: laptop."),
-}
-
-
-def _rnnlg_styles(rows: list[Example]) -> Iterator[Example]:
-    for row, domain, prompt in _conflicting(rows, RNNLG_CUES, lambda r: [r.meta["domain"]]):
-        meta = {"ask": domain, "form": "text", "bare": _bare(row.input)}
-        yield replace(row, input=prompt, group=row.input, meta=meta, evidence=())
-
-
-# --------------------------------------------------------------------------------------------- sets
 
 FROM_EVIDENCE = "Answer from the text."
 _SEARCHED = RetrievalConfig(candidates=20, shown=2, withheld=0.2)
@@ -222,7 +124,7 @@ PUBLIC: dict[str, PublicSet] = {
     "tool_bfcl": PublicSet(
         _json('The call as JSON, or "none".', about="tool use", form="tool", max_new_tokens=128),
         parts=("dev",),
-        derive=_first_acceptable,
+        derive=first_acceptable,
     ),
     "sql_wikisql": PublicSet(
         _answer(
@@ -261,20 +163,20 @@ PUBLIC: dict[str, PublicSet] = {
     "vision_nlvr": PublicSet(
         _label("Is the sentence true or false of the boxes?", about="scenes", max_new_tokens=4),
         _without_last_number,
-        derive=_scene_in_words,
+        derive=scene_in_words,
     ),
     "nq_open": PublicSet(
         _answer(FROM_EVIDENCE, about="real queries, passages searched", retrieval=_SEARCHED),
         _meta("title"),
         source="qa_nq_oracle",
-        derive=_with_gold,
+        derive=with_gold,
     ),
     "xquad_open": PublicSet(
         _answer(FROM_EVIDENCE, about="spans, paragraphs searched", retrieval=_SEARCHED),
         _passage,
         ("dev",),
         source="qa_xquad_en",
-        derive=_with_gold,
+        derive=with_gold,
     ),
     "hotpot_open": PublicSet(
         _answer(FROM_EVIDENCE, about="two hops, passages searched", retrieval=_SEARCHED),
@@ -307,19 +209,19 @@ PUBLIC: dict[str, PublicSet] = {
             retrieval=_SEARCHED,
         ),
         source="qa_pubmed",
-        derive=_with_gold,
+        derive=with_gold,
     ),
     "snips_forms": PublicSet(
         _json("", about="one utterance in three forms, cue earlier", slice_by=("ask",)),
         lambda row: row.group,
         source="json_snips",
-        derive=_snips_forms,
+        derive=snips_forms,
     ),
     "rnnlg_styles": PublicSet(
         _text("", about="one act in four domains, cue earlier", slice_by=("ask",)),
         lambda row: row.group,
         source="gen_rnnlg",
-        derive=_rnnlg_styles,
+        derive=rnnlg_styles,
     ),
 }
 
@@ -328,7 +230,7 @@ def public(name: str, root: str | Path, part: Literal["train", "dev"]) -> list[E
     """All rows of one side of a public set.
 
     Raises:
-        DataError: the set has no such side, or its file is not in `root`.
+        DataError: the set has no such side, its file is not in `root`, or holds rows of another kind.
     """
     spec = PUBLIC[name]
     if part not in spec.parts:
@@ -341,5 +243,11 @@ def public(name: str, root: str | Path, part: Literal["train", "dev"]) -> list[E
                 f"{name}: no file {path}. Is data.root ({root}) the folder of the sets?"
             )
         path = plain
-    rows = spec.derive(read_jsonl(path, task=name, instruction=spec.family.instruction))
-    return [replace(row, task=name, group=spec.group(row)) for row in rows]
+    rows = read_jsonl(path, task=name, instruction=spec.family.instruction)
+    try:
+        return [replace(row, task=name, group=spec.group(row)) for row in spec.derive(rows)]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} does not hold the rows of {name}: {type(error).__name__}: {error}. Take the file "
+            "from the sets' own folder; rows of your own go into a task with `train` and `dev`."
+        ) from error

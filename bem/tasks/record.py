@@ -1,10 +1,18 @@
-"""What a task family is: how it is asked and how its answers are scored."""
+"""What a task is: rows, and how they are asked and scored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from bem.config import RetrievalConfig
+from bem.evidence.passages import Passage
+from bem.training.data import Example
+
+METRIC_NAMES = ("em", "f1", "validity", "chrf", "bleu", "loss")
+TEXT_METRICS = ("chrf", "bleu", "loss")
+ANSWER_METRICS = ("em", "f1", "loss")
+STRUCTURE_METRICS = ("em", "f1", "validity", "loss")
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Family:
     form: str
     """Key of scoring.FORMS; a row's meta["form"] overrides it."""
     metrics: tuple[str, ...]
-    """em, f1, validity, chrf, bleu, loss."""
+    """Of METRIC_NAMES."""
     primary: str
     """The metric that decides."""
     max_new_tokens: int
@@ -28,6 +36,28 @@ class Family:
     """How evidence is found; None: what stands in the rows goes into the prompt as it is."""
 
 
-TEXT_METRICS = ("chrf", "bleu", "loss")
-ANSWER_METRICS = ("em", "f1", "loss")
-STRUCTURE_METRICS = ("em", "f1", "validity", "loss")
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on, rows to measure on, and how to score them."""
+
+    name: str
+    train: list[Example] = field(repr=False)
+    dev: list[Example] = field(repr=False)
+    """Held out."""
+    metrics: tuple[str, ...]
+    primary: str
+    max_new_tokens: int
+    form: str = "text"
+    """Key of scoring.FORMS for rows that do not say (meta["form"])."""
+    slice_by: tuple[str, ...] = ()
+    retrieval: RetrievalConfig | None = None
+    """How evidence is found for the rows (see `retrieval.with_evidence`); None: as it stands in them."""
+    corpus: list[Passage] = field(default_factory=list, repr=False)
+    """What is searched."""
+    variants: dict[str, list[Example]] = field(default_factory=dict, repr=False)
+    """The held-out rows with worse evidence, by condition."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of the search for evidence: leaked rows, places of the gold passages."""
+
+    def form_of(self, example: Example) -> str:
+        return example.meta.get("form", self.form)

@@ -2,48 +2,35 @@
 
     rows -> leaked rows out -> clean evidence (train, dev) -> dev again with a corrupt, a shuffled, no index
 
-What was found is kept beside the run, so that every process and every resumption reads the same rows.
+The rows with their evidence are kept beside the run, so that every process and every resumption reads the same rows.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 import bem
-from bem.config import RetrievalConfig
-from bem.errors import DataError
-from bem.evidence.index import Hit, in_memory, open_index
-from bem.evidence.leakage import near_duplicates
 from bem.evidence.passages import Passage, corpus_hash
-from bem.evidence.rerank import load_reranker
-from bem.evidence.retriever import Evidence, Retriever
-from bem.evidence.swap import corrupted, shuffled, swapped
-from bem.files import sha256_json
+from bem.evidence.rerank import Reranker, load_reranker
+from bem.files import sha256_json, write_bytes
+from bem.tasks.finder import EvidenceFinder, Progress
+from bem.tasks.record import Task
 from bem.training.data import Example, data_hash
-from bem.training.fit import write_atomically
-
-if TYPE_CHECKING:
-    from bem.evidence.rerank import Reranker
-    from bem.tasks.load import Task
 
 FORMAT = "bem-evidence-1"
-
-Progress = Callable[[int, int], None]
 
 
 def with_evidence(task: Task, folder: Path | None, on_progress: Progress | None = None) -> Task:
     """The task with evidence in its rows, `variants` of the held-out ones, and `facts` on both.
 
     Args:
-        folder: where what was found is kept and looked up; None: not kept.
-        on_progress: hears (questions done, all questions).
+        folder: where the rows with their evidence are kept and looked up; None: nowhere.
+        on_progress: called with (questions done, all questions).
     Raises:
         DataError: no passages, an unknown gold passage, or every held-out row leaks.
     """
@@ -51,21 +38,20 @@ def with_evidence(task: Task, folder: Path | None, on_progress: Progress | None 
         return task
     reranker = None if task.retrieval.reranker == "none" else load_reranker(task.retrieval.reranker)
     key = _key(task, reranker)
-    kept = folder / f"{task.name}-{key[:12]}.json.gz" if folder else None
-    found = _read(kept, key) if kept else None
-    if found is None:
-        found = _Finder(task, reranker, on_progress).found()
-        if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps({"format": FORMAT, "key": key, **found}, ensure_ascii=False)
-            write_atomically(kept, gzip.compress(content.encode("utf-8", "surrogatepass"), 3))
-    rows = {name: [_row(values) for values in part] for name, part in found["rows"].items()}
+    path = folder / f"{task.name}-{key[:12]}.json.gz" if folder else None
+    content = _read(path, key) if path else None
+    if content is None:
+        content = EvidenceFinder(task, reranker, on_progress).run()
+        if path:
+            text = json.dumps({"format": FORMAT, "key": key, **content}, ensure_ascii=False)
+            write_bytes(path, gzip.compress(text.encode("utf-8", "surrogatepass"), 3))
+    rows = {name: [Example(**values) for values in part] for name, part in content["rows"].items()}
     return replace(
         task,
         train=rows.pop("train"),
         dev=rows.pop("clean"),
         variants=rows,
-        facts=found["facts"],
+        facts=content["facts"],
     )
 
 
@@ -84,175 +70,15 @@ def _key(task: Task, reranker: Reranker | None) -> str:
 
 
 def _read(path: Path, key: str) -> dict[str, Any] | None:
-    """What was kept under this key; None if nothing or something else was."""
+    """The rows that were kept under this key; None if there are none, or others."""
     if not path.is_file():
         return None
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError):
-        return None  # damaged: it is found again
+        return None  # damaged: the search is done again
     fits = content.get("format") == FORMAT and content.get("key") == key
     return content if fits else None
-
-
-def _row(values: dict[str, Any]) -> Example:
-    lists = ("references", "evidence", "gold_evidence", "relevance")
-    history = tuple((user, said) for user, said in values["history"])
-    return Example(**{**values, **{k: tuple(values[k]) for k in lists}, "history": history})
-
-
-class _Finder:
-    """Finds the evidence of one task."""
-
-    def __init__(self, task: Task, reranker: Reranker | None, on_progress: Progress | None):
-        assert task.retrieval is not None
-        self.task, self.config, self.reranker = task, task.retrieval, reranker
-        self.on_progress, self.done = on_progress, 0
-        if self.config.withheld and not any(row.gold_evidence for row in task.train):
-            raise DataError(
-                f"Task {task.name!r}: retrieval.withheld is {self.config.withheld:g}, but no training row says "
-                "which of its evidence is gold (gold_evidence: [0]). Add it, or set withheld to 0."
-            )
-        self.dev, self.leaked = _without_leaks(task, self.config)
-        conditions = 3 if self.config.swap else 1
-        self.total = len(task.train) + conditions * len(self.dev)
-        self.index: Any = None
-        if self.config.source == "corpus":
-            self.index = (
-                open_index(self.config.index) if self.config.index else in_memory(task.corpus)
-            )
-
-    def found(self) -> dict[str, Any]:
-        """Rows per part and condition as plain values, and facts about them."""
-        failing = _chosen(self.task.train, self.config.withheld, self.config.seed)
-        rows = {
-            "train": self._rows(self.task.train, "clean", failing),
-            "clean": self._rows(self.dev, "clean"),
-        }
-        if self.config.swap:
-            for condition in ("corrupt", "shuffled"):
-                rows[condition] = self._rows(self.dev, condition)
-            rows["off"] = [
-                replace(r, evidence=(), gold_evidence=(), relevance=()) for r in self.dev
-            ]
-        facts = {
-            "leaked": self.leaked,
-            "held_out": len(self.task.dev),
-            "withheld": len(failing),
-            "passages": len(self.index.passages) if self.index else None,
-            "ranks": self._ranks() if self.index and any(map(_gold, self.dev)) else None,
-        }
-        return {"rows": {k: [asdict(r) for r in part] for k, part in rows.items()}, "facts": facts}
-
-    def _rows(
-        self, rows: Sequence[Example], condition: str, failing: frozenset[int] = frozenset()
-    ) -> list[Example]:
-        """Rows with evidence; of the rows `failing` the gold passages cannot be found."""
-        if self.index is None:
-            return self._ranked(rows, condition, failing)
-        index = self.index
-        if condition != "clean":
-            index = swapped(index, _worse(index.passages, condition, self.config))
-        found: dict[int, Evidence] = {}
-        hidden = {rows[i].input: _gold(rows[i]) for i in failing}
-        for part in (failing, frozenset(range(len(rows))) - failing):
-            asked = sorted(part)
-            retriever = self._retriever(_Hiding(index, hidden) if part is failing else index)
-            found |= zip(asked, self._searched(retriever, [rows[i] for i in asked]), strict=True)
-        return [self._with(row, found[i], _gold(row)) for i, row in enumerate(rows)]
-
-    def _searched(self, retriever: Retriever, rows: Sequence[Example]) -> list[Evidence]:
-        before = self.done
-        found = retriever.retrieve_many(
-            [row.input for row in rows], lambda done, _: self._tick(before + done)
-        )
-        return found
-
-    def _ranked(
-        self, rows: Sequence[Example], condition: str, failing: frozenset[int]
-    ) -> list[Example]:
-        """Rows whose own passages are ranked."""
-        pool = [p for i, row in enumerate(rows) for p in _own(i, row)]
-        shown = pool if condition == "clean" else _worse(pool, condition, self.config)
-        by_id = {passage.id: passage for passage in shown}
-        retriever, result = self._retriever(None), []
-        for i, row in enumerate(rows):
-            gold = _gold(row)
-            mine = [p for p in _own(i, row) if not (i in failing and _is_gold(p, gold))]
-            evidence = retriever.rank(row.input, [by_id[p.id] for p in mine or _own(i, row)])
-            result.append(self._with(row, evidence, gold))
-            self._tick(self.done + 1)
-        return result
-
-    def _retriever(self, index: Any) -> Retriever:
-        c = self.config
-        most = max(c.candidates, c.shown)
-        return Retriever(index, self.reranker, c.method, candidates=most, shown=c.shown)
-
-    def _with(self, row: Example, found: Evidence, gold: frozenset[str]) -> Example:
-        """The row with what was found: the best passage last, next to the question."""
-        passages = list(found.passages[::-1])
-        if self.config.keep_order:
-            passages.sort(key=lambda p: int(p.id.rsplit(":", 1)[1]))
-        return replace(
-            row,
-            evidence=tuple(p.shown for p in passages),
-            gold_evidence=tuple(i for i, p in enumerate(passages) if _is_gold(p, gold)),
-            relevance=found.record.features() if found.record.reranked else (),
-            meta={
-                **row.meta,
-                "sources": list(found.record.sources),
-                "evidence_digest": found.record.digest,
-            },
-        )
-
-    def _ranks(self) -> dict[str, list[int]]:
-        """Place of the first gold passage among the candidates, 0 if it is not there: by the search,
-        and by the reranker."""
-        ranks: dict[str, list[int]] = {"search": [], "reranked": []}
-        hits = self.index.search(
-            [row.input for row in self.dev], self.config.candidates, self.config.method
-        )
-        for row, found in zip(self.dev, hits, strict=True):
-            gold = _gold(row)
-            places = [_is_gold(hit.passage, gold) for hit in found]
-            ranks["search"].append(_first(places))
-            if self.reranker and found:
-                logits = self.reranker.logits(
-                    row.input, [h.passage.shown for h in found], [h.lexical for h in found]
-                )
-                assert logits is not None  # no deadline was given
-                places = [places[i] for i in np.argsort(-logits, kind="stable")]
-            ranks["reranked"].append(_first(places))
-        return ranks
-
-    def _tick(self, done: int) -> None:
-        self.done = done
-        if self.on_progress:
-            self.on_progress(done, self.total)
-
-
-@dataclass(frozen=True)
-class _Hiding:
-    """An index that does not find, for each question, the passages hidden from it."""
-
-    index: Any
-    hidden: Mapping[str, frozenset[str]]
-
-    def search(self, queries: Sequence[str], k: int = 10, method: Any = "bm25") -> list[list[Hit]]:
-        most = max((len(self.hidden.get(q, ())) for q in queries), default=0)
-        return [
-            [h for h in hits if not _is_gold(h.passage, self.hidden.get(query, frozenset()))][:k]
-            for query, hits in zip(
-                queries, self.index.search(queries, k + most, method), strict=True
-            )
-        ]
-
-    def tokens(self, text: str) -> list[str]:
-        return self.index.tokens(text)
-
-    def idf(self, term: str) -> float:
-        return self.index.idf(term)
 
 
 def corpus_of(rows: Iterable[Example], corpora: Iterable[list[Passage]]) -> list[Passage]:
@@ -269,59 +95,3 @@ def corpus_of(rows: Iterable[Example], corpora: Iterable[list[Passage]]) -> list
             taken.add(name)
             passages.append(replace(p, id=name))
     return passages
-
-
-def _without_leaks(task: Task, config: RetrievalConfig) -> tuple[list[Example], int]:
-    """Held-out rows whose answer passages are not nearly those of a training row, and how many were.
-
-    A row that brings its own passages is compared as a whole: a single sentence of a story may well
-    stand in another story. So is one that does not say which passage is gold; without any evidence, the
-    question and its answer are compared.
-    """
-
-    def answer_passages(row: Example) -> frozenset[str]:
-        if config.source == "corpus" and row.gold_evidence:
-            return _gold(row)
-        return frozenset(["\n".join(row.evidence) or f"{row.input}\n{row.references[0]}"])
-
-    dev = task.dev
-    known = sorted({text for row in task.train for text in answer_passages(row)})
-    asked = [(i, text) for i, row in enumerate(dev) for text in sorted(answer_passages(row))]
-    texts = [text for _, text in asked]
-    pairs = near_duplicates(texts, known, config.leak_threshold) if known else []
-    leaked = {asked[at][0] for at, _, _ in pairs}
-    if dev and len(leaked) == len(dev):
-        raise DataError(
-            f"Every held-out row's answer passage ({len(dev)} of {len(dev)}) also stands in a training row: "
-            "nothing would be measured but memory. Split by source document."
-        )
-    return [row for i, row in enumerate(dev) if i not in leaked], len(leaked)
-
-
-def _chosen(rows: Sequence[Example], share: float, seed: int) -> frozenset[int]:
-    count = round(share * len(rows))
-    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
-    return frozenset(int(i) for i in order[:count])
-
-
-def _worse(passages: Sequence[Passage], condition: str, config: RetrievalConfig) -> list[Passage]:
-    if condition == "corrupt":
-        return corrupted(passages, config.corrupt_share, config.seed)
-    return shuffled(passages, config.seed)
-
-
-def _own(number: int, row: Example) -> list[Passage]:
-    return [Passage(f"{number}:{i}", text) for i, text in enumerate(row.evidence)]
-
-
-def _gold(row: Example) -> frozenset[str]:
-    return frozenset(row.evidence[i] for i in row.gold_evidence)
-
-
-def _is_gold(passage: Passage, gold: frozenset[str]) -> bool:
-    """A row names its gold passage by text, with or without its title."""
-    return passage.text in gold or passage.shown in gold
-
-
-def _first(places: Sequence[bool]) -> int:
-    return next((rank for rank, hit in enumerate(places, 1) if hit), 0)

@@ -15,9 +15,10 @@ from bem.routing.action import EXPERT, ActionSpace
 from bem.routing.modes import mode
 from bem.routing.mounted import Mounted
 from bem.routing.router import Step
+from bem.training.chunk_losses import chunk_numbers
 from bem.training.data import Encoded, collate
 from bem.training.hidden import run_up_to
-from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions
+from bem.training.traces import Traces, best_expert, target_actions
 
 READ = ("input_ids", "attention_mask", "position_ids", "turn_starts", "evidence", "route")
 

@@ -1,6 +1,6 @@
 """Distil a routed stack, or any adapter of ours, into a static LoRA that every server can hold.
 
-The student learns what the teacher says at each answer token, not the answer alone (Hinton et al.,
+The student learns the teacher's distribution at each answer token, not the answer alone (Hinton et al.,
 arXiv:1503.02531, at temperature 1):
 
     loss = mean over the answer tokens of  KL(teacher || student) = sum_v p(v) (log p(v) - log q(v))
@@ -11,32 +11,33 @@ gradients, and chooses its route as it would in use.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bem.adapters.attach import Attached, attach
 from bem.adapters.copies import without_adapter
+from bem.config import TrainingConfig
 from bem.config.adapters import StaticConfig
 from bem.errors import TrainingError
+from bem.files import sha256_json
+from bem.routing.modes import mode
 from bem.routing.mounted import Mounted
-from bem.training.data import IGNORED, Encoded, Example, collate, encode
-from bem.training.fit import FitResult, Objective, StepMetrics, fit
+from bem.training.data import IGNORED, Encoded, Example, check_fits, collate, encode
+from bem.training.fit import FitResult, fit
 from bem.training.losses import answer_logits, labelled_tokens
-
-if TYPE_CHECKING:
-    from bem.config import TrainingConfig
+from bem.training.state import tensors_digest
+from bem.training.trainer import Objective, StepResult
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """A static LoRA in its teacher's place."""
+    """The distilled student."""
 
     student: Attached
     """s0 on a copy of the base that shares its weights: `save` it, or `save_lora`."""
@@ -52,7 +53,7 @@ def distill(
     config: TrainingConfig,
     folder: str | Path,
     seed: int,
-    on_progress: Callable[[StepMetrics], None] | None = None,
+    on_progress: Callable[[StepResult], None] | None = None,
 ) -> Distilled:
     """Fit a static LoRA to a teacher; the teacher and the base stay as they are.
 
@@ -66,14 +67,10 @@ def distill(
     Raises:
         As `fit`.
     """
-    settings = StaticConfig(
-        rank=rank,
-        router_layer=teacher.config.router_layer,
-        sites=teacher.config.sites,
-        seed=seed,
-    )
+    layer, sites = teacher.config.router_layer, teacher.config.sites
+    settings = StaticConfig(rank=rank, router_layer=layer, sites=sites, seed=seed)
     student = attach(without_adapter(teacher), settings)
-    with _as_in_use(teacher.model):
+    with mode(teacher.model, training=False):
         result = fit(
             student,
             tokenizer,
@@ -83,23 +80,26 @@ def distill(
             seed,
             on_progress,
             f"distilling into rank {rank}",
-            Objective(f"KL to {_digest(teacher)}", lambda q, batch: _against(teacher, q, batch)),
+            Objective(f"KL to {_digest(teacher)}", lambda q, batch: _kl_to(teacher, q, batch)),
         )
     return Distilled(student, result)
 
 
-def answer_kl(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+def answer_kl(
+    teacher: Float[Tensor, "batch positions vocabulary"],
+    student: Float[Tensor, "batch positions vocabulary"],
+    labels: Int[Tensor, "batch length"],
+) -> Float[Tensor, ""]:
     """KL(teacher || student), summed over the labelled tokens, in nats.
 
     Args:
-        teacher, student: logits [batch, length, vocabulary]; position t predicts token t + 1.
-        labels: [batch, length or more], IGNORED outside answers; the logits belong to the last
-            positions.
+        teacher, student: logits of the last positions; position t predicts token t + 1.
+        labels: IGNORED outside answers.
     """
     labels = labels[:, labels.shape[1] - student.shape[1] :]
-    here = labels[:, 1:] != IGNORED
-    log_p = teacher[:, :-1][here].float().log_softmax(-1)
-    log_q = student[:, :-1][here].float().log_softmax(-1)
+    answers = labels[:, 1:] != IGNORED
+    log_p = teacher[:, :-1][answers].float().log_softmax(-1)
+    log_q = student[:, :-1][answers].float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
@@ -117,15 +117,17 @@ def divergence(
     Args:
         student: a model, such as `Distilled.student.model`.
     Raises:
-        TrainingError: no examples.
+        TrainingError: no examples, or one that the model cannot take.
     """
     if not examples:
         raise TrainingError("The divergence of no examples is not defined: name some.")
     rows = sorted((encode(row, tokenizer, max_length) for row in examples), key=len)
+    check_fits(student, tokenizer, rows)
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    with _as_in_use(teacher.model), _as_in_use(student):
-        found = [_divergence(teacher, student, part, tokenizer.pad_token_id or 0) for part in parts]
-    return sum(total for total, _ in found) / sum(count for _, count in found)
+    pad_id = tokenizer.pad_token_id or 0
+    with mode(teacher.model, training=False), mode(student, training=False):
+        sums = [_divergence(teacher, student, part, pad_id) for part in parts]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 def _divergence(
@@ -133,33 +135,17 @@ def _divergence(
 ) -> tuple[float, int]:
     """(sum, answer tokens) of one batch."""
     batch = {k: v.to(teacher.base.device) for k, v in collate(rows, pad_id).items()}
-    total = _against(teacher, answer_logits(student, batch), batch)
+    total = _kl_to(teacher, answer_logits(student, batch), batch)
     return float(total), labelled_tokens(batch["labels"])
 
 
-def _against(teacher: Attached, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def _kl_to(teacher: Attached, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        wanted = answer_logits(teacher.model, batch)
-    return answer_kl(wanted, logits, batch["labels"])
-
-
-@contextmanager
-def _as_in_use(model: Any) -> Iterator[None]:
-    """No dropout, hard rank masks; afterwards as it was."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+        targets = answer_logits(teacher.model, batch)
+    return answer_kl(targets, logits, batch["labels"])
 
 
 def _digest(teacher: Attached) -> str:
     """sha256 of what the teacher is: settings and weights."""
     settings = teacher.router_config if isinstance(teacher, Mounted) else teacher.config
-    digest = hashlib.sha256(settings.model_dump_json().encode())
-    for name, tensor in sorted(teacher.state_dict().items()):
-        data = tensor.detach().float().cpu().contiguous()
-        digest.update(f"{name} {tuple(data.shape)}".encode() + data.numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_json([settings.model_dump(mode="json"), tensors_digest(teacher.state_dict())])

@@ -1,82 +1,41 @@
 """Fit an adapter on the answers of examples; resumable after a kill with the same bits.
 
 All arms of an experiment see the same examples in the same order, because the order depends only
-on the seed and the number of examples; and every step draws its randomness (dropout, Gumbel noise)
-from (seed, step), so a resumed run repeats what the killed one would have done.
+on the seed and the number of examples. The steps are those of `Trainer`.
 
-A loop of our own rather than transformers' Trainer: Trainer restores one global random state, which
+A loop of our own rather than transformers' Trainer: that one restores one global random state, which
 repeats a run only if the kill fell on a checkpoint, and shuffles inside its sampler.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import json
-import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from bem.adapters.sites import base_hash
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
-from bem.training.data import Encoded, Example, collate, data_hash, encode
-from bem.training.losses import answer_logits, answer_nll, labelled_tokens
-
-if TYPE_CHECKING:
-    from bem.adapters.attach import Attached
-
-STATE = "state.pt"
-METRICS = "metrics.jsonl"
-FINAL_LR = 0.1
-"""Share of the peak learning rate that is left in the last step."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the training brings down, beside the regularisers."""
-
-    name: str
-    """What it depends on beside the examples; a resumed run must agree."""
-    loss: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-    """(logits, batch as `collate` makes it) -> sum over the answer tokens, in nats. The logits may
-    belong to the last positions only, see `answer_nll`."""
-
-
-def _nll(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    return answer_nll(logits, batch["labels"])[0].sum()
-
-
-LIKELIHOOD = Objective("nll", _nll)
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimiser step did."""
-
-    step: int
-    """Steps done, counting this one."""
-    loss: float
-    """Mean of the objective over the answer tokens, in nats."""
-    penalty: float
-    """Regularisers of the variant."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    learning_rate: float
-    tokens: int
-    """Tokens of the step that were not padding."""
-    seconds: float
+from bem.files import write_bytes
+from bem.training.data import Encoded, Example, check_fits, data_hash, encode
+from bem.training.metrics import MetricsLog
+from bem.training.state import (
+    STATE,
+    check_same_run,
+    check_same_start,
+    disk,
+    read_state,
+    tensors_digest,
+    write_state,
+)
+from bem.training.trainer import LIKELIHOOD, Objective, StepResult, Trainable, Trainer
 
 
 @dataclass(frozen=True)
@@ -97,22 +56,17 @@ class FitResult:
 
 
 def fit(
-    attached: Attached,
+    attached: Trainable,
     tokenizer: Any,
     examples: Sequence[Example],
     config: TrainingConfig,
     folder: str | Path,
     seed: int,
-    on_progress: Callable[[StepMetrics], None] | None = None,
+    on_progress: Callable[[StepResult], None] | None = None,
     label: str | None = None,
     objective: Objective = LIKELIHOOD,
 ) -> FitResult:
-    """Train the adapter; the base model stays as it is.
-
-    loss = mean NLL (or another objective) over all answer tokens of the step + attached.penalty()
-
-    Each step's examples are sorted by length before they are cut into `config.accumulation`
-    micro-batches: the gradient is the same, the padding less.
+    """Train the adapter for `config.steps` steps; the base model stays as it is.
 
     Args:
         folder: gets state.pt (resumed from when it is there), metrics.jsonl, and TensorBoard files
@@ -122,66 +76,25 @@ def fit(
         label: name of the arm in messages; None: the folder's name.
         objective: negative log-likelihood, or what `distill` hands over.
     Raises:
-        Diverged: the loss or a gradient was not finite. The adapter holds the last saved state.
-        TrainingError: the folder holds the state of another run, or the disk is full.
+        Diverged: the loss or a gradient was not finite.
+        TrainingError: nothing to train or to train on, rows that the model cannot take, a folder
+            that holds the state of another run or half of one, or a full disk.
         DataError: an answer is longer than `config.max_length`.
         KeyboardInterrupt: passed on; the state is saved, call again to go on.
+        Whatever is raised while it trains, the adapter holds the last saved state.
     """
-    folder = Path(folder)
+    label = label or Path(folder).name
     if not examples:
-        raise TrainingError(f"{label or folder.name}: no training examples.")
-    batches = example_order(len(examples), config.steps, config.batch_size, seed)
-    seen = sorted({i for batch in batches for i in batch})
-    encoded = {i: encode(examples[i], tokenizer, config.max_length) for i in seen}
-    run = _Run(
-        attached,
-        config,
-        folder,
-        label or folder.name,
-        {
-            "training": config.model_dump(exclude={"checkpoint_every"}),
-            "seed": seed,
-            "data": data_hash(examples),
-            "tokens": _tokens_hash(encoded),
-            "base": base_hash(attached.model),
-            "adapter": attached.config.model_dump() if hasattr(attached, "config") else None,
-            "parameters": {n: list(p.shape) for n, p in attached.named_parameters()},
-            **({} if objective is LIKELIHOOD else {"objective": objective.name}),
-        },
-        objective,
-    )
+        raise TrainingError(f"{label}: no training examples.")
+    trainer = Trainer(attached, tokenizer, config, seed, objective, label)
+    order = example_order(len(examples), config.steps, config.batch_size, seed)
+    shown = sorted({i for batch in order for i in batch})
+    encoded = {i: encode(examples[i], tokenizer, config.max_length) for i in shown}
+    check_fits(attached.model, tokenizer, list(encoded.values()))
+    run = _Run(trainer, Path(folder), _fingerprint(trainer, examples, encoded))
     run.begin()
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    attached.model.train()
-    try:
-        while run.step < config.steps:
-            batch = [encoded[i] for i in batches[run.step]]
-            metrics = run.advance(batch, pad_id, seed)
-            if on_progress:
-                on_progress(metrics)
-            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
-                run.save()
-    except KeyboardInterrupt:
-        if run.consistent:
-            run.save()
-        raise
-    except Diverged:
-        run.restore()
-        raise
-    finally:
-        attached.model.eval()
-        run.close()
-    losses = run.losses
-    return FitResult(
-        steps=run.step,
-        final_loss=sum(losses[-max(1, len(losses) // 10) :]) / max(1, len(losses) // 10),
-        losses=losses,
-        seconds=run.seconds,
-        cpu_seconds=run.cpu_seconds,
-        folder=folder,
-        tokens=run.tokens,
-        data_hash=run.fingerprint["data"],
-    )
+    run.go_on([[encoded[i] for i in batch] for batch in order], on_progress)
+    return run.result()
 
 
 def example_order(n: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:
@@ -192,52 +105,17 @@ def example_order(n: int, steps: int, batch_size: int, seed: int) -> list[list[i
     return [stream[i : i + batch_size] for i in range(0, need, batch_size)]
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Rate of the step after `step` done ones: linear warm-up, then cosine to a tenth."""
-    warmup = math.ceil(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - 1 - warmup)
-    share = FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return config.learning_rate * share
-
-
 class _Run:
-    """The state of a run: what is saved, restored and advanced together."""
+    """A trainer, and what is saved, restored and counted with it."""
 
-    def __init__(
-        self,
-        attached: Attached,
-        config: TrainingConfig,
-        folder: Path,
-        label: str,
-        fingerprint: dict[str, Any],
-        objective: Objective = LIKELIHOOD,
-    ):
-        self.attached, self.config, self.folder, self.label = attached, config, folder, label
-        self.fingerprint, self.objective = fingerprint, objective
-        self.parameters = [p for _, p in attached.named_parameters()]
-        if not self.parameters:
-            raise TrainingError(f"{label}: the adapter has no trainable parameters.")
-        self.device = self.parameters[0].device
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        plain = [p for p in self.parameters if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": group, "weight_decay": decay}
-                for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
-                if group
-            ],
-            lr=config.learning_rate,
-        )
-        self.step, self.tokens, self.seconds, self.cpu_seconds = 0, 0, 0.0, 0.0
+    def __init__(self, trainer: Trainer, folder: Path, fingerprint: dict[str, Any]):
+        self.trainer, self.folder, self.fingerprint = trainer, folder, fingerprint
+        self.label, self.config = trainer.label, trainer.config
+        self.tokens, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.losses: list[float] = []
+        self.start = tensors_digest(trainer.attached.state_dict())
         self.saved_step = -1
-        self.consistent = True
-        self._metrics: io.FileIO | None = None
-        self._board: Any = None
-
-    # -- state on disk
+        self.log: MetricsLog | None = None
 
     def begin(self) -> None:
         """Resume, or write the state before the first step (so a full disk shows at once)."""
@@ -245,194 +123,141 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(f"{self.label}: cannot use {self.folder}: {error}.") from error
-        if (self.folder / STATE).exists():
-            self.restore()
+        path = self.folder / STATE
+        if path.exists():
+            state = self._read()
+            saved, now = state["trainer"]["adapter"], self.trainer.attached.state_dict()
+            check_same_start(path, state["start"], saved, now, self.label)
+            self.start = state["start"]
+            self._restore(state)
         else:
             self.save()
-        self._open_logs()
+        with self._disk("the metrics"):
+            self.log = MetricsLog(self.folder, self.trainer.steps)
+
+    def go_on(
+        self,
+        batches: Sequence[Sequence[Encoded]],
+        on_progress: Callable[[StepResult], None] | None,
+    ) -> None:
+        """Take the steps that are left; whatever ends it, the model is in evaluation mode after."""
+        model = self.trainer.attached.model.train()
+        try:
+            while self.trainer.steps < len(batches):
+                self._step(batches[self.trainer.steps], on_progress)
+        except KeyboardInterrupt:
+            if self.trainer.is_whole and len(self.losses) == self.trainer.steps:
+                self.save()
+            else:
+                self._restore(self._read())
+            raise
+        except Exception as error:
+            self._restore(self._read())
+            if isinstance(error, Diverged):
+                message = f"{error} Kept the state after step {self.saved_step}."
+                raise Diverged(message) from error
+            raise
+        finally:
+            model.eval()
+            if self.log is not None:
+                self.log.close()
+
+    def _step(
+        self, batch: Sequence[Encoded], on_progress: Callable[[StepResult], None] | None
+    ) -> None:
+        cpu_started = time.process_time()
+        result = self.trainer.step(batch)
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+        self.cpu_seconds += time.process_time() - cpu_started
+        self.losses.append(result.loss)
+        if self.log is not None:
+            with self._disk("the metrics"):
+                self.log.add(result)
+        if on_progress:
+            on_progress(result)
+        if result.step % self.config.checkpoint_every == 0 or result.step == self.config.steps:
+            self.save()
 
     def save(self) -> None:
+        """Write everything that a resumed run needs."""
         state = {
             "fingerprint": json.dumps(self.fingerprint),
-            "adapter": {k: v.detach().cpu() for k, v in self.attached.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
+            "start": self.start,
+            "trainer": self.trainer.state_dict(),
+            "step": self.trainer.steps,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "losses": self.losses,
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
         with self._disk("the training state"):
-            write_atomically(self.folder / STATE, buffer.getbuffer())
-        self.saved_step = self.step
+            write_state(self.folder / STATE, state)
+        self.saved_step = self.trainer.steps
 
-    def restore(self) -> None:
+    def _read(self) -> dict[str, Any]:
+        """The saved state, if it is this run's."""
         path = self.folder / STATE
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            before = json.loads(state["fingerprint"])
-        except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-            raise TrainingError(
-                f"{self.label}: {path} cannot be read ({type(error).__name__}). "
-                "Delete it to begin anew."
-            ) from error
-        changes = _changes(before, json.loads(json.dumps(self.fingerprint)))
-        if changes:
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-            raise TrainingError(
-                f"{self.label}: {path} belongs to a run with other settings: {'; '.join(changes[:3])}{more}. "
-                f"Set them back, or delete {self.folder} to begin anew."
-            )
-        self.attached.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens = state["step"], state["tokens"]
+        state = read_state(path, self.trainer.device, self.label)
+        check_same_run(path, json.loads(state["fingerprint"]), self.fingerprint, self.label)
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Go back, or on, to what is saved."""
+        self.trainer.load_state_dict(state["trainer"])
+        self.tokens, self.losses = state["tokens"], state["losses"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
-        self.losses = state["losses"]
-        self.saved_step, self.consistent = self.step, True
+        self.saved_step = self.trainer.steps
 
-    # -- one step
-
-    def advance(self, batch: list[Encoded], pad_id: int, seed: int) -> StepMetrics:
-        """One optimiser step over `batch`."""
-        started, cpu_started = time.perf_counter(), time.process_time()
-        rate = learning_rate(self.step, self.config)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            noise = np.random.SeedSequence([seed, self.step]).generate_state(1, np.uint64)[0]
-            torch.manual_seed(int(noise))
-            loss, penalty = self._backward(batch, pad_id)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
-        if not math.isfinite(norm):
-            self._diverged("gradient norm", norm)
-        self.consistent = False  # an interrupt from here on must not save a half-made step
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.attached.after_step()
-        tokens = sum(len(encoded) for encoded in batch)
-        seconds = time.perf_counter() - started
-        self.step += 1
-        self.tokens += tokens
-        self.seconds += seconds
-        self.cpu_seconds += time.process_time() - cpu_started
-        self.losses.append(loss)
-        self.consistent = True
-        metrics = StepMetrics(self.step, loss, penalty, norm, rate, tokens, seconds)
-        self._log(metrics)
-        return metrics
-
-    def _backward(self, batch: list[Encoded], pad_id: int) -> tuple[float, float]:
-        ordered = sorted(batch, key=len)
-        size = -(-len(ordered) // self.config.accumulation)
-        micros = [collate(ordered[i : i + size], pad_id) for i in range(0, len(ordered), size)]
-        count = sum(labelled_tokens(micro["labels"]) for micro in micros)
-        total_loss = total_penalty = 0.0
-        for micro in micros:
-            inputs = {key: tensor.to(self.device) for key, tensor in micro.items()}
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
-            ):
-                logits = answer_logits(self.attached.model, inputs)
-                # Divided by the answer tokens of the whole step: the sum over micro-batches is then
-                # the mean over the step, however it was cut.
-                loss = self.objective.loss(logits, inputs) / count
-            penalty = self.attached.penalty() * (len(inputs["labels"]) / len(batch))
-            total = loss + penalty
-            if not math.isfinite(value := float(total.detach())):
-                self._diverged("loss", value)
-            total.backward()
-            total_loss += float(loss.detach())
-            total_penalty += float(penalty.detach())
-        return total_loss, total_penalty
-
-    def _diverged(self, what: str, value: float) -> None:
-        raise Diverged(
-            f"{self.label}: the {what} was {value} in step {self.step + 1}. "
-            f"Kept the state after step {self.saved_step}. "
-            f"Lower training.learning_rate (now {self.config.learning_rate:g})."
+    def result(self) -> FitResult:
+        """Of all steps."""
+        last = self.losses[-max(1, len(self.losses) // 10) :]
+        return FitResult(
+            steps=self.trainer.steps,
+            final_loss=sum(last) / len(last),
+            losses=self.losses,
+            seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
+            folder=self.folder,
+            tokens=self.tokens,
+            data_hash=self.fingerprint["data"],
         )
 
-    # -- logs
-
-    def _open_logs(self) -> None:
-        path = self.folder / METRICS
-        kept = path.read_bytes().splitlines(keepends=True)[: self.step] if path.exists() else []
-        with self._disk("the metrics"):
-            write_atomically(path, b"".join(kept))
-            self._metrics = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-
-    def _log(self, metrics: StepMetrics) -> None:
-        assert self._metrics is not None
-        at = self._metrics.tell()
-        with self._disk("the metrics"):
-            try:
-                self._metrics.write(json.dumps(asdict(metrics)).encode() + b"\n")
-            except OSError:
-                self._metrics.truncate(at)
-                raise
-        if self._board:
-            for name in ("loss", "penalty", "grad_norm", "learning_rate"):
-                self._board.add_scalar(name, getattr(metrics, name), metrics.step)
-
-    def close(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._metrics:
-            self._metrics.close()
-        if self._board:
-            self._board.close()
-
-    @contextmanager
-    def _disk(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kept = (
-                "" if self.saved_step < 0 else f" The state after step {self.saved_step} is whole."
-            )
-            reason = "no space is left" if error.errno == errno.ENOSPC else str(error)
-            raise TrainingError(
-                f"{self.label}: {what} could not be written to {self.folder}: {reason}.{kept} "
-                "Free some space and start again: it goes on from there."
-            ) from error
+    def _disk(self, what: str) -> AbstractContextManager[None]:
+        step = self.saved_step
+        saved = "" if step < 0 else f"The state after step {step} is whole. "
+        return disk(self.label, what, self.folder, saved)
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is either whole or not there: to a neighbour first, then renamed."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def _fingerprint(
+    trainer: Trainer, examples: Sequence[Example], encoded: dict[int, Encoded]
+) -> dict[str, Any]:
+    """Everything but the start that the weights depend on."""
+    attached, objective = trainer.attached, trainer.objective
+    settings = getattr(attached, "config", None)
+    named = {} if objective is LIKELIHOOD else {"objective": objective.name}
+    return {
+        "training": trainer.config.model_dump(exclude={"checkpoint_every"}),
+        "seed": trainer.seed,
+        "data": data_hash(examples),
+        "tokens": _tokens_hash(encoded),
+        "base": base_hash(attached.model),
+        "adapter": None if settings is None else settings.model_dump(),
+        "parameters": {n: list(p.shape) for n, p in attached.named_parameters()},
+        "trained": list(trainer.parameters),
+        **named,
+    }
 
 
 def _tokens_hash(encoded: dict[int, Encoded]) -> str:
     digest = hashlib.sha256()
     for i, row in encoded.items():
-        digest.update(np.array([i, len(row), *row.input_ids, *row.labels], np.int64).tobytes())
+        numbers = [i, len(row), *row.input_ids, *row.labels, *row.turn_starts, *row.route]
+        digest.update(np.array(numbers, np.int64).tobytes())
         digest.update(np.array(row.relevance, np.float64).tobytes())
     return digest.hexdigest()
 
 
-def _changes(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs, as "training.steps was 100, is 200"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [
-            change
-            for key in keys
-            for change in _changes(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    if before == now:
-        return []
-    return [f"{name} was {str(before)[:12]}, is {str(now)[:12]}"]
+# Old names, until their last callers say `StepResult` and `bem.files.write_bytes`.
+StepMetrics = StepResult
+write_atomically = write_bytes

@@ -25,17 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bem.adapters.sites import base_hash
 from bem.config import PolicyGradientConfig
 from bem.errors import TrainingError
 from bem.files import sha256_json, write_text
-from bem.routing.modes import mode, seeded
-from bem.routing.policy import Net
-from bem.routing.router import AgenticRouter
+from bem.routing.modes import mode
+from bem.training.baseline import fit_value, leave_one_out, value_like
 from bem.training.data import Encoded, Example, data_hash
 from bem.training.environment import Environment, Rollout
 from bem.training.gae import gae, span_rewards
@@ -43,12 +41,13 @@ from bem.training.state import (
     METRICS,
     STATE,
     check_same_run,
+    check_same_start,
     disk,
     read_state,
     tensors_digest,
     write_state,
 )
-from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer, fit_value
+from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer
 
 LABEL = "policy gradient"
 
@@ -111,13 +110,13 @@ def improve(
     with environment.mounted.training("router"):
         while len(run.done) < config.iterations:
             try:
-                found = run.iterate()
+                iteration = run.iterate()
             except BaseException:
                 run.rewind()
                 raise
-            run.finish(found)
+            run.finish(iteration)
             if on_progress:
-                on_progress(found)
+                on_progress(iteration)
     return run.done
 
 
@@ -142,7 +141,7 @@ class _Run:
         self.folder, self.seed = folder, seed
         self.router = environment.mounted.router
         self.policy = self.router.policy
-        self.value = _value_like(self.router, seed)
+        self.value = value_like(self.router, seed)
         self.done: list[Iteration] = []
         self.start = tensors_digest(self.policy.state_dict())
         self.fingerprint = self._fingerprint()
@@ -286,19 +285,16 @@ class _Run:
             return
         state = read_state(path, self.environment.mounted.base.device, LABEL)
         check_same_run(path, json.loads(state["fingerprint"]), self.fingerprint, LABEL)
-        if self.start not in (state["start"], tensors_digest(state["policy"])):
-            raise TrainingError(
-                f"{path} was begun from another router than this one. Mount that one, or delete "
-                f"{self.folder} to begin anew."
-            )
+        start, policy = state["start"], state["policy"]
+        check_same_start(path, start, policy, self.policy.state_dict(), LABEL)
         done = [Iteration(**i) for i in json.loads(state["done"])]
         if len(done) > self.config.iterations:
             raise TrainingError(
                 f"{path} holds the weights after {len(done)} iterations, {self.config.iterations} are asked "
                 f"for: they cannot be taken back. Ask for {len(done)}, or delete {self.folder} to begin anew."
             )
-        self.start, self.done = state["start"], done
-        self.finished = state["policy"], state["value"]
+        self.start, self.done = start, done
+        self.finished = policy, state["value"]
         self.rewind()
         with disk(LABEL, "the metrics", self.folder, ""):
             self._write_metrics()  # a kill may have come between state and metrics
@@ -322,18 +318,6 @@ class _Run:
         write_text(self.folder / METRICS, lines)
 
 
-def leave_one_out(returns: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
-    """What the other episodes of the same conversation returned on average (episodes,); 0 if there are none.
-
-    Args:
-        returns: (episodes,), `samples` in a row of each conversation.
-    """
-    if samples == 1:
-        return np.zeros_like(returns)
-    groups = returns.reshape(-1, samples)
-    return ((groups.sum(1, keepdims=True) - groups) / (samples - 1)).reshape(-1)
-
-
 def _decision_rewards(rollout: Rollout, config: PolicyGradientConfig) -> NDArray[np.float64]:
     """Reward of each decision, discounted to it, less what other answers to the conversation got."""
     rewards = rollout.rewards.copy()
@@ -355,21 +339,3 @@ def _alarm(
     if step.entropy < config.collapse_entropy:
         return f"mean entropy {step.entropy:.3f} nats: the policy no longer explores"
     return ""
-
-
-class _Value(nn.Module):
-    """Value of an observation; starts near zero."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.net = Net(width, 0, hidden, 1, 0.01)
-
-    def forward(self, observation: Float[Tensor, "n width"]) -> Float[Tensor, " n"]:
-        return self.net(observation)[:, 0]
-
-
-def _value_like(router: AgenticRouter, seed: int) -> _Value:
-    """A value network of the actor's size: the critic stays as it is, hysteresis rests on it."""
-    read = router.policy.actor.net.read
-    with seeded(seed):
-        return _Value(router.observed.width, read.out_features).to(read.weight.device)

@@ -27,9 +27,10 @@ from bem.config import CloningConfig
 from bem.errors import TrainingError
 from bem.routing.mounted import Mounted
 from bem.routing.reader import Reader
+from bem.training.chunk_losses import chunk_numbers
 from bem.training.data import IGNORED, Encoded, collate
 from bem.training.hidden import hidden_states
-from bem.training.traces import Traces, chunk_numbers
+from bem.training.traces import Traces
 
 WARMUP = 20  # steps
 Curve = list[tuple[float, float]]
@@ -132,10 +133,10 @@ def _batch(
 
 
 def _with_answers(batches: list[_Batch]) -> list[_Batch]:
-    found = [batch for batch in batches if bool((batch.targets != IGNORED).any())]
-    if not found:
+    answered = [batch for batch in batches if bool((batch.targets != IGNORED).any())]
+    if not answered:
         raise TrainingError("no answer on one side of the split: trace more conversations.")
-    return found
+    return answered
 
 
 class ReaderTrainer:

@@ -72,6 +72,23 @@ def check_same_run(
         )
 
 
+def check_same_start(
+    path: Path, start: str, saved: Mapping[str, Tensor], now: Mapping[str, Tensor], label: str
+) -> None:
+    """Raise TrainingError unless the weights at hand are those that a run began with, or has come to.
+
+    Args:
+        start: `tensors_digest` of the weights that the run began with.
+        saved: weights of its state.
+        now: weights at hand.
+    """
+    if tensors_digest(now) not in (start, tensors_digest(saved)):
+        raise TrainingError(
+            f"{label}: {path} was begun from other weights than these. Start from those, or delete "
+            f"{path.parent} to begin anew."
+        )
+
+
 def _changes(before: Any, now: Any, name: str = "") -> list[str]:
     """What differs, as "training.steps was 100, is 200"."""
     if isinstance(before, dict) and isinstance(now, dict):

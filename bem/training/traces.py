@@ -13,29 +13,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Int
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bem.adapters.sites import base_hash
 from bem.config import CloningConfig
-from bem.control.chunks import chunk_starts
 from bem.errors import TrainingError
 from bem.files import sha256_json, write_bytes
 from bem.routing.action import ActionSpace
-from bem.routing.modes import mode
 from bem.routing.mounted import Mounted
 from bem.routing.oracle import best_path
-from bem.training.data import IGNORED, Encoded, collate
-from bem.training.losses import answer_logits
+from bem.training.chunk_losses import Floats, LossReader
+from bem.training.data import Encoded
 
-Floats = NDArray[np.float32]
 FORMAT = 4  # of a trace file; it is part of its key
 
 
@@ -87,18 +82,33 @@ def trace(
     """
     if not rows:
         raise TrainingError("no conversations to trace.")
-    key = "" if cache is None else _key(mounted, rows, config, experts_alone)
-    if cache is not None and (cached := _read_cache(cache, key)) is not None:
+    sizes = mounted.router.space.sizes
+    others = (0, 0) if experts_alone else sizes[2:]
+    passes = _counted(sizes[0] + max(0, sum(others) - 1), on_progress)
+
+    def read() -> Traces:
+        reader = LossReader(mounted, rows, pad_id, batch_size, passes)
+        return _traced(reader, mounted.router.space, others, config.switch_cost)
+
+    if cache is None:
+        return read()
+    key = _key(mounted, rows, config, experts_alone)
+    if (cached := _read_cache(cache, key)) is not None:
         return cached
-    space = mounted.router.space
-    others = (0, 0) if experts_alone else space.sizes[2:]
-    counter = _Counter(space.sizes[0] + max(0, sum(others) - 1), on_progress)
-    reader = _LossReader(mounted, rows, pad_id, batch_size, counter)
+    traces = read()
+    _write_cache(cache, key, traces)
+    return traces
+
+
+def _traced(
+    reader: LossReader, space: ActionSpace, others: tuple[int, ...], switch_cost: float
+) -> Traces:
+    """others: options of rank budget and strength that are read."""
     experts = np.stack([reader.losses(o, None, None) for o in range(space.sizes[0])], -1)
-    oracle = best_path(experts, config.switch_cost, real=reader.real)
+    oracle = best_path(experts, switch_cost, real=reader.real)
     path = np.where(reader.real, oracle.path, -1)
     ranks, strengths = _other_heads(reader, path, space.plain, others)
-    traces = Traces(
+    return Traces(
         experts=experts.astype(np.float32),
         ranks=ranks,
         strengths=strengths,
@@ -108,13 +118,10 @@ def trace(
         turns=reader.turns,
         chunks=reader.real.sum(1),
     )
-    if cache is not None:
-        _write_cache(cache, key, traces)
-    return traces
 
 
 def _other_heads(
-    reader: _LossReader,
+    reader: LossReader,
     path: NDArray[np.int64],
     plain: tuple[int, int, int],
     sizes: tuple[int, ...],
@@ -131,6 +138,12 @@ def _other_heads(
     ranks = [under(rank, plain[2]) for rank in range(sizes[0])]
     strengths = [under(plain[1], strength) for strength in range(sizes[1])]
     return (np.stack(ranks, -1) if ranks else none, np.stack(strengths, -1) if strengths else none)
+
+
+def _counted(total: int, show: Callable[[int, int], None] | None) -> Callable[[], None]:
+    """Tells `show` how many passes are done each time it is called."""
+    done = itertools.count(1)
+    return lambda: show(next(done), total) if show else None
 
 
 def target_actions(
@@ -177,102 +190,6 @@ def best_expert(traces: Traces, switch_cost: float, row: int, chunk: int, curren
     cost = traces.cost_to_go[row, chunk] + switch_cost
     cost[current] -= switch_cost
     return int(cost.argmin())
-
-
-class _Counter:
-    def __init__(self, total: int, show: Callable[[int, int], None] | None):
-        self.done, self.total, self.show = 0, total, show
-
-    def tick(self) -> None:
-        self.done += 1
-        if self.show:
-            self.show(self.done, self.total)
-
-
-class _LossReader:
-    """Reads the same conversations again and again, under one route after the other."""
-
-    def __init__(
-        self, mounted: Mounted, rows: Sequence[Encoded], pad_id: int, size: int, counter: _Counter
-    ):
-        self.mounted, self.counter = mounted, counter
-        self.device = mounted.base.device
-        self.batches: list[tuple[list[int], dict[str, Tensor], Tensor]] = []
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        plain = [replace(row, route=[]) for row in rows]
-        for at in range(0, len(rows), size):
-            chosen = order[at : at + size]
-            batch = collate([plain[i] for i in chosen], pad_id)
-            self.batches.append((chosen, batch, chunk_numbers(batch, mounted.router.chunk_size)))
-        longest = max(int(number.max()) for _, _, number in self.batches)
-        self.shape = (len(rows), longest)
-        self.real = np.zeros(self.shape, bool)
-        self.answers = np.zeros(self.shape, bool)
-        self.turns = np.zeros(self.shape, bool)
-        for chosen, batch, number in self.batches:
-            self._describe(chosen, batch, number)
-
-    def _describe(self, chosen: list[int], batch: dict[str, Tensor], number: Tensor) -> None:
-        predicts = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        predicts[:, :-1] = batch["labels"][:, 1:] != IGNORED
-        for r, i in enumerate(chosen):
-            self.real[i, : int(number[r].max())] = True
-            self.answers[i, np.unique(number[r][predicts[r]].numpy()) - 1] = True
-            self.turns[i, number[r][batch["turn_starts"][r]].numpy() - 1] = True
-
-    @torch.inference_mode()
-    def losses(
-        self, expert: int | NDArray[np.int64], rank: int | None, strength: int | None
-    ) -> Floats:
-        """Loss of every chunk (rows, chunks) under one expert option, or one for each chunk."""
-        losses = np.zeros(self.shape, np.float64)
-        plain = self.mounted.router.space.plain
-        rest = (0, plain[1] if rank is None else rank, plain[2] if strength is None else strength)
-        with mode(self.mounted.model, training=False):
-            for chosen, batch, number in self.batches:
-                options = torch.full_like(number, expert if isinstance(expert, int) else 0)
-                if not isinstance(expert, int):
-                    of_chunk = torch.from_numpy(expert[chosen])
-                    options = of_chunk.gather(1, (number - 1).clamp(min=0))
-                others = options.new_tensor(rest).expand(*options.shape, 3)
-                route = torch.cat([options[..., None], others], -1)
-                route = torch.where(options[..., None] < 0, -1, route)
-                losses[chosen] = self._read(batch, number, route)
-        self.counter.tick()
-        return losses.astype(np.float32)
-
-    def _read(self, batch: dict[str, Tensor], number: Tensor, route: Tensor) -> NDArray[np.float64]:
-        inputs = {k: v.to(self.device) for k, v in {**batch, "route": route}.items()}
-        logits = answer_logits(self.mounted.model, inputs)
-        length = logits.shape[1]
-        labels = inputs["labels"][:, -length:]
-        nll = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2),
-            labels[:, 1:],
-            ignore_index=IGNORED,
-            reduction="none",
-        ).cpu()
-        counted = (labels[:, 1:] != IGNORED).cpu()
-        turn = batch["turn_starts"].long().cumsum(1)[:, -length:-1]
-        at = number[:, -length:-1]
-        weight = _per_turn(counted, turn)
-        losses = torch.zeros(len(number), self.shape[1], dtype=torch.float64)
-        losses.scatter_add_(1, (at - 1).clamp(min=0), (nll * weight).double())
-        return losses.numpy()
-
-
-def chunk_numbers(batch: dict[str, Tensor], chunk_size: int) -> Int[Tensor, "batch tokens"]:
-    """Number of each token's chunk from 1; 0 at padding before the first."""
-    valid = batch["attention_mask"].bool()
-    carried = torch.zeros(len(valid), dtype=torch.long)
-    return chunk_starts(valid, batch["turn_starts"], carried, chunk_size).long().cumsum(1)
-
-
-def _per_turn(counted: Tensor, turn: Tensor) -> Tensor:
-    """1 / (answer tokens of the turn) at every counted position, 0 elsewhere."""
-    n = torch.zeros(len(turn), int(turn.max()) + 1)
-    n.scatter_add_(1, turn, counted.float())
-    return counted / n.gather(1, turn).clamp(min=1)
 
 
 # --- cache ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Trust region policy optimisation (TRPO; arXiv:1502.05477, appendix C) and the critic's fit.
+"""Trust region policy optimisation (TRPO; arXiv:1502.05477, appendix C).
 
     maximise   mean[ pi(a|s) / mu(a|s) * A ]      subject to   mean KL(pi_old || pi) <= delta
 
@@ -20,9 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bem.errors import Diverged
@@ -32,6 +33,7 @@ Operator = Callable[[Tensor], Tensor]
 _PER_ROW = ("log_probs", "advantages")
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What TRPO asks of a policy: deterministic (no dropout) and twice differentiable."""
 
@@ -190,7 +192,7 @@ class TRPOOptimizer:
 
 
 def fisher_vector_product(
-    policy: Policy, obs: Tensor, masks: Sequence[Tensor], damping: float = 0.0
+    policy: Policy, obs: Float[Tensor, "n d"], masks: Sequence[Tensor], damping: float = 0.0
 ) -> Operator:
     """v -> (F + damping I) v, F the policy's mean Fisher matrix over the rows of obs.
 
@@ -210,8 +212,8 @@ def fisher_vector_product(
 
 
 def conjugate_gradient(
-    product: Operator, b: Tensor, iterations: int, tolerance: float = 1e-5
-) -> tuple[Tensor, float]:
+    product: Operator, b: Float[Tensor, " n"], iterations: int, tolerance: float = 1e-5
+) -> tuple[Float[Tensor, " n"], float]:
     """Approximate solution of A x = b from x = 0, and the relative residual ||A x - b|| / ||b||.
 
     Stops early at `tolerance`, or where p^T A p <= 0: rounding has left A indefinite along p, and
@@ -231,65 +233,6 @@ def conjugate_gradient(
             break
         p = r + (squared / before) * p
     return x, (squared / start).sqrt().item()
-
-
-@dataclass(frozen=True)
-class ValueFit:
-    """Explained variance 1 - Var(target - value) / Var(target); NaN if all targets are equal."""
-
-    before: float
-    after: float
-
-
-def fit_value(
-    value: nn.Module,
-    obs: Tensor,
-    targets: Tensor,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: torch.Generator,
-) -> ValueFit:
-    """Fit a critic, obs (n, d) -> (n,), to targets (n,) by least squares with Adam (eps 1e-5).
-
-    Args:
-        generator: CPU generator that shuffles the rows.
-    Raises:
-        ValueError: the critic's output is not (n,), where broadcasting would fit it to nonsense.
-        Diverged: targets or weights are not finite; the critic is left as it was.
-    """
-    if not torch.isfinite(targets).all():
-        raise Diverged(f"{int((~torch.isfinite(targets)).sum())} value targets are not finite.")
-    before = explained_variance(value, obs, targets)
-    parameters = list(value.parameters())
-    saved = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(obs), generator=generator).split(batch_size):
-            rows = rows.to(obs.device)
-            loss = (value(obs[rows]) - targets[rows]).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if not _all_finite(parameters):
-        _set(parameters, saved)
-        raise Diverged(f"the critic diverged; lower its learning rate ({learning_rate:g}).")
-    return ValueFit(before, explained_variance(value, obs, targets))
-
-
-@torch.no_grad()
-def explained_variance(value: nn.Module, obs: Tensor, targets: Tensor) -> float:
-    """1 - Var(target - value) / Var(target): 1 is perfect, 0 is no better than a constant."""
-    predicted = value(obs)
-    if predicted.shape != targets.shape:
-        raise ValueError(
-            f"the critic gives {tuple(predicted.shape)} for targets {tuple(targets.shape)}: "
-            "it must return one number per row, (n,)."
-        )
-    spread = targets.double().var(correction=0).item()
-    rest = (targets.double() - predicted.double()).var(correction=0).item()
-    return 1 - rest / spread if spread > 0 else math.nan
 
 
 def _surrogate(new: HeadsDistribution, batch: Batch) -> Tensor:

@@ -90,13 +90,19 @@ def _largest_eigenvalue(weights: Grams, c: Tensor, otherwise: Tensor) -> Tensor:
     lift = weights.error * torch.eye(right.shape[-1], dtype=right.dtype, device=right.device)
     factor, info = torch.linalg.cholesky_ex(right + lift)
     power = factor.mT @ (c[..., :, None] * left * c[..., None, :]) @ factor
-    value = torch.ones_like(otherwise)
-    for k in range(SQUARINGS + 1):
-        size = power.square().sum((-2, -1)).clamp(min=TINY).sqrt()
-        value = value * size.pow(0.5**k)  # ||M^(2^k)||^(1/2^k), factor by factor
+    size = power.square().sum((-2, -1)).clamp(min=TINY).sqrt()
+    value = size
+    for k in range(1, SQUARINGS + 1):
         power = power / size[..., None, None]
         power = power @ power
+        size = power.square().sum((-2, -1)).clamp(min=TINY).sqrt()
+        value = value * size.pow(0.5**k)  # ||M^(2^k)||^(1/2^k), factor by factor
     return torch.where(info > 0, otherwise, value)
+
+
+def norm_flops(norm: Norm, rank: int) -> int:
+    """Matrix FLOPs of the norm of one control."""
+    return 2 * rank**2 if norm == "frobenius" else 2 * (2 + SQUARINGS) * rank**3
 
 
 def low_rank_norm(

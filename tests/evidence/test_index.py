@@ -8,8 +8,9 @@ import pytest
 from bem.errors import DataError, MissingExtra
 from bem.evidence import dense, storage
 from bem.evidence.encoders import PooledStates
-from bem.evidence.index import Hit, build, in_memory, open_index
+from bem.evidence.index import ENTRIES, Hit, build, in_memory, open_index
 from bem.evidence.passages import Passage, corpus_hash
+from bem.files import locked
 
 PASSAGES = [
     Passage("cat", "The cat sat on the mat."),
@@ -206,8 +207,83 @@ def test_building_the_same_again_does_nothing_anew(tmp_path, encoder):
 
 
 def test_two_builds_in_one_folder_are_one_too_many(tmp_path):
-    with storage.locked(tmp_path), pytest.raises(DataError, match="Another build is working"):
+    with locked(tmp_path / ".lock"), pytest.raises(DataError, match="Another build is working"):
         build(PASSAGES, tmp_path)
+
+
+@pytest.mark.parametrize("layer", [None, 1], ids=["no encoder", "another encoder"])
+def test_vectors_are_not_deleted_unasked(tmp_path, encoder, micro_base, layer):
+    build(PASSAGES, tmp_path, encoder)
+    before = manifest(tmp_path)
+    other = None if layer is None else PooledStates(str(micro_base), layer=layer)
+    for passages in (PASSAGES, PASSAGES[:3]):
+        with pytest.raises(DataError, match=f"holds vectors by encoder {encoder.name};.*--force"):
+            build(passages, tmp_path, other)
+    assert manifest(tmp_path) == before and open_index(tmp_path, encoder).search(
+        ["cat"], 1, "dense"
+    )
+    build(PASSAGES[:3], tmp_path, encoder)  # another corpus, the same encoder: the usual rebuild
+    build(PASSAGES, tmp_path, other, force=True)
+    after = manifest(tmp_path)["encoder"]
+    assert after is None if other is None else after["name"] == other.name
+
+
+def test_vectors_of_an_unfinished_build_are_not_deleted_unasked(tmp_path, encoder):
+    def stop(name, done, total):
+        if name == "checksums":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(PASSAGES, tmp_path, encoder, on_progress=stop)
+    with pytest.raises(DataError, match=r"vectors of a build that is not finished.*--force"):
+        build(PASSAGES, tmp_path)
+    build(PASSAGES, tmp_path, force=True)
+    assert len(list(tmp_path.glob("g-*"))) == 1
+
+
+def test_a_build_deletes_nothing_that_it_has_not_written(tmp_path, encoder):
+    build(PASSAGES[:2], tmp_path, encoder)
+    theirs = ["notes.txt", "g-photos/one.jpg", "g-0123456789abcdeg/x", "deep/er/file", ".hidden"]
+    inside = [f"{generation(tmp_path).name}/thesis.tex"]
+    for name in (*theirs, *inside):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    build(PASSAGES, tmp_path, encoder)
+    assert [(tmp_path / name).read_text() for name in (*theirs, *inside)] == [*theirs, *inside]
+    left = {p.name for p in (tmp_path / inside[0]).parent.iterdir()}
+    assert left == {"thesis.tex"}  # what the build had written there is gone
+
+
+@pytest.mark.parametrize("content", ['{"format": "bem-adapter-1"}', "[1]", '"x"', "{broken", "{}"])
+def test_a_manifest_of_something_else_is_not_written_over(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(
+        DataError, match=r"is not the manifest of an index\. Give the index a folder"
+    ):
+        build(PASSAGES, tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_a_damaged_manifest_of_an_index_can_be_built_again(tmp_path):
+    build(PASSAGES, tmp_path)
+    (tmp_path / "manifest.json").write_text("{broken")
+    assert build(PASSAGES, tmp_path).search(["cat"])[0]
+    (tmp_path / "manifest.json").write_text('{"format": "bem-index-0"}')
+    assert build(PASSAGES, tmp_path).search(["cat"])[0]
+
+
+def test_a_file_cannot_hold_an_index(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="file cannot hold an index"):
+        build(PASSAGES, tmp_path / "file")
+
+
+def test_a_generation_holds_nothing_but_what_a_build_deletes_again(tmp_path, encoder, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(dense, "FAISS_FROM", 5)
+    build(PASSAGES, tmp_path, encoder)
+    assert {path.name for path in generation(tmp_path).iterdir()} <= set(ENTRIES)
 
 
 def test_a_damaged_index_is_refused_with_the_reason_and_can_be_built_again(tmp_path, encoder):

@@ -48,8 +48,9 @@ def test_a_question_never_enters_the_corpus_with_its_evidence(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ("{broken", "c.jsonl:2 is not JSON"),
-        ("[1]", "c.jsonl:2 must be an object"),
+        ("{broken", "c.jsonl:2: not JSON"),
+        ("[1]", "c.jsonl:2: a row must be an object"),
+        ({"id": True, "text": "x"}, "c.jsonl:2: id must be text or a number, got True"),
         ({"id": "b", "text": "  "}, "c.jsonl:2: the text is empty"),
         ({"id": "b", "text": 5}, "c.jsonl:2: text must be a string, got int"),
         ({"id": "b", "body": "x"}, "it has: id, body"),
@@ -66,11 +67,17 @@ def test_a_row_that_is_not_usable_is_refused_with_file_and_line(tmp_path, row, s
 def test_files_without_passages_are_refused(tmp_path):
     with pytest.raises(DataError, match="holds no passages"):
         read_corpus(write(tmp_path / "c.jsonl", ""))
-    with pytest.raises(DataError, match="Cannot read"):
+    with pytest.raises(DataError, match=r"absent\.jsonl is missing"):
         read_corpus(tmp_path / "absent.jsonl")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}')[:-5])
-    with pytest.raises(DataError, match="Cannot read"):
+    with pytest.raises(DataError, match=r"c\.jsonl\.gz:1: cannot be read"):
         read_corpus(tmp_path / "c.jsonl.gz")
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_only_a_newline_ends_a_passage(tmp_path, character):
+    row = {"id": f"a{character}b", "text": f"one{character}two"}
+    assert read_corpus(write(tmp_path / "c.jsonl", row)) == [Passage(row["id"], row["text"])]
 
 
 def test_the_hash_knows_order_ids_and_where_a_field_ends():

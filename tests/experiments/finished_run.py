@@ -40,7 +40,11 @@ def make_config(output: Path, **changes) -> ExperimentConfig:
         "base": "micro",
         "data": {"tasks": ["sig2json", "forms"]},
         "arms": arms,
-        "gates": {"waived": ["kv_hit"], "regression_margin_points": 3, "slice_margin_points": 5},
+        "gates": {
+            "waived": ["kv_hit", "memory"],
+            "regression_margin_points": 3,
+            "slice_margin_points": 5,
+        },
     }
     return ExperimentConfig.model_validate({**values, **changes})
 

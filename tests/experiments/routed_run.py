@@ -61,7 +61,7 @@ def make_config(output: Path, arms: tuple[str, ...] = tuple(GAINS), **changes) -
             if a != "s0"
         ],
         "routing": {"experts": EXPERTS, "expert_rank": 2},
-        "gates": {"n_bootstrap": 500, "waived": ["slices"]},
+        "gates": {"n_bootstrap": 500, "waived": ["slices", "memory", "kv_hit"]},
     }
     return ExperimentConfig.model_validate({**values, **changes})
 

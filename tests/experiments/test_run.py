@@ -16,18 +16,20 @@ from bem.runs.folder import RunFolder, read_jsonl
 
 
 def write_rows(path: Path, word: str = "yes") -> Path:
-    rows = [
-        {"input": f"say {answer} {i}", "references": [answer], "group": f"doc{i // 2}"}
-        for i in range(12)
-        for answer in (word, "no")
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Training rows there, and held-out ones beside them."""
+    for file, first in ((path, 0), (path.with_name("held_out.jsonl"), 12)):
+        rows = [
+            {"input": f"say {answer} {i}", "references": [answer], "group": f"doc{i // 2}"}
+            for i in range(first, first + 12)
+            for answer in (word, "no")
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def make_config(folder: Path, base: Path, **changes) -> ExperimentConfig:
-    data = folder / "rows.jsonl"
-    task = {"name": "mine", "train": str(data), "dev": str(data), "max_new_tokens": 3}
+    train, dev = str(folder / "rows.jsonl"), str(folder / "held_out.jsonl")
+    task = {"name": "mine", "train": train, "dev": dev, "max_new_tokens": 3}
     values = {
         "name": "small",
         "output": str(folder / "runs"),

@@ -6,6 +6,7 @@ import copy
 import peft
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bem
 from bem.adapters.budget import price_of
@@ -389,13 +390,28 @@ def test_how_many_experts_are_multiplied_follows_from_sizes_alone():
     assert small.flops(1).per_token == 2 * 4 * widths
 
 
-def test_projecting_is_priced_for_the_ranks_that_may_be_on():
+@torch.no_grad()
+@pytest.mark.parametrize("most", [1, 2, None])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_the_price_is_what_runs(form, most, norm):
+    """In a prefill of whole chunks: a row of control for each, and one for the chunk before."""
+    stack, region, tokens = frozen(filled(form, (3, 2, 5, 4, 4, 4, 4))), TrustRegion(1.0, norm), 48
+    stack.mount(region, None, most)
+    chunks = Decision(torch.eye(7)[:6], torch.full((6,), 99), torch.ones(6), most)
+    stack.compose(chunks, region)  # what depends on the weights alone is there
+    y, x = data(1, tokens)
+    slot = torch.arange(1, 7).repeat_interleave(8)
+    with FlopCounterMode(display=False) as counter:
+        control = stack.compose(chunks, region).float()
+        stack.update(y, x, torch.cat([control[:1], control]), slot)
+    price = stack.flops(tokens, chunk_size=8)
+    assert counter.get_total_flops() == price.per_token * tokens + price.per_chunk * 6
+
+
+def test_what_is_composed_beforehand_has_no_price():
     stack = filled()
+    stack.mount(None, 2.0, 1)
     assert stack.flops().per_chunk == 0
-    stack.mount(TrustRegion(1.0), None, None)
-    assert stack.flops().per_chunk == 2 * 12 * 12
-    stack.mount(TrustRegion(1.0), None, 1)
-    assert stack.flops().per_chunk == 2 * 5 * 5
     with torch.device("meta"):  # priced without being made
         on_meta = ExpertStack(D_IN, D_OUT, RANKS)
         assert price_of({"site": Parts(on_meta)}).parameters == 12 * (D_IN + D_OUT)

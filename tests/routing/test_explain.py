@@ -29,6 +29,10 @@ def test_reasons_are_given():
     reasons = [c.why for c in explain(held, IDS, TURNS)]
     assert reasons[0].startswith("the conversation begins")
     assert any("hysteresis" in r for r in reasons[1:]) or any("span" in r for r in reasons[1:])
+    untrained = explain(mounted(make_llama(), trained=False), IDS, TURNS)
+    assert {(c.expert, c.why) for c in untrained} == {
+        ("base", "the router is not trained: the bare base answers")
+    }
     model = mounted(make_llama())
     model.unload("a")
     assert all(c.expert != "a" and "a" not in c.probabilities for c in explain(model, IDS, TURNS))

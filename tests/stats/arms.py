@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,19 @@ def arm(name: str, em: Any, **changes: Any) -> Measurement:
         "metrics": {"em": em},
         "example_ids": [f"q{i}" for i in range(n)],
         "latency_ms": {"prefill": rounds, "decode": rounds / 2},
-        "memory_bytes": 1e9,
         "adapter_parameters": 100_000,
         "adapter_flops_per_token": 200_000,
+        "adapter_memory_bytes": 1e6,
         "kv_hits": np.full(50, 32),
+        "kv_held": np.full(50, 40),
         "kv_needed": np.full(50, 64),
     }
-    return Measurement(**{**values, **changes})
+    values |= changes
+    fields = {f.name for f in dataclasses.fields(Measurement)}
+    measured = Measurement(**{k: v for k, v in values.items() if k in fields})
+    for name in values.keys() - fields:  # facts that Measurement does not hold yet
+        object.__setattr__(measured, name, values[name])
+    return measured
 
 
 def pair(n: int = 400, gains: int = 60, losses: int = 10, **changes: Any):

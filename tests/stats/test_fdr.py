@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
 from bem.errors import DataError
-from bem.stats.fdr import benjamini_hochberg_correction
+from bem.stats.fdr import benjamini_hochberg_correction, holm
 
 p_values = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
@@ -53,3 +53,20 @@ def test_nan_and_impossible_p_are_refused():
         benjamini_hochberg_correction([1.5])
     with pytest.raises(ValueError, match="alpha"):
         benjamini_hochberg_correction([0.5], alpha=0)
+
+
+@pytest.mark.parametrize("m", range(1, 40))
+@pytest.mark.parametrize("alpha", [0.05, 0.01, 0.1])
+def test_p_values_on_the_boundary_are_rejected_however_they_are_rounded(m, alpha):
+    k = np.arange(1, m + 1)
+    for p in (alpha * k / m, alpha / m * k, np.full(m, alpha)):
+        discoveries = benjamini_hochberg_correction(p, alpha=alpha)
+        assert discoveries.rejected.all()
+        assert (discoveries.adjusted_p_values <= alpha).all()
+    assert not benjamini_hochberg_correction(alpha * k / m * (1 + 1e-9), alpha=alpha).rejected.any()
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([]).size == 0

@@ -66,7 +66,13 @@ def test_no_baseline_is_inconclusive():
 
 @pytest.mark.parametrize(
     "missing",
-    ["latency_ms", "memory_bytes", "adapter_parameters", "adapter_flops_per_token", "kv_hits"],
+    [
+        "latency_ms",
+        "adapter_memory_bytes",
+        "adapter_parameters",
+        "adapter_flops_per_token",
+        "kv_hits",
+    ],
 )
 def test_a_cost_that_was_not_measured_is_never_passed(missing):
     value = {} if missing == "latency_ms" else None

@@ -5,7 +5,8 @@ import pytest
 from bem.config import ConversationConfig, DataConfig, parse
 from bem.errors import ConfigError, DataError
 from bem.tasks.conversations import characters, into_conversations, skill_of, skills
-from bem.tasks.load import Task, load_tasks
+from bem.tasks.load import load_tasks
+from bem.tasks.record import Task
 from bem.training.data import Example, encode
 
 CUES = {"up": "Shout it.", "down": "Whisper it."}

@@ -11,7 +11,8 @@ from bem.errors import DataError
 from bem.experiments.run import run
 from bem.runs.folder import RunFolder, read_jsonl
 from bem.stats.files import load
-from bem.tasks.load import Task, load_task
+from bem.tasks.load import load_task
+from bem.tasks.record import Task
 from bem.tasks.retrieval import corpus_of, with_evidence
 from bem.training.data import Example
 
@@ -150,7 +151,7 @@ def test_passages_of_the_row_alone_are_ranked_and_may_keep_their_order():
 def test_what_was_found_is_kept_and_read_again_and_damage_is_repaired(tmp_path, monkeypatch):
     first = with_evidence(task(), tmp_path)
     (kept,) = tmp_path.iterdir()
-    monkeypatch.setattr("bem.tasks.retrieval._Finder", None)  # nothing is searched again
+    monkeypatch.setattr("bem.tasks.retrieval.EvidenceFinder", None)  # nothing is searched again
     again = with_evidence(task(), tmp_path)
     assert again == first
     monkeypatch.undo()
@@ -174,9 +175,11 @@ def test_a_corpus_names_each_text_once():
 
 
 def test_a_task_that_retrieves_needs_passages(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"input": "x", "references": ["y"]}) + "\n")
-    entry = TaskConfig(name="mine", train=str(path), dev=str(path), retrieval=RetrievalConfig())
+    files = {part: tmp_path / f"{part}.jsonl" for part in ("train", "dev")}
+    for part, path in files.items():
+        path.write_text(json.dumps({"input": part, "references": ["y"]}) + "\n")
+    paths = {part: str(path) for part, path in files.items()}
+    entry = TaskConfig(name="mine", retrieval=RetrievalConfig(), **paths)
     with pytest.raises(DataError, match="nothing to search"):
         load_task(entry)
 

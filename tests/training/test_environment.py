@@ -55,6 +55,19 @@ def test_the_same_seed_draws_the_same_episodes():
     assert one.actions.shape != other.actions.shape or not torch.equal(one.actions, other.actions)
 
 
+def test_episodes_do_not_depend_on_the_bases_generation_config():
+    """As Qwen2.5-Instruct and others ship it: penalties, forbidden tokens, sampling."""
+    plain, env = environment(), environment()
+    expected = roll(plain)
+    config = env.mounted.base.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size = 5.0, 2
+    config.suppress_tokens, config.do_sample, config.temperature = [5, 6, 7], True, 2.0
+    config.num_beams, config.min_new_tokens = 2, 3
+    rollout = roll(env)
+    assert rollout.answers == expected.answers
+    assert torch.equal(rollout.actions, expected.actions)
+
+
 def test_nobody_listens_when_the_episodes_are_over():
     env = environment()
     roll(env)

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import bem
-import bem.training.fit as fit_module
 from bem.adapters.copies import with_shared_weights
 from bem.config import TrainingConfig
 from bem.errors import DataError, Diverged, TrainingError
 from bem.training.data import Example, collate, encode
-from bem.training.fit import example_order, fit, learning_rate
+from bem.training.fit import example_order, fit
 from bem.training.losses import answer_nll, labelled_tokens
 
 WORDS = ["name", "the", "function", "that", "this", "docstring", "describes", "return", "value"]
@@ -115,23 +114,6 @@ def test_row_losses_agree_with_the_models_own_mean(micro_llama, tokenizer, examp
     torch.testing.assert_close(tail, sums)
 
 
-def test_vectors_do_not_decay(attach_lora, tokenizer, examples, tmp_path):
-    attached = attach_lora()
-    bias = torch.nn.Parameter(torch.ones(3))
-    attached.named_parameters_before = attached.named_parameters
-    attached.named_parameters = lambda: [*attached.named_parameters_before(), ("bias", bias)]
-    bias.grad = torch.zeros(3)
-    before = weights(attached)
-    run = fit_module._Run(attached, config(weight_decay=0.5), tmp_path, "x", {})
-    for parameter in attached.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()
-    after = weights(attached)
-    assert torch.equal(bias, torch.ones(3))
-    for key in before:
-        torch.testing.assert_close(after[key], before[key] * (1 - 0.01 * 0.5))
-
-
 # ------------------------------------------------------------------------------- order and schedule
 
 
@@ -159,15 +141,6 @@ def test_all_arms_see_the_same_tokens_in_the_same_order(
         fit(attached, tokenizer, examples, config(), tmp_path / name, seed=5)
     assert shown["a"] == shown["b"]
     assert len(shown["a"]) == 6
-
-
-def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth():
-    settings = config(steps=20, warmup=0.2, learning_rate=1.0)
-    rates = [learning_rate(i, settings) for i in range(20)]
-    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rates[4] == pytest.approx(1.0) and rates[19] == pytest.approx(0.1)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert learning_rate(0, config(steps=1, warmup=0.0, learning_rate=1.0)) == 1.0
 
 
 # -------------------------------------------------------------------------------------- resumption
@@ -218,7 +191,9 @@ def test_every_variant_resumes_with_the_same_bits(
     """Also what a variant draws (Gumbel noise) and what it keeps beside its weights."""
 
     def attach():
+        bounds = {"v3": {"spectral_cap": 0.01}, "v1": {"trust_radius": 0.01}}
         options = {"decorrelation": 0.1} if variant in ("pt1", "v1") else {}
+        options |= bounds.get(variant, {})
         return bem.attach(
             with_shared_weights(micro_llama), variant, rank=4, chunk_size=8, **options
         )
@@ -251,6 +226,8 @@ def test_an_interrupt_inside_the_update_keeps_the_last_whole_state(
     with pytest.raises(KeyboardInterrupt):
         fit(attached, tokenizer, examples, config(), tmp_path / "x", seed=0)
     assert torch.load(tmp_path / "x" / "state.pt")["step"] == 2
+    saved = torch.load(tmp_path / "x" / "state.pt")["trainer"]["adapter"]
+    assert same(weights(attached), saved)  # not half of a step
     resumed = attach_lora()
     fit(resumed, tokenizer, examples, config(), tmp_path / "x", seed=0)
     assert same(weights(resumed), weights(whole))
@@ -291,7 +268,7 @@ def test_a_state_of_other_settings_is_refused_with_what_changed(
     fit(attach_lora(), tokenizer, examples, config(checkpoint_every=3), tmp_path / "arm", seed=0)
 
 
-def test_another_base_adapter_or_a_broken_file_is_refused(
+def test_a_state_of_another_base_adapter_or_start_is_refused(
     attach_lora, tokenizer, examples, tmp_path
 ):
     fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
@@ -301,8 +278,17 @@ def test_another_base_adapter_or_a_broken_file_is_refused(
         fit(other, tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
     with pytest.raises(TrainingError, match=r"adapter\.rank was 4, is 8"):
         fit(attach_lora(rank=8), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
-    (tmp_path / "arm" / "state.pt").write_bytes(b"PK half a file")
-    with pytest.raises(TrainingError, match=r"state\.pt cannot be read .*Delete it"):
+    warm = attach_lora()
+    warm.parameters()[0].data += 1
+    with pytest.raises(TrainingError, match=r"begun from other weights"):
+        fit(warm, tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
+
+
+def test_half_a_state_is_refused_with_what_to_do(attach_lora, tokenizer, examples, tmp_path):
+    fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
+    path = tmp_path / "arm" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TrainingError, match=r"arm: .*state\.pt is half written.*Delete it"):
         fit(attach_lora(), tokenizer, examples, config(steps=1), tmp_path / "arm", seed=0)
 
 
@@ -325,7 +311,7 @@ def test_nan_stops_names_arm_and_step_and_gives_back_the_last_good_state(
 
     attached.penalty = poisoned
     what = "loss" if where == "loss" else "gradient norm"
-    message = rf"v1: the {what} was nan in step 4\. Kept the state after step 2.*\(now 0\.01\)"
+    message = rf"v1: the {what} was nan in step 4.*\(now 0\.01\).* Kept the state after step 2\."
     with pytest.raises(Diverged, match=message):
         fit(attached, tokenizer, examples, config(), tmp_path / "v1", seed=0)
     good = attach_lora()
@@ -342,7 +328,7 @@ def test_a_full_disk_is_a_training_error_and_leaves_the_last_state_whole(
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) > 3:  # first state, metrics, step 2 fit; step 4 does not
+        if len(calls) > 6:  # file and folder of: first state, metrics, step 2; not of step 4
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -350,38 +336,12 @@ def test_a_full_disk_is_a_training_error_and_leaves_the_last_state_whole(
     message = "no space is left. The state after step 2 is whole"
     with pytest.raises(TrainingError, match=message):
         fit(attach_lora(), tokenizer, examples, config(), tmp_path / "arm", seed=0)
-    assert not list((tmp_path / "arm").glob("*.part")) and not list((tmp_path / "arm").glob(".*"))
+    assert not list((tmp_path / "arm").glob(".*"))
     monkeypatch.undo()
     resumed, whole = attach_lora(), attach_lora()
     fit(resumed, tokenizer, examples, config(), tmp_path / "arm", seed=0)
     fit(whole, tokenizer, examples, config(), tmp_path / "whole", seed=0)
     assert same(weights(resumed), weights(whole))
-
-
-def test_a_metrics_line_is_written_whole_or_not_at_all(
-    attach_lora, tokenizer, examples, tmp_path, monkeypatch
-):
-    run = fit_module._Run(attach_lora(), config(), tmp_path, "x", {})
-    run.begin()
-    row = fit_module.StepMetrics(1, 1.0, 0.0, 1.0, 0.1, 10, 0.1)
-    run._log(row)
-
-    class Full:
-        def __init__(self, file):
-            self.file, self.tell, self.truncate = file, file.tell, file.truncate
-
-        def write(self, content):
-            self.file.write(content[:10])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def close(self):
-            self.file.close()
-
-    run._metrics = Full(run._metrics)
-    with pytest.raises(TrainingError, match="the metrics could not be written"):
-        run._log(row)
-    run.close()
-    assert [json.loads(r) for r in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_bad_input_stops_before_the_first_step(attach_lora, tokenizer, examples, tmp_path):

@@ -5,14 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from bem.config import CloningConfig
 from bem.errors import TrainingError
 from bem.routing.action import ActionSpace
-from bem.training.data import Example, collate, encode
-from bem.training.losses import answer_logits
-from bem.training.traces import Traces, best_expert, chunk_numbers, target_actions, trace
+from bem.training.data import Example, encode
+from bem.training.traces import Traces, best_expert, target_actions, trace
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
 
@@ -26,52 +24,6 @@ def conversation(number: int = 0) -> Example:
         ("return the value",),
         history=(("this docstring", "describes the function"),),
     )
-
-
-@pytest.fixture(scope="module")
-def traced():
-    tokenizer, model = make_tokenizer(), mounted(make_llama())
-    rows = [encode(conversation(n), tokenizer, 256) for n in range(3)]
-    return model, rows, trace(model, rows, 0, CloningConfig(switch_cost=0.1))
-
-
-def test_a_chunk_loses_the_mean_nll_of_its_turns_answer_tokens(traced):
-    model, rows, traces = traced
-    batch = collate([rows[1]], 0)
-    for option in range(4):
-        given = {**batch, "route": torch.full_like(batch["input_ids"], option)}
-        with torch.inference_mode():
-            logits = answer_logits(model.model, given)
-        labels = batch["labels"][0, -logits.shape[1] :]
-        nll = torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], reduction="none")
-        turn = batch["turn_starts"][0].long().cumsum(0)[-logits.shape[1] : -1]
-        for number in (1, 2):  # the two turns' answers
-            mine = (turn == number) & (labels[1:] != -100)
-            expected = float(nll[mine].mean())
-            chunks = chunk_numbers(batch, 8)[0, -logits.shape[1] : -1][mine].unique() - 1
-            assert traces.experts[1, chunks, option].sum() == pytest.approx(expected, abs=1e-4)
-
-
-def test_padding_chunks_lose_nothing(traced):
-    _, _, traces = traced
-    for row, n in enumerate(traces.chunks):
-        assert not traces.experts[row, n:].any()
-        assert traces.turns[row, :n].sum() == 2
-
-
-def test_a_finished_trace_is_read_again_and_only_for_the_same_rows(traced, tmp_path):
-    model, rows, traces = traced
-    cache = tmp_path / "traces.npz"
-    trace(model, rows, 0, CloningConfig(), cache=cache)
-    passes = []
-    again = trace(
-        model, rows, 0, CloningConfig(), cache=cache, on_progress=lambda d, of: passes.append(d)
-    )
-    assert not passes and np.array_equal(again.experts, traces.experts)
-    trace(
-        model, rows[:2], 0, CloningConfig(), cache=cache, on_progress=lambda d, of: passes.append(d)
-    )
-    assert passes
 
 
 @pytest.fixture
@@ -89,6 +41,14 @@ def cached(tmp_path):
         return not passes
 
     return SimpleNamespace(path=cache, rows=rows, is_read=is_read)
+
+
+def test_a_finished_trace_is_read_again_and_only_for_the_same_rows(cached):
+    assert cached.is_read()
+    again = trace(mounted(make_llama()), cached.rows, 0, CloningConfig(), cache=cached.path)
+    fresh = trace(mounted(make_llama()), cached.rows, 0, CloningConfig())
+    assert np.array_equal(again.experts, fresh.experts)
+    assert not cached.is_read(rows=cached.rows[:1])
 
 
 def test_a_trace_belongs_to_its_base(cached):

@@ -16,24 +16,26 @@ from bem.runs import promotion
 def walked(tmp_path_factory, micro_base):
     """A baseline that can hardly learn, and two candidates: one that can, one just like it."""
     home = tmp_path_factory.mktemp("walk")
-    rows = [
-        {"input": f"return {i}", "references": ["the value"], "group": f"doc{i}"} for i in range(48)
-    ]
-    data = home / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, held_out = home / "rows.jsonl", home / "held_out.jsonl"
+    for file, first in ((data, 0), (held_out, 48)):
+        rows = [
+            {"input": f"return {i}", "references": ["the value"], "group": f"doc{i}"}
+            for i in range(first, first + 48)
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = home / "walk.yaml"
     path.write_text(f"""
 name: walk
 base: {micro_base}
 seeds: [0]
-data: {{tasks: [{{name: mine, train: {data}, dev: {data}, max_new_tokens: 4, metric: loss}}]}}
+data: {{tasks: [{{name: mine, train: {data}, dev: {held_out}, max_new_tokens: 4, metric: loss}}]}}
 adapters: {{variant: s0, rank: 2, alpha: 0.001, router_layer: 3}}
 arms:
   - {{name: frozen, role: baseline}}
   - {{name: learning, adapters: {{alpha: 16, rank: 4, router_layer: 0}}, match: none}}
   - {{name: same, match: none}}
 training: {{steps: 30, batch_size: 8, max_length: 64, learning_rate: 0.01}}
-gates: {{n_bootstrap: 500, waived: [budget, latency, memory]}}
+gates: {{n_bootstrap: 500, waived: [budget, latency, memory, kv_hit]}}
 latency_rounds: 2
 """)
     config = configuration.load(path, [f"output={home / 'runs'}"])

@@ -28,7 +28,7 @@ from bem.report.plots.canvas import (
 
 
 @dataclass(frozen=True)
-class Effect:
+class ForestRow:
     """One row of the forest plot: a difference to the baseline, in points."""
 
     group: str
@@ -74,7 +74,7 @@ class Curve:
     control: bool = False
 
 
-def forest(effects: Sequence[Effect], unit: str = "points") -> str:
+def forest(effects: Sequence[ForestRow], unit: str = "points") -> str:
     """Effects with their intervals, grouped by metric; the vertical line is no difference."""
     groups = list(dict.fromkeys(e.group for e in effects))
     height = 0.9 + 0.235 * len(effects) + 0.34 * len(groups)
@@ -171,7 +171,7 @@ def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
     return [sum(w) / len(w) for w in windows]
 
 
-def _effect(axes: Any, effect: Effect, y: float, low: float, high: float) -> None:
+def _effect(axes: Any, effect: ForestRow, y: float, low: float, high: float) -> None:
     colour = arm_colour(effect.colour)
     left, right = max(effect.low, low), min(effect.high, high)
     axes.plot([left, right], [y, y], color=colour, lw=2, solid_capstyle="butt")
@@ -190,7 +190,7 @@ def _effect(axes: Any, effect: Effect, y: float, low: float, high: float) -> Non
     )  # fmt: skip
 
 
-def _limits(effects: Sequence[Effect]) -> tuple[float, float]:
+def _limits(effects: Sequence[ForestRow]) -> tuple[float, float]:
     """Range of the x axis: all point estimates, and intervals as far as the typical one reaches."""
     values = [0.0, *(e.value for e in effects)]
     widths = sorted(e.high - e.low for e in effects) or [1.0]

@@ -27,7 +27,7 @@ class Contrast:
     reading: str
 
 
-def effects_of(judgement: Judgement, colours: Mapping[str, int]) -> list[figures.Effect]:
+def effects_of(judgement: Judgement, colours: Mapping[str, int]) -> list[figures.ForestRow]:
     """The primary family on all examples, candidates before controls."""
     return [
         _row(name, effect, colours[name], name in judgement.controls)
@@ -37,10 +37,10 @@ def effects_of(judgement: Judgement, colours: Mapping[str, int]) -> list[figures
     ]
 
 
-def _row(name: str, e: Effect, colour: int, control: bool) -> figures.Effect:
+def _row(name: str, e: Effect, colour: int, control: bool) -> figures.ForestRow:
     points = e.points_per_unit or 1.0
     low, high = e.ci_low * points, e.ci_high * points
-    return figures.Effect(
+    return figures.ForestRow(
         group=e.metric + ("" if e.points_per_unit else " (own units)"),
         label=name,
         value=e.gain * points,

@@ -17,7 +17,7 @@ MOST_CHARACTERS = 1200
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShownAnswer:
     arm: str
     colour: int
     text: str
@@ -32,7 +32,7 @@ class SideBySide:
     id: str
     prompt: str
     reference: str
-    answers: list[Answer]
+    answers: list[ShownAnswer]
 
 
 def examples_of(
@@ -67,7 +67,7 @@ def _side_by_side(
         prompt="…" * (len(prompt) > MOST_CHARACTERS) + prompt[-MOST_CHARACTERS:],
         reference=_text(references[0] if references else ""),
         answers=[
-            Answer(
+            ShownAnswer(
                 arm,
                 colours[arm],
                 _text(answer["prediction"]),

@@ -22,7 +22,7 @@ FAINT = 0.02
 
 
 @dataclass(frozen=True)
-class Cell:
+class HeatCell:
     """One expert in one chunk, or one skill under one option."""
 
     text: str
@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ShownChunk:
     """One column of a heat map, without its cells."""
 
     number: int
@@ -55,8 +55,8 @@ class Conversation:
     id: str
     skills: list[str]
     """Of all turns."""
-    chunks: list[Chunk]
-    rows: list[tuple[str, list[Cell]]]
+    chunks: list[ShownChunk]
+    rows: list[tuple[str, list[HeatCell]]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Use:
     """Which expert answered which skill."""
 
     options: list[str]
-    rows: list[tuple[str, list[Cell]]]
+    rows: list[tuple[str, list[HeatCell]]]
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ def _asked(chunks: Sequence[Mapping[str, Any]], skills: Sequence[str]) -> list[s
     return [next(left) if chunk["turn"] else "" for chunk in chunks]
 
 
-def _chunk(chunk: Mapping[str, Any], skill: str, owners: Mapping[str, str]) -> Chunk:
+def _chunk(chunk: Mapping[str, Any], skill: str, owners: Mapping[str, str]) -> ShownChunk:
     text = " ".join(chunk["text"].split())
     whole = len(text) <= 2 * GIST + 3
     faded = f", faded {chunk['fade']:.0%}" if chunk["fade"] else ""
-    return Chunk(
+    return ShownChunk(
         number=chunk["chunk"],
         turn=chunk["turn"],
         skill=skill,
@@ -188,9 +188,9 @@ def _chunk(chunk: Mapping[str, Any], skill: str, owners: Mapping[str, str]) -> C
     )
 
 
-def _cell(chunk: Mapping[str, Any], name: str) -> Cell:
+def _cell(chunk: Mapping[str, Any], name: str) -> HeatCell:
     p = chunk["probabilities"].get(name)
-    return Cell("" if p is None else f"{100 * p:.0f}", p or 0.0, chunk["expert"] == name)
+    return HeatCell("" if p is None else f"{100 * p:.0f}", p or 0.0, chunk["expert"] == name)
 
 
 def _use(talks: Sequence[Mapping[str, Any]], owners: Mapping[str, str]) -> Use:
@@ -201,7 +201,7 @@ def _use(talks: Sequence[Mapping[str, Any]], owners: Mapping[str, str]) -> Use:
     for skill, row in zip(skills, counts, strict=True):
         n = int(row.sum())
         cells = [
-            Cell(str(c) if c else "", float(c / max(1, n)), owners.get(skill) == option)
+            HeatCell(str(c) if c else "", float(c / max(1, n)), owners.get(skill) == option)
             for c, option in zip(row.tolist(), options, strict=True)
         ]
         rows.append((f"{skill} ({n})", cells))

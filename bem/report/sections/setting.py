@@ -18,8 +18,17 @@ def lead(config: ExperimentConfig, base: Measurement) -> str:
         f"Run {config.name}: {len(config.arms)} arms on {config.base}, tasks {', '.join(tasks)}; "
         f"{base.n:,} held-out examples from {groups:,} source documents, "
         f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
-        f"{config.training.steps} training steps each."
+        f"{_training(config)}."
     )
+
+
+def _training(config: ExperimentConfig) -> str:
+    """`200 training steps each`; experts are trained together, for steps of their own."""
+    steps = f"{config.training.steps} training steps"
+    if config.routing is None or not any(arm.route for arm in config.arms):
+        return f"{steps} each"
+    together = config.routing.steps or config.training.steps
+    return f"{steps} for each adapter, {together} for all experts together"
 
 
 def environment_rows(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -4,8 +4,8 @@ from bem.report.plots import figures as plots
 
 
 def test_an_interval_that_leaves_the_picture_ends_in_an_arrow():
-    rows = [plots.Effect("em", f"v{i}", 0.1 * i, -1, 1, i) for i in range(4)]
-    wide = plots.Effect("em", "wide", 0.0, -90, 1, 4)
+    rows = [plots.ForestRow("em", f"v{i}", 0.1 * i, -1, 1, i) for i in range(4)]
+    wide = plots.ForestRow("em", "wide", 0.0, -90, 1, 4)
     assert plots.forest([*rows, wide]).count("<use") == plots.forest(rows).count("<use") + 2
 
 

@@ -1,0 +1,54 @@
+"""Every skill has exactly one expert, and a conversation's route follows from its skills."""
+
+import pytest
+
+from bem.config import RoutingConfig
+from bem.errors import ConfigError
+from bem.experiments.routing.skills import routed, skills_of, unrouted
+from bem.tasks.load import Task
+from bem.training.data import Example
+
+
+def task(name, asks=()):
+    rows = [
+        Example(f"r{a}", "x", ("y",), meta={"ask": a} if a else {}, task=name)
+        for a in asks or ("",)
+    ]
+    by = ("ask",) if asks else ()
+    return Task(name, rows, rows, ("em",), "em", max_new_tokens=2, slice_by=by)
+
+
+TASKS = [task("forms", ("json", "kind")), task("qa")]
+
+
+def test_without_a_list_of_experts_each_skill_has_its_own():
+    skills = skills_of(RoutingConfig(), TASKS)
+    assert len(skills.experts) == len(skills.owner) == len(set(skills.owner.values()))
+    assert all("/" not in name for name in skills.experts)
+
+
+def test_an_expert_may_serve_a_whole_task():
+    skills = skills_of(RoutingConfig(experts={"all": ["forms"], "qa": ["qa"]}), TASKS)
+    assert {owner for skill, owner in skills.owner.items() if skill.startswith("forms")} == {1}
+    assert skills.owner["qa"] == 2
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"a": ["forms"], "b": ["forms"], "c": ["qa"]}, "belongs to two experts"),
+        ({"a": ["forms"]}, "nobody serves qa"),
+        ({"a": ["forms", "sql"], "b": ["qa"]}, r"routing\.experts\.a: no skill 'sql'"),
+    ],
+)
+def test_a_list_that_is_not_one_to_one_is_refused(experts, message):
+    with pytest.raises(ConfigError, match=message):
+        skills_of(RoutingConfig(experts=experts), TASKS)
+
+
+def test_a_row_is_routed_turn_by_turn_and_unrouted_again():
+    skills = skills_of(RoutingConfig(experts={"f": ["forms"], "q": ["qa"]}), TASKS)
+    row = Example("r", "x", ("y",), task="qa", meta={"skills": ["qa", "qa"]})
+    assert skills.route(row) == [2, 2]
+    (with_route,) = routed([row], [[2, 1]])
+    assert with_route.meta["route"] == [2, 1] and unrouted(with_route).meta["route"] is None

@@ -1,0 +1,61 @@
+"""A chunk's losses equal losses that are computed one by one."""
+
+import pytest
+import torch
+
+from bem.config import CloningConfig
+from bem.training.chunk_losses import chunk_numbers
+from bem.training.data import Example, collate, encode
+from bem.training.losses import answer_logits
+from bem.training.traces import trace
+from tests.conftest import make_llama, make_tokenizer
+from tests.routing.mounted import mounted
+
+
+def conversation(number: int = 0) -> Example:
+    return Example(
+        f"row-{number}",
+        "name the function " + "that returns the value " * number,
+        ("return the value",),
+        history=(("this docstring", "describes the function"),),
+    )
+
+
+@pytest.fixture(scope="module")
+def traced():
+    tokenizer, model = make_tokenizer(), mounted(make_llama())
+    rows = [encode(conversation(n), tokenizer, 256) for n in range(3)]
+    return model, rows, trace(model, rows, 0, CloningConfig(switch_cost=0.1))
+
+
+def test_a_chunk_loses_the_mean_nll_of_its_turns_answer_tokens(traced):
+    model, rows, traces = traced
+    batch = collate([rows[1]], 0)
+    for option in range(4):
+        given = {**batch, "route": torch.full_like(batch["input_ids"], option)}
+        with torch.inference_mode():
+            logits = answer_logits(model.model, given)
+        labels = batch["labels"][0, -logits.shape[1] :]
+        nll = torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], reduction="none")
+        turn = batch["turn_starts"][0].long().cumsum(0)[-logits.shape[1] : -1]
+        for number in (1, 2):  # the two turns' answers
+            answer = (turn == number) & (labels[1:] != -100)
+            expected = float(nll[answer].mean())
+            chunks = chunk_numbers(batch, 8)[0, -logits.shape[1] : -1][answer].unique() - 1
+            assert traces.experts[1, chunks, option].sum() == pytest.approx(expected, abs=1e-4)
+
+
+def test_padding_chunks_lose_nothing(traced):
+    _, _, traces = traced
+    for row, n in enumerate(traces.chunks):
+        assert not traces.experts[row, n:].any()
+        assert traces.turns[row, :n].sum() == 2
+
+
+def test_dropout_of_a_model_that_was_left_in_training_mode_has_no_part_in_them(traced):
+    _, rows, traces = traced
+    base = make_llama(attention_dropout=0.5)
+    model = mounted(base)
+    model.model.train()
+    again = trace(model, rows, 0, CloningConfig(switch_cost=0.1))
+    assert (again.experts == traces.experts).all() and model.model.training
