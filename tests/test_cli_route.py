@@ -138,7 +138,7 @@ def test_what_cannot_be_explained_is_one_message(capsys, router, micro_base, tmp
     other.model.norm.weight.data += 1
     other.save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    assert "was made for a base with hash" in said("hi", router, tmp_path / "other")
+    assert "was made for a base with digest" in said("hi", router, tmp_path / "other")
 
 
 # -- export

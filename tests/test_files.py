@@ -4,7 +4,7 @@ import gzip
 import pytest
 
 from bem.errors import DataError
-from bem.files import json_lines, parse_json, read_text
+from bem.files import json_lines, parse_json, read_text, whole
 
 
 def written(folder, content, name="rows.jsonl"):
@@ -21,8 +21,8 @@ def written(folder, content, name="rows.jsonl"):
         "é\n".encode("utf-16"),
         codecs.BOM_UTF16_BE + "é\n".encode("utf-16-be"),
         "é\n".encode("utf-32"),
-        gzip.compress("é\n".encode()),
-        gzip.compress("é\n".encode("utf-16")),
+        gzip.compress("é\n".encode(), mtime=0),
+        gzip.compress("é\n".encode("utf-16"), mtime=0),
     ],
 )
 def test_text_is_read_as_its_mark_says_plain_or_packed(tmp_path, content):
@@ -42,8 +42,8 @@ def test_text_is_read_as_its_mark_says_plain_or_packed(tmp_path, content):
         (b"PK\x03\x04", "is an Excel workbook or a zip archive, not text"),
         (b"BZh91AY", "compressed by bzip2"),
         (b"\x1f\x8b\x08", "rows.jsonl cannot be read"),
-        (gzip.compress(b"abc" * 100)[:-6], "rows.jsonl cannot be read"),
-        (gzip.compress(b"abc")[:-8] + b"12345678", "rows.jsonl cannot be read"),
+        (gzip.compress(b"abc" * 100, mtime=0)[:-6], "rows.jsonl cannot be read"),
+        (gzip.compress(b"abc", mtime=0)[:-8] + b"12345678", "rows.jsonl cannot be read"),
     ],
 )
 def test_what_is_no_text_is_refused_with_file_and_line(tmp_path, content, message):
@@ -96,7 +96,8 @@ def test_lines_are_read_as_their_mark_says_plain_or_packed(tmp_path, encoding, p
 
 
 @pytest.mark.parametrize(
-    "content", [b"[1]\n\xff", b"\x1f\x8b\x08", gzip.compress(b"[1]\n" * 999)[:-9], b"\xff\xfea"]
+    "content",
+    [b"[1]\n\xff", b"\x1f\x8b\x08", gzip.compress(b"[1]\n" * 999, mtime=0)[:-9], b"\xff\xfea"],
 )
 def test_lines_that_cannot_be_read_are_named(tmp_path, content):
     with pytest.raises(DataError, match=r"rows.jsonl:\d+: (is not UTF-8 text|cannot be read)"):
@@ -105,3 +106,23 @@ def test_lines_that_cannot_be_read_are_named(tmp_path, content):
         list(json_lines(tmp_path))
     with pytest.raises(DataError, match=r"none.jsonl is missing"):
         list(json_lines(tmp_path / "none.jsonl"))
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    lines = json_lines(written(tmp_path, b'{"a": 1}\n{broken\n'))
+    assert next(lines) == (1, {"a": 1})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
+        next(lines)
+
+
+def test_a_file_or_folder_gets_its_name_when_it_is_whole(tmp_path):
+    with whole(tmp_path / "file") as draft:
+        draft.write_text("x")
+        assert not (tmp_path / "file").exists()
+    with whole(tmp_path / "folder") as draft:
+        draft.mkdir()
+        (draft / "part").write_text("y")
+    assert (tmp_path / "file").read_text() == "x" and (tmp_path / "folder/part").read_text() == "y"
+    with pytest.raises(IsADirectoryError), whole(tmp_path / "file") as draft:
+        draft.write_text("half") and tmp_path.write_text("killed")
+    assert (tmp_path / "file").read_text() == "x"

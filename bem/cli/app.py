@@ -1,4 +1,4 @@
-"""The commands: run | train | evaluate | validate | promote | report | route | index | doctor."""
+"""The commands: run | train | evaluate | plan | validate | promote | report | route | index | doctor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import bem
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
+from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.verdict import promote, validate
 
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, evaluate, validate, promote, report, doctor):
+for command in (run, evaluate, plan, validate, promote, report, doctor):
     app.command()(command)
 app.add_typer(train_app, name="train")
 app.add_typer(route_app, name="route")

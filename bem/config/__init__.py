@@ -18,7 +18,7 @@ from bem.config.adapters import (
     parse_adapter,
 )
 from bem.config.data import ConversationConfig, DataConfig, RetrievalConfig, TaskConfig
-from bem.config.experiment import ArmConfig, ExperimentConfig, GatesConfig, load
+from bem.config.experiment import ArmConfig, ExperimentConfig, GatesConfig, load, load_gates
 from bem.config.routing import (
     CloningConfig,
     PolicyGradientConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "TaskConfig",
     "TrainingConfig",
     "load",
+    "load_gates",
     "parse",
     "parse_adapter",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -95,8 +96,14 @@ class ArmConfig(Section):
     """Arm that this one is judged against; None: the baseline."""
 
 
+KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.model_fields))
+"""Of all variants."""
+
+
 class ExperimentConfig(Section):
     """A whole experiment: `bem run` trains, measures, judges and reports it."""
+
+    open_keys: ClassVar[Mapping[str, Sequence[str]]] = {"adapters": KNOBS}
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Folder of the run under `output`."""
@@ -220,13 +227,33 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"No config file at {path}. Shipped ones lie in configs/.")
+    values = _mapping(path, "sections")
+    for override in overrides or []:
+        apply_override(values, override)
+    where = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+    return parse(ExperimentConfig, values, where)
+
+
+def load_gates(path: str | Path | None) -> GatesConfig:
+    """Gates from YAML: the keys to change, alone or under `gates`; None: the defaults.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the nearest is named) or a bad value.
+    """
+    if path is None:
+        return GatesConfig()
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"No gates file at {path}.")
+    values = _mapping(path, "gates")
+    return parse(GatesConfig, values.get("gates", values), str(path))
+
+
+def _mapping(path: Path, of: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, found {type(values).__name__}.")
-    for override in overrides or []:
-        apply_override(values, override)
-    where = f"{path} with {', '.join(overrides)}" if overrides else str(path)
-    return parse(ExperimentConfig, values, where)
+        raise ConfigError(f"{path} must hold a mapping of {of}, found {type(values).__name__}.")
+    return values

@@ -212,7 +212,8 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
     if cache.layers and isinstance(layer := cache.layers[-1], ControlLayer):
         if layer.goes_on(wiring):
             return layer
-        owner = wiring.owner()
+        acting = wiring.acting()
+        owner = wiring.digest(acting)
         if layer.name != wiring.name:
             raise CacheError(
                 f"this cache was filled under adapter {layer.name!r}, now {wiring.name!r} is active: its keys "
@@ -225,12 +226,13 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
                     "values belong to the former. Start with a new cache."
                 )
             layer.owner = owner
-        layer.acting = wiring.acting()
+        layer.acting = acting
         return layer
     grow = getattr(cache, "layer_class_to_replicate", None)
     while grow is not None and len(cache.layers) < wiring.depth:
         cache.layers.append(grow())
-    layer = ControlLayer(wiring, wiring.owner(), cache.is_compileable)
-    layer.acting = wiring.acting()
+    acting = wiring.acting()
+    layer = ControlLayer(wiring, wiring.digest(acting), cache.is_compileable)
+    layer.acting = acting
     cache.layers.append(layer)
     return layer

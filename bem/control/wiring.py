@@ -19,7 +19,13 @@ class Acting:
     members: Sequence[Any]
     """Modules with a control, or what stands for them, in the order of `Wiring.members`."""
     origin: object = None
-    """Of which adapter on which model: a cache of another one is not continued."""
+    """Of which adapter on which model: a cache of another one is not continued. None: modules that may
+    change at any time."""
+
+    @property
+    def digest(self) -> str:
+        """Of the weights that act."""
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Acting:
         return self  # a copied cache goes on under the same weights, it does not copy them
@@ -38,11 +44,15 @@ class Wiring:
     shapings: dict[int, int]  # decoder block whose queries are scaled -> index into `members`
     queries: dict[int, Any] = field(default_factory=dict)  # the same blocks -> their `Queries`
     owner: Callable[[], str] = lambda: ""
-    """Digest of the weights that act now: a cache filled under others is refused."""
+    """Digest of the weights of controller and members as they are now."""
 
     def acting(self) -> Acting:
         """What decides and acts from now on."""
         return self.controller.acting() or Acting(self.controller, self.members)
+
+    def digest(self, acting: Acting) -> str:
+        """Of the weights that act: a cache filled under others is refused."""
+        return self.owner() if acting.origin is None else acting.digest
 
     @property
     def widths(self) -> list[int]:

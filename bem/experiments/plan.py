@@ -51,8 +51,9 @@ class Plan:
         """`v1, rank 9, layers 1 to 3 of 4, counted from 0`."""
         if self.adapter is None:
             return f"experts, route {self.arm.route}, {self.layers}"
-        sites = (self.adapter.rank_attn, self.adapter.rank_mlp)
-        ranks = [self.adapter.rank if rank is None else rank for rank in sites]
+        knobs = self.adapter.model_dump()  # not every variant has a rank for each of its sites
+        by_site = [knobs.get("rank_attn"), knobs.get("rank_mlp")]
+        ranks = [self.adapter.rank if rank is None else rank for rank in by_site]
         rank = " / ".join(map(str, dict.fromkeys(ranks)))
         return f"{self.adapter.variant}, rank {rank}, {self.layers}"
 

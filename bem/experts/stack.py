@@ -47,7 +47,7 @@ class ExpertStack(Adapter):
         self.d_in, self.d_out, self.ranks = d_in, d_out, tuple(ranks)
         ends = list(accumulate(self.ranks, initial=0))
         self.spans = list(pairwise(ends))  # first and past-the-last rank
-        self.control_width = ends[-1]
+        self.control_width = self.rank = ends[-1]
         self.u, self.v = nn.ParameterDict(), nn.ParameterDict()  # expert number -> its factor
         for expert, rank in enumerate(self.ranks):
             if rank:
@@ -148,9 +148,8 @@ class ExpertStack(Adapter):
         """Become another stack of the same shape: its parameters are copied, what acts is shared."""
         with PACKING, torch.no_grad():
             acting = {dtype: other.at(dtype) for dtype in {*self._packs, *other._packs}}
-            for own, theirs in ((self.u, other.u), (self.v, other.v)):
-                for name in own:
-                    own[name] = nn.Parameter(theirs[name].detach().clone(), requires_grad=False)
+            for own, theirs in zip(self.parameters(), other.parameters(), strict=True):
+                own.copy_(theirs)
             self.mounting, self.region = other.mounting, other.region
             self.bases, self._engine = list(other.bases), other._engine
             self._watch.changed(*self.parameters())
@@ -166,11 +165,8 @@ class ExpertStack(Adapter):
             self.ranks,
             self.spans,
         )
-        twin.control_width, twin.mounting, twin.region = (
-            self.control_width,
-            self.mounting,
-            self.region,
-        )
+        twin.control_width = twin.rank = self.rank
+        twin.mounting, twin.region = self.mounting, self.region
         twin.u, twin.v = nn.ParameterDict(), nn.ParameterDict()
         for own, copied in ((self.u, twin.u), (self.v, twin.v)):
             for name, parameter in own.items():

@@ -18,10 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bem.adapters import checkpoint
 from bem.adapters.build import Parts
-from bem.adapters.sites import Site, Sites, base_hash, find_sites
+from bem.adapters.rollback import rolled_back
+from bem.adapters.sites import Site, Sites, find_sites
+from bem.adapters.version import BaseIdentity, Version
 from bem.config import EVIDENCE_FEATURES, RouterConfig, parse
-from bem.errors import AttachError, BaseMismatch, CheckpointError
+from bem.errors import AttachError, CheckpointError
 from bem.experts.compose import TrustRegion
 from bem.experts.expert import Expert, Update, check_name, from_updates, read_expert
 from bem.experts.stack import ExpertStack
@@ -101,11 +104,7 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
     """
     folder = Path(folder)
     manifest = check_files(folder)
-    if manifest["base"] != (actual := base_hash(model)):
-        raise BaseMismatch(
-            f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {actual[:12]}. "
-            "Load the base that it was trained on."
-        )
+    checkpoint.check_base(BaseIdentity(**manifest["base"]), model, str(folder))
     for expert in manifest["experts"]:
         check_name(expert["name"])
     experts = [
@@ -113,16 +112,21 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
         for e in manifest["experts"]
     ]
     config = parse(RouterConfig, manifest["router"], str(folder))
-    mounted = _mount(model, experts, config, as_they_are=True)
-    mounted.router.trained = manifest["trained"]
-    mounted.router.available.copy_(torch.tensor(manifest["available"]))
-    try:
-        mounted.router.policy.load_state_dict(load_file(folder / WEIGHTS))
-    except RuntimeError as error:  # torch's word for other names or shapes
-        mounted.detach()
-        raise CheckpointError(
-            f"{folder}: {WEIGHTS} does not fit the router that its manifest describes: {error}."
-        ) from None
+    with rolled_back(model):
+        mounted = _mount(model, experts, config, as_they_are=True)
+        mounted.router.trained = manifest["trained"]
+        mounted.router.available.copy_(torch.tensor(manifest["available"]))
+        try:
+            mounted.router.policy.load_state_dict(load_file(folder / WEIGHTS))
+        except RuntimeError as error:  # torch's word for other names or shapes
+            raise CheckpointError(
+                f"{folder}: {WEIGHTS} does not fit the router that its manifest describes: {error}."
+            ) from None
+        if mounted.version != Version.from_dict(manifest["version"]):
+            raise CheckpointError(
+                f"{folder}: what was loaded is not the version that its manifest names: it does not belong to "
+                "these files."
+            )
     return mounted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ from bem import files
 from bem.adapters.attach import NAME, Attached, attach_parts
 from bem.adapters.build import Parts
 from bem.adapters.copies import without_adapter
+from bem.adapters.names import name_of_base
 from bem.adapters.peft_method import BemSite
-from bem.adapters.sites import base_hash
+from bem.adapters.version import base_identity
 from bem.config import AdapterConfig, RouterConfig
 from bem.errors import AttachError, CheckpointError
 from bem.experts.expert import Expert, Update, check_name, from_updates, write_lora
@@ -199,6 +201,27 @@ class Mounted(Attached):
                 "other experts, sites, ranks or options: mount it as a model of its own."
             )
 
+    # --- what it is -------------------------------------------------------------------------------
+
+    def acting_config(self) -> dict[str, Any]:
+        """The settings on which outputs depend once the weights are given."""
+        router = self.router_config.model_dump(mode="json", exclude={"seed", "orthogonal"})
+        names = [e.name for e in self.experts]
+        state = {"trained": self.router.trained, "available": self.router.available.tolist()}
+        return {"variant": "routed", "experts": names, "router": router, **state}
+
+    def weight_groups(self) -> dict[str, dict[str, Tensor]]:
+        """Each expert, and the router's policy, with their tensors."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for expert in self.experts:
+            number, named = len(groups), {}
+            for site, stack in self.stacks.items():
+                if stack.ranks[number]:
+                    u, v = stack.factors(number)
+                    named |= {f"{site}.u": u.detach(), f"{site}.v": v.detach()}
+            groups[f"expert {expert.name}"] = named
+        return groups | {"router": dict(self.router.policy.state_dict())}
+
     # --- training ---------------------------------------------------------------------------------
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -262,7 +285,7 @@ class Mounted(Attached):
                 did not write.
         """
         folder = Path(folder)
-        base = getattr(self.base.config, "_name_or_path", "") or None
+        base = name_of_base(self.base)
         with files.whole_folder(folder, written_here, CheckpointError) as work:
             for expert in self.experts:
                 check_name(expert.name)
@@ -281,7 +304,8 @@ class Mounted(Attached):
             "trained": self.router.trained,
             "available": self.router.available.tolist(),
             "experts": [{"name": e.name, "about": e.about} for e in self.experts],
-            "base": base_hash(self.base),
+            "base": asdict(base_identity(self.base)),
+            "version": self.version.to_dict(),
             "data": data_hash,
             "extra": extra or {},
             "files": {f.relative_to(work).as_posix(): files.sha256_file(f) for f in written},

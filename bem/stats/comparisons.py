@@ -123,7 +123,9 @@ def _deviations(statistic: Statistic) -> Floats:
     if units > 1:
         left_out = statistic.of(totals - columns[inside])
         out[inside] = (left_out.mean() - left_out) * np.sqrt((units - 1) / units)
-    if not np.isfinite(observed) or not np.isfinite(out @ out):
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = float(out @ out)
+    if not np.isfinite([observed, squared]).all():
         raise DataError(f"{statistic.name} is {observed}, with an error that is not finite.")
     return out
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bem.config import GatesConfig
 from bem.errors import DataError
@@ -114,30 +115,48 @@ class _Side:
         self.comparisons: list[Comparison] = []
         self.remainders: dict[str, Comparison] = {}
         self.problems: dict[str, str] = {}
+        parts: dict[str | None, NDArray[np.bool_]] = {None: np.ones(baseline.n, dtype=bool)}
+        parts |= {part: np.asarray(mask, dtype=bool) for part, mask in baseline.slices.items()}
+        outside = ~np.logical_or.reduce([parts[part] for part in guarded or [None]])
         codes = cluster_codes(labels, baseline.n)
-        parts = {part: np.asarray(mask, dtype=bool) for part, mask in baseline.slices.items()}
-        inside = [parts[part] for part in guarded] or [np.ones(baseline.n, dtype=bool)]
-        outside = ~np.logical_or.reduce(inside)
         try:
             place = candidate.aligned_to(baseline.example_ids)
             if labels is not None:
                 check_clusters(candidate, baseline.example_ids, labels)
         except DataError as error:
-            self.problems = dict.fromkeys(metrics, str(error))
-            self.problems |= {f"{m}@{part}": str(error) for m in metrics for part in parts}
+            self.problems = {_key(m, part): str(error) for m in metrics for part in parts}
             return
         for metric in metrics:
-            for part, mask in {None: np.ones(baseline.n, dtype=bool), **parts}.items():
+            for part, mask in parts.items():
                 try:
+                    _check_members(candidate, part, mask, place)
                     self.comparisons.append(
                         compare(name, baseline, candidate, metric, part, mask, codes, place)
                     )
                 except DataError as error:
-                    self.problems[metric if part is None else f"{metric}@{part}"] = str(error)
+                    self.problems[_key(metric, part)] = str(error)
             if outside.any() and metric not in self.problems:
                 self.remainders[metric] = compare(
                     name, baseline, candidate, metric, "no slice", outside, codes, place
                 )
+
+
+def _key(metric: str, part: str | None) -> str:
+    return metric if part is None else f"{metric}@{part}"
+
+
+def _check_members(
+    candidate: Measurement, part: str | None, mask: NDArray[np.bool_], place: NDArray[np.intp]
+) -> None:
+    """Refuse a slice that holds other examples in the candidate's measurement."""
+    if part is None or part not in candidate.slices:
+        return
+    theirs = np.asarray(candidate.slices[part], dtype=bool)[place]
+    if (differs := np.flatnonzero(theirs != mask)).size:
+        raise DataError(
+            f"{candidate.name} has other examples in slice {part}: {differs.size} of {mask.size} "
+            "differ. Both sides need the same slices."
+        )
 
 
 def _estimates(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from bem.stats import normal
+from scipy.special import ndtri
 
 
 def minimal_detectable_effect(se: float, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -33,4 +33,4 @@ def more_examples(
 
 
 def _total_z(alpha: float, power: float) -> float:
-    return normal.quantile(1 - alpha / 2) + normal.quantile(power)
+    return float(ndtri(1 - alpha / 2) + ndtri(power))

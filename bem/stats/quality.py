@@ -59,12 +59,11 @@ def too_few(e: Effect, gates: GatesConfig) -> str | None:
     """Why an effect rests on too few independent units, in words; None if it does not."""
     if e.effective_n >= gates.min_items:
         return None
-    if e.n < e.examples:
-        return (
-            f"{e.n} clusters of unequal size count as {e.effective_n:.1f} (Kish), "
-            f"at least {gates.min_items} are needed"
-        )
-    return f"only {e.n} independent examples of {gates.min_items}"
+    if e.n == e.examples:
+        return f"only {e.n} independent examples of {gates.min_items}"
+    unequal = f" of unequal size, which count as {e.effective_n:.1f} (Kish),"
+    size = unequal if e.effective_n < e.n - 0.05 else ""
+    return f"only {e.n} clusters{size} of {gates.min_items} that are needed"
 
 
 def further(share: float, total: int) -> int:

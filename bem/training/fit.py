@@ -141,7 +141,7 @@ class _Run:
         on_progress: Callable[[StepResult], None] | None,
     ) -> None:
         """Take the steps that are left; whatever ends it, the model is in evaluation mode after."""
-        model = self.trainer.attached.model.eval()
+        model = self.trainer.attached.model.train()
         try:
             while self.trainer.steps < len(batches):
                 self._step(batches[self.trainer.steps], on_progress)

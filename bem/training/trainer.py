@@ -15,8 +15,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from bem.training.losses import answer_logits, answer_nll, labelled_tokens
 from bem.training.optimizer import adamw, learning_rate, trained
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What can be trained: `Attached`, `Mounted` while it trains, X-LoRA, a shadow copy.
 
@@ -149,7 +151,7 @@ class Trainer:
         noise = np.random.SeedSequence([self.seed, self.steps]).generate_state(1, np.uint64)[0]
         self.optimizer.zero_grad(set_to_none=True)  # of whoever called backward before
         try:
-            with seeded(int(noise), self.device), mode(self.attached.model, training=True):
+            with seeded(int(noise), self.device), self._in_training():
                 loss, penalty = self._backward(batch)
                 norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
                 self._check_finite("gradient norm", float(norm))
@@ -159,6 +161,11 @@ class Trainer:
         tokens = sum(len(encoded) for encoded in batch)
         seconds = time.perf_counter() - started
         return StepResult(self.steps, loss, penalty, float(norm), rate, tokens, seconds)
+
+    def _in_training(self) -> AbstractContextManager[None]:
+        """Training mode for one step; a loop that is in it already saves the walk over all modules."""
+        model = self.attached.model
+        return nullcontext() if model.training else mode(model, training=True)
 
     def _backward(self, batch: Sequence[Encoded]) -> tuple[float, float]:
         """Gradients of all micro-batches; (loss, penalty)."""

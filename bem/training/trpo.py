@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ Operator = Callable[[Tensor], Tensor]
 _PER_ROW = ("log_probs", "advantages")
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What TRPO asks of a policy: deterministic (no dropout) and twice differentiable."""
 

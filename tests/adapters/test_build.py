@@ -17,6 +17,7 @@ from bem.config import KINDS
 from bem.config.adapters import AdapterConfig
 from bem.errors import AttachError, ConfigError
 from bem.variants.base import Adapter, Flops
+from tests.adapters.test_checks import HERE
 
 # --- what would be bem/variants/shift.py -----------------------------------------------------------
 
@@ -58,7 +59,8 @@ def _registered(monkeypatch):
 
 
 def test_a_new_variant_keeps_the_contract():
-    check_adapter(lambda m: bem.attach(m, "shift", bound=3.0), ["llama", "gpt2"]).raise_if_failed()
+    make, archs = (lambda model: bem.attach(model, "shift", bound=3.0)), ["llama", "gpt2"]
+    check_adapter(make, archs, HERE).raise_if_failed()
 
 
 def test_a_new_variant_is_a_peft_method_at_once(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import bem
+from bem import files
 from bem.adapters.checks import check_adapter
 from bem.control.keys import ChunkKey, chunk_keys
 from bem.errors import AttachError, BaseMismatch, CheckpointError
@@ -116,6 +117,8 @@ def test_saving_and_loading_changes_no_logit_and_no_digest_however_often(tmp_pat
     if unloaded:
         model.unload(unloaded)
     expected, digests, config = logits(model.model), model.pack.expert_digests, model.router_config
+    version = model.version
+    assert version.weights["expert a"] == digests[0] and set(version.sites) == set(model.stacks)
     per_expert = [logits(model.model, route=route(option)) for option in (1, 2, 3)]
     for number in range(3):
         folder = model.save(tmp_path / f"router-{number}")
@@ -123,7 +126,7 @@ def test_saving_and_loading_changes_no_logit_and_no_digest_however_often(tmp_pat
         assert torch.equal(logits(model.model), expected)
         assert model.pack.expert_digests == digests
         assert tuple(e.digest for e in model.experts) == digests
-        assert model.router_config == config
+        assert model.router_config == config and model.version == version
         for option, was in enumerate(per_expert, 1):
             assert torch.equal(logits(model.model, route=route(option)), was)
         assert model.router.available.tolist() == [True, True, unloaded is None, True]
@@ -253,7 +256,7 @@ def test_a_router_is_known_by_its_manifest(tmp_path):
 
 def test_a_changed_file_or_another_base_is_refused(tmp_path):
     folder = mounted(make_llama()).save(tmp_path / "router")
-    with pytest.raises(BaseMismatch, match="made for a base"):
+    with pytest.raises(BaseMismatch, match="made for a base with digest"):
         bem.load_router(make_llama(vocab_size=321), folder)
     weights = folder / "experts" / "a" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -268,6 +271,35 @@ def test_a_changed_file_or_another_base_is_refused(tmp_path):
     manifest.write_text(json.dumps({"kind": "something"}))
     with pytest.raises(CheckpointError, match="single adapter"):
         bem.load_router(make_llama(), folder)
+
+
+def test_a_base_in_another_dtype_is_refused_with_what_to_do(tmp_path):
+    folder = mounted(make_llama()).save(tmp_path / "router")
+    with pytest.raises(BaseMismatch, match=r"Load the base with dtype=torch\.float32"):
+        bem.load_router(make_llama().to(torch.bfloat16), folder)
+
+
+def test_a_policy_of_another_router_is_refused_and_the_model_is_left_as_it_was(tmp_path):
+    folder = mounted(make_llama()).save(tmp_path / "router")
+    other = mounted(make_llama(), seed=9).save(tmp_path / "other")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "router.safetensors").write_bytes((other / "router.safetensors").read_bytes())
+    digest = files.sha256_file(folder / "router.safetensors")
+    manifest["files"]["router.safetensors"] = digest
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    model, before = make_llama(), logits(make_llama())
+    with pytest.raises(CheckpointError, match="not the version that its manifest names"):
+        bem.load_router(model, folder)
+    assert not hasattr(model, "peft_config") and torch.equal(logits(model), before)
+    mounted(model)
+
+
+def test_more_sites_than_peft_lists_by_name():
+    model = make_llama(num_hidden_layers=14)
+    experts = [expert(model, name, 2, i, layer=0) for i, name in enumerate("ab")]
+    routed = bem.mount(model, experts, chunk_size=8)
+    assert len(routed.stacks) == 28
+    assert (logits(routed.model, route=route(1)) - logits(routed.model)).abs().max() > 1e-3
 
 
 def test_impossible_mounts_are_refused_with_the_reason():

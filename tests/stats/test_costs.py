@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bem.config import GatesConfig
-from bem.stats.costs import cost_checks, costs_not_measured
+from bem.stats.costs import cost_checks, costs_not_measured, further_timing_rounds
 from bem.stats.measurement import RouterFacts
 from bem.stats.monotone import index_swap
 from tests.stats.arms import arm, pair
@@ -138,6 +138,16 @@ def test_requests_on_one_document_are_one():
     assert kv_hit.passed is None and "only 10.0 independent requests" in kv_hit.reason
 
 
+def test_requests_that_are_examples_are_paired_by_their_ids():
+    use = {key: values[0] for key, values in seeds_of(1).items()}
+    old = arm("s0", np.zeros(40), **use)
+    order = np.random.default_rng(1).permutation(40)
+    new = arm("v1", np.zeros(40), example_ids=[old.example_ids[i] for i in order],
+              **{key: values[order] for key, values in use.items()})  # fmt: skip
+    kv_hit = next(c for c in cost_checks(old, new, GATES) if c.kind == "kv_hit")
+    assert (kv_hit.ci_low, kv_hit.ci_high, kv_hit.passed) == (0.0, 0.0, True)
+
+
 def test_a_router_plans_at_most_three_actions():
     assert check("router.plan", router=RouterFacts([1, 3])).passed is True
     assert check("router.plan", router=RouterFacts([1, 4])).passed is False
@@ -203,3 +213,14 @@ def test_costs_that_no_side_measured_are_named_and_those_of_one_side_are_not():
     assert costs_not_measured([bare, bare]) == ("budget", "latency", "memory", "kv_hit")
     half = arm("v1", np.zeros(30), **{**free, "latency_ms": {"decode": [1.0] * 9}})
     assert costs_not_measured([bare, half]) == ("budget", "memory", "kv_hit")
+
+
+def test_timing_goes_on_while_any_arm_in_any_phase_is_open():
+    rng = np.random.default_rng(0)
+    base = {"prefill": rng.lognormal(2, 0.1, 20), "decode": rng.lognormal(1, 0.1, 20)}
+    fast = {phase: 1.01 * t * rng.lognormal(0, 0.01, 20) for phase, t in base.items()}
+    near = {**fast, "decode": 1.145 * base["decode"] * rng.lognormal(0, 0.05, 20)}
+    assert further_timing_rounds([(fast, base)], GATES, 100) == 0
+    assert further_timing_rounds([(fast, base), (near, base)], GATES, 100) == 20
+    assert further_timing_rounds([(fast, base), (near, base)], GATES, 20) == 0
+    assert further_timing_rounds([], GATES, 20) == 0

@@ -195,7 +195,7 @@ def test_harm_can_be_shown_beyond_what_resamples_resolve():
 
 def two_metrics(second, points, **more):
     old, new, _ = draw([2], 1000, 0, 6.0)
-    side = np.random.default_rng(0).random(1000)
+    side = 0.4 + 0.2 * np.random.default_rng(0).random(1000)  # with its change inside 0 to 1
     return verdict_of(
         {"em": old, second: side}, {"em": new, second: side + points}, declared=more or None
     )
@@ -203,7 +203,7 @@ def two_metrics(second, points, **more):
 
 def test_a_metric_that_truly_falls_is_not_lent_the_strength_of_another():
     rng = np.random.default_rng(0)
-    verdict = two_metrics("f1", -0.05 + 0.1 * rng.normal(size=1000))
+    verdict = two_metrics("f1", -0.05 + 0.1 * rng.normal(size=1000).clip(-3, 3))
     assert verdict.check("quality").passed
     assert verdict.check("regression.f1").passed is False
 
@@ -289,7 +289,7 @@ def test_clusters_of_very_unequal_size_count_as_few():
     assert effect.effective_n < 20
     assert verdict.decision == "INCONCLUSIVE"
     for name in ("quality", "regression.em"):
-        assert "clusters of unequal size count as" in verdict.check(name).reason
+        assert "only 40 clusters of unequal size, which count as" in verdict.check(name).reason
     assert verdict.n_more == int(np.ceil(n * (20 / effect.effective_n - 1)))
 
 
@@ -308,7 +308,8 @@ def test_clusters_that_only_the_candidate_has_are_used():
     )["v1"]  # fmt: skip
     both = em_verdict(old, new, clusters=labels)
     assert one_sided.effects == both.effects
-    assert one_sided.decision == both.decision == "INCONCLUSIVE"  # four documents
+    assert one_sided.decision == both.decision == "INCONCLUSIVE"
+    assert "only 4 clusters of 20" in both.check("quality").reason
 
 
 def test_clusters_that_contradict_each_other_are_refused_for_that_candidate_alone():
@@ -323,3 +324,30 @@ def test_clusters_that_contradict_each_other_are_refused_for_that_candidate_alon
     assert "into other clusters: 0 is in 'x0'" in verdicts["bad"].check("quality").reason
     assert verdicts["bad"].decision == "INCONCLUSIVE"
     assert verdicts["good"].effects
+
+
+def test_scores_too_large_for_double_precision_are_open_and_spare_the_other_candidate():
+    rng = np.random.default_rng(0)
+    ids, ms = [str(i) for i in range(100)], {"ms": Metric(False, None)}
+    base = Measurement("s0", {"ms": rng.random(100)}, ids, declared=ms)
+    sides = {
+        "huge": Measurement("huge", {"ms": 1e300 * rng.normal(size=100)}, ids, declared=ms),
+        "fine": Measurement("fine", {"ms": 0.5 * np.asarray(base.metrics["ms"])}, ids, declared=ms),
+    }
+    verdicts = judge(base, sides, GATES)
+    assert "not finite" in verdicts["huge"].check("quality").reason
+    assert verdicts["fine"].decision == "PROMOTE"
+
+
+def test_a_slice_that_holds_other_examples_in_the_candidate_is_open():
+    old, new, _ = draw([2], 1000, 0, 6.0)
+    ids, mask = [str(i) for i in range(1000)], np.arange(1000) < 300
+    base = Measurement("s0", {"em": old}, ids, slices={"hard": mask})
+    other = Measurement("v1", {"em": new}, ids, slices={"hard": ~mask})
+    check = judge(base, {"v1": other}, GATES)["v1"].check("slice.hard.em")
+    assert check.passed is None and "1000 of 1000 differ" in check.reason
+    order = np.arange(1000)[::-1]
+    same = Measurement(
+        "v1", {"em": new[order]}, [ids[i] for i in order], slices={"hard": mask[order]}
+    )
+    assert judge(base, {"v1": same}, GATES)["v1"].check("slice.hard.em").passed

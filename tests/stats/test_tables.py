@@ -50,7 +50,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         TABLE.encode("utf-16"),
         codecs.BOM_UTF16_BE + TABLE.encode("utf-16-be"),
         TABLE.replace(",", "\t").encode("utf-32"),
-        gzip.compress(TABLE.encode()),
+        gzip.compress(TABLE.encode(), mtime=0),
         LINES,
         LINES.replace("\n", "\r\n"),
         LINES.replace("\n", "\r"),
