@@ -1,7 +1,7 @@
 """How often does `judge` promote, reject or leave open a candidate whose true gain is known?
 
     python benchmarks/power.py            # half an hour on one core; stopped, it goes on where it was
-    python benchmarks/power.py --quick    # a minute: fewer runs, printed and not kept
+    python benchmarks/power.py --quick    # a minute: fewer runs, printed, not written
 
 Two arms answer n questions whose difficulty is uniform (beta(1, 1)) and share 70 % of their answers;
 the candidate's other answers are right more often, so that it is truly `gain` points better on
@@ -40,6 +40,8 @@ DOCUMENT = 4  # questions on one document
 PARAPHRASES = 0.5  # of the further questions on a document: their answers are those of the first
 AIM_POWER, AIM_HARM = 0.85, 0.05
 BATCH = 25
+HARMED_RUNS, LOOK = 3000, 300
+"""Most runs of a situation with a harmed slice; every LOOK runs it ends if its aim is decided."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,22 @@ def cells(quick: bool) -> dict[Cell, int]:
     runs: dict[Cell, int] = {}
     for n in sizes:
         for k in (0, 10) if quick else (0, 5, 10, 20):
-            runs |= {Cell(n, k, g): 600 if k in (0, 10) else 300 for g in gains}
+            runs |= {Cell(n, k, g): 600 if k in (0, 10) else 200 for g in gains}
     large = (1000,) if quick else (1000, 2000)
     for n in large:
         for k in (0, 10):
-            runs |= {Cell(n, k, g, metrics=m): 200 for m in (2, 4) for g in gains}
-            runs |= {Cell(n, k, g, clustered=True): 300 for g in gains}
+            runs |= {Cell(n, k, g, metrics=m): 150 for m in (2, 4) for g in gains}
+            runs |= {Cell(n, k, g, clustered=True): 200 for g in gains}
     harmed = [(1000, 5), (2000, 5), (2000, 10), (4000, 20)]
     for n, k in harmed[:1] if quick else harmed:
-        runs |= {Cell(n, k, g, harmed=True): 1500 for g in gains if g > 0}
+        runs |= {Cell(n, k, g, harmed=True): HARMED_RUNS for g in gains if g > 0}
         runs |= {Cell(n, k, 4): 600, Cell(n, 0, 4): 600} if not quick else {}
     if not quick:
-        runs |= {Cell(2000, 10, 4, harmed=True): 1500, Cell(4000, 20, 4, harmed=True): 1500}
-        runs |= {Cell(n, 1, g, harmed=True, rows=200): 1500 for n in large for g in (3, 5)}
-        runs |= {Cell(2000, 5, 5, harmed=True, clustered=True): 1000}
-        runs |= {Cell(2000, 10, 5, harmed=True, metrics=4): 600}
-    runs = dict(sorted(runs.items(), key=lambda item: not item[0].harmed))  # the longest first
+        runs |= {Cell(n, k, 4, harmed=True): HARMED_RUNS for n, k in harmed[2:]}
+        runs |= {Cell(n, 1, g, harmed=True, rows=200): HARMED_RUNS for n in large for g in (3, 5)}
+        runs |= {Cell(2000, 5, 5, harmed=True, clustered=True): HARMED_RUNS}
+        runs |= {Cell(2000, 10, 5, harmed=True, metrics=4): HARMED_RUNS}
+    runs = dict(sorted(runs.items(), key=lambda item: not item[0].harmed))  # the hardest first
     return dict.fromkeys(runs, 20) if quick else runs
 
 
@@ -147,32 +149,41 @@ def code_digest() -> str:
     return sha256_json([GATES.model_dump(mode="json"), drawn, *map(sha256_file, files)])
 
 
-def run(wanted: dict[Cell, int], kept: Path | None) -> dict[Cell, list[int]]:
-    """Counts of PROMOTE, REJECT and INCONCLUSIVE of every cell, written to `kept` as they grow."""
-    counts = {cell: [0, 0, 0] for cell in wanted}
-    digest, started, done_before = code_digest(), time.perf_counter(), 0
-    if kept is not None and kept.is_file():
-        before = read_json(kept)
+def run(plan: dict[Cell, int], target: Path | None) -> dict[Cell, list[int]]:
+    """Counts of PROMOTE, REJECT and INCONCLUSIVE of every cell, written to `target` as they grow."""
+    counts = {cell: [0, 0, 0] for cell in plan}
+    digest, started, made_before = code_digest(), time.perf_counter(), 0
+    if target is not None and target.is_file():
+        before = read_json(target)
         for row in before["cells"] if before["code"] == digest else []:
             cell = Cell(**{k: v for k, v in row.items() if k != "counts"})
             if cell in counts:
                 counts[cell] = row["counts"]
-                done_before += sum(row["counts"])
-    total, saved = sum(wanted.values()), time.perf_counter()
-    for number, (cell, runs) in enumerate(wanted.items(), 1):
-        while (done := sum(counts[cell])) < runs:
+                made_before += sum(row["counts"])
+    saved = time.perf_counter()
+    for number, (cell, runs) in enumerate(plan.items(), 1):
+        while (done := sum(counts[cell])) < runs and not decided(cell, counts[cell]):
             for i in range(done, min(done + BATCH, runs)):
                 counts[cell][DECISIONS.index(judged(cell, i))] += 1
-            if kept is not None and time.perf_counter() - saved > 20:
-                save(kept, digest, counts)
+            if target is not None and time.perf_counter() - saved > 20:
+                save(target, digest, counts)
                 saved = time.perf_counter()
-        ready = sum(map(sum, counts.values()))
-        pace = (time.perf_counter() - started) / max(ready - done_before, 1)
-        print(f"[{number}/{len(wanted)}] {cell} {counts[cell]}  {ready}/{total} runs, "
-              f"{pace * (total - ready) / 60:.0f} min left", flush=True)  # fmt: skip
-    if kept is not None:
-        save(kept, digest, counts)
+        made = sum(map(sum, counts.values())) - made_before
+        pace = (time.perf_counter() - started) / max(made, 1)
+        left = sum(list(plan.values())[number:]) * pace / 60
+        print(f"[{number}/{len(plan)}] {cell} {counts[cell]}, at most {left:.0f} min left",
+              flush=True)  # fmt: skip
+    if target is not None:
+        save(target, digest, counts)
     return counts
+
+
+def decided(cell: Cell, row: list[int]) -> bool:
+    """Whether a harmed slice's aim is met or missed beyond doubt, looked at now and then."""
+    if not cell.harmed or not sum(row) or sum(row) % LOOK:
+        return False
+    low, high = wilson(row[0], sum(row))
+    return high <= AIM_HARM or low > AIM_HARM
 
 
 def save(path: Path, digest: str, counts: dict[Cell, list[int]]) -> None:
@@ -324,14 +335,14 @@ interval decides, else "open".
 def main() -> None:
     """All cells, then the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few runs, printed and not kept")
+    parser.add_argument("--quick", action="store_true", help="few runs, printed, not written")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    kept = None if options.quick else options.out / "power.json"
-    counts = run(cells(options.quick), kept)
+    target = None if options.quick else options.out / "power.json"
+    counts = run(cells(options.quick), target)
     text = report(counts)
     print(text)
-    if kept is not None:
+    if target is not None:
         write_text(options.out / "power.md", text)
 
 

@@ -89,7 +89,7 @@ def test_problems_say_what_to_do(corpus, tmp_path):
 
 def test_the_commands_are_importable_without_the_heavy_libraries():
     code = (
-        "import sys, bem.cli.index, bem.evidence.index; "
+        "import sys, bem.cli.index; "
         "heavy = {'torch', 'bm25s', 'faiss', 'sentence_transformers', 'transformers', 'Stemmer'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )

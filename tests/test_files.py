@@ -4,7 +4,7 @@ import gzip
 import pytest
 
 from bem.errors import DataError
-from bem.files import json_lines, parse_json, read_text
+from bem.files import json_lines, parse_json, read_text, whole
 
 
 def written(folder, content, name="rows.jsonl"):
@@ -106,3 +106,23 @@ def test_lines_that_cannot_be_read_are_named(tmp_path, content):
         list(json_lines(tmp_path))
     with pytest.raises(DataError, match=r"none.jsonl is missing"):
         list(json_lines(tmp_path / "none.jsonl"))
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    lines = json_lines(written(tmp_path, b'{"a": 1}\n{broken\n'))
+    assert next(lines) == (1, {"a": 1})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
+        next(lines)
+
+
+def test_a_file_or_folder_gets_its_name_when_it_is_whole(tmp_path):
+    with whole(tmp_path / "file") as draft:
+        draft.write_text("x")
+        assert not (tmp_path / "file").exists()
+    with whole(tmp_path / "folder") as draft:
+        draft.mkdir()
+        (draft / "part").write_text("y")
+    assert (tmp_path / "file").read_text() == "x" and (tmp_path / "folder/part").read_text() == "y"
+    with pytest.raises(IsADirectoryError), whole(tmp_path / "file") as draft:
+        draft.write_text("half") and tmp_path.write_text("killed")
+    assert (tmp_path / "file").read_text() == "x"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -14,13 +14,12 @@ from rich.table import Table
 
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import ConfigError
-from bem.evidence import index as indexes
-from bem.evidence.encoders import OWN, Encoder, load_encoder
-from bem.evidence.index import Hit, open_index
-from bem.evidence.passages import read_corpus
-from bem.evidence.rerank import load_reranker
-from bem.evidence.retriever import Evidence, Retriever
-from bem.evidence.storage import Manifest, check_files, read_manifest
+
+if TYPE_CHECKING:
+    from bem.evidence.encoders import Encoder
+    from bem.evidence.index import Hit
+    from bem.evidence.retriever import Evidence
+    from bem.evidence.storage import Manifest
 
 SHOWN_CHARACTERS = 200
 
@@ -57,6 +56,10 @@ def build(
 
     Whoever queries the folder meanwhile gets what it held before.
     """
+    from bem.evidence import index as indexes
+    from bem.evidence.passages import read_corpus
+    from bem.evidence.storage import read_manifest
+
     passages = read_corpus(corpus)
     made_by = _encoder(encoder, base)
     console = Console()
@@ -75,10 +78,12 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per passage.")] = False,
 ) -> int:
     """Show the passages that an index finds for a query."""
+    from bem.evidence import index as indexes
+
     methods = get_args(indexes.Method)
     if method not in methods:
         raise ConfigError(f"No search method {method!r}; there are {', '.join(methods)}.")
-    index = open_index(folder)
+    index = indexes.open_index(folder)
     if method != "bm25":
         _quiet()
     hits = index.search([query], k, method)[0]  # pyright: ignore[reportArgumentType]
@@ -107,6 +112,10 @@ def evidence(
     as_json: Annotated[bool, typer.Option("--json", help="Passages and record as JSON.")] = False,
 ) -> int:
     """Show what a model would be given and told for a question: passages, and how good they are."""
+    from bem.evidence.index import open_index
+    from bem.evidence.rerank import load_reranker
+    from bem.evidence.retriever import Retriever
+
     _quiet()
     judge = load_reranker(reranker)
     most = max(candidates, shown)
@@ -125,6 +134,8 @@ def evidence(
 @index_app.command()
 def info(folder: Folder) -> int:
     """Check every file of an index against its manifest, and say what it holds."""
+    from bem.evidence.storage import check_files, read_manifest
+
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     console = Console()
@@ -136,6 +147,8 @@ def info(folder: Folder) -> int:
 def _encoder(name: str, base: str) -> Encoder | None:
     if name == "none":
         return None
+    from bem.evidence.encoders import OWN, load_encoder
+
     _quiet()
     return load_encoder(f"{OWN}{base}" if name == "base" else name)
 

@@ -19,52 +19,54 @@ if TYPE_CHECKING:
 
 SEEDS = (1, 2, 3, 5)
 
+Gain = Annotated[float, typer.Option("--gain", help="True gain worth finding, in points.")]
+Baseline = Annotated[
+    Path | None, typer.Option("--baseline", help="Scores of an arm: a file, or runs/NAME/arms/ARM.")
+]
+Candidate = Annotated[
+    Path | None, typer.Option("--candidate", help="Scores of a similar arm, likewise.")
+]
+MetricName = Annotated[str, typer.Option("--metric", help="Metric of these scores.")]
+Score = Annotated[
+    float, typer.Option("--score", help="Without files: the baseline's score, 0..100.")
+]
+Shared = Annotated[
+    float, typer.Option("--shared", help="... share of answers that both give alike, 0..1.")
+]
+SeedsAlike = Annotated[
+    float, typer.Option("--seeds-alike", help="... correlation of an example's gain between seeds.")
+]
+ClusterSize = Annotated[
+    float, typer.Option("--cluster-size", help="... examples per source document.")
+]
+ClusterCorrelation = Annotated[
+    float, typer.Option("--cluster-correlation", help="... correlation of gains within one.")
+]
+Slices = Annotated[
+    int | None, typer.Option("--slices", min=0, help="Guarded slices; default: as in the files.")
+]
+Hypotheses = Annotated[
+    int, typer.Option("--hypotheses", min=1, help="Candidates x primary metrics.")
+]
+Rows = Annotated[
+    int | None, typer.Option("--rows", min=1, help="Also: what so many rows would show.")
+]
+Latency = Annotated[
+    float, typer.Option("--latency", min=0.01, help="Expected ratio of the latencies.")
+]
+Noise = Annotated[
+    float, typer.Option("--noise", min=0, help="Standard deviation of its log in one round.")
+]
+Gates = Annotated[Path | None, typer.Option("--gates", help="YAML with the gates to change.")]
+
 
 def plan(
-    gain: Annotated[float, typer.Option("--gain", help="True gain worth finding, in points.")],
-    baseline: Annotated[
-        Path | None,
-        typer.Option("--baseline", help="Scores of an arm: a file, or runs/NAME/arms/ARM."),
-    ] = None,
-    candidate: Annotated[
-        Path | None, typer.Option("--candidate", help="Scores of a similar arm, likewise.")
-    ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="Metric of these scores.")] = "em",
-    score: Annotated[
-        float, typer.Option("--score", help="Without files: the baseline's score, 0..100.")
-    ] = 50.0,
-    shared: Annotated[
-        float, typer.Option("--shared", help="... share of answers that both give alike, 0..1.")
-    ] = 0.7,
-    seeds_alike: Annotated[
-        float, typer.Option("--seeds-alike", help="... correlation of gains between seeds.")
-    ] = 0.5,
-    cluster_size: Annotated[
-        float, typer.Option("--cluster-size", help="... examples per source document.")
-    ] = 1.0,
-    cluster_correlation: Annotated[
-        float, typer.Option("--cluster-correlation", help="... correlation of gains within one.")
-    ] = 0.2,
-    slices: Annotated[
-        int | None,
-        typer.Option("--slices", min=0, help="Guarded slices; default: as in the files."),
-    ] = None,
-    hypotheses: Annotated[
-        int, typer.Option("--hypotheses", min=1, help="Candidates x primary metrics.")
-    ] = 1,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Also: what so many rows would show.")
-    ] = None,
-    latency: Annotated[
-        float, typer.Option("--latency", min=0.01, help="Expected ratio of the latencies.")
-    ] = 1.05,
-    noise: Annotated[
-        float, typer.Option("--noise", min=0, help="Standard deviation of its log in one round.")
-    ] = 0.05,
-    gates: Annotated[
-        Path | None, typer.Option("--gates", help="YAML with the gates to change.")
-    ] = None,
-) -> int:
+    gain: Gain, baseline: Baseline = None, candidate: Candidate = None, metric: MetricName = "em",
+    score: Score = 50.0, shared: Shared = 0.7, seeds_alike: SeedsAlike = 0.5,
+    cluster_size: ClusterSize = 1.0, cluster_correlation: ClusterCorrelation = 0.2,
+    slices: Slices = None, hypotheses: Hypotheses = 1, rows: Rows = None,
+    latency: Latency = 1.05, noise: Noise = 0.05, gates: Gates = None,
+) -> int:  # fmt: skip
     """Say how many rows, seeds and timing rounds a wanted decision needs.
 
     How much examples vary is taken from two score files, if there are any (what `bem validate`
@@ -74,7 +76,6 @@ def plan(
     from bem.stats import planning
 
     limits = load_gates(gates)
-    console = Console()
     if (baseline is None) != (candidate is None):
         raise ConfigError("--baseline and --candidate go together: how a pair differs is measured.")
     if baseline is not None and candidate is not None:
@@ -87,13 +88,13 @@ def plan(
             score / 100, shared, gain, seeds_alike, cluster_size, cluster_correlation
         )
         source = f"assumed: score {score:g}, {shared:.0%} of the answers shared"
-    goal = planning.Goal(gain, slices or 0, hypotheses)
+    console = Console()
     console.print(
         f"An example's gain varies by {spread.per_row(1) ** 0.5:.0f} points with one seed "
         f"({escape(source)}; design effect of clusters {spread.design_effect:.2f}).",
         soft_wrap=True,
     )
-    console.print(_table(goal, spread, limits, rows))
+    console.print(_table(planning.Goal(gain, slices or 0, hypotheses), spread, limits, rows))
     console.print(_timing(latency, noise, limits), soft_wrap=True)
     return 0
 

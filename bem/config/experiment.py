@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -95,8 +96,14 @@ class ArmConfig(Section):
     """Arm that this one is judged against; None: the baseline."""
 
 
+KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.model_fields))
+"""Of all variants."""
+
+
 class ExperimentConfig(Section):
     """A whole experiment: `bem run` trains, measures, judges and reports it."""
+
+    open_keys: ClassVar[Mapping[str, Sequence[str]]] = {"adapters": KNOBS}
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Folder of the run under `output`."""

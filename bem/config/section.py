@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +17,9 @@ class Section(BaseModel):
     """A part of the config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    open_keys: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Field that is a plain mapping -> keys that it may have: what an error message can point to."""
 
 
 S = TypeVar("S", bound=Section)
@@ -92,6 +95,7 @@ def _paths(section: type[Section], seen: frozenset[type] = frozenset()) -> Itera
     """Every key of a section and of the sections below it, with dots; NAME stands for list entries."""
     for name, field in section.model_fields.items():
         yield name
+        yield from (f"{name}.{key}" for key in section.open_keys.get(name, ()))
         several = "list[" in str(field.annotation)
         for inner in _sections_in(field.annotation):
             if inner not in seen:

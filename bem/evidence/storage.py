@@ -40,7 +40,7 @@ LOCK = ".lock"
 _GENERATION = re.compile("g-[0-9a-f]{16}")
 
 Progress = Callable[[str, int, int], None]
-"""Hears what is being done, how much is done, and of how much."""
+"""Called with (stage, done, total)."""
 
 
 @dataclass(frozen=True)

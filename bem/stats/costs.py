@@ -24,14 +24,12 @@ from numpy.typing import ArrayLike
 
 from bem.config import GatesConfig
 from bem.errors import DataError
-from bem.stats.bootstrap import joint_bca
-from bem.stats.comparisons import effective_units
-from bem.stats.inputs import Floats, cluster_codes, finite, sum_by_cluster
+from bem.stats.cache_hits import fact, kv_hit_checks
+from bem.stats.inputs import finite
 from bem.stats.latency import further_rounds, paired_ratio
 from bem.stats.measurement import Measurement
 from bem.stats.monotone import index_swap
 from bem.stats.verdict import Check, Kind
-from bem.stats.weights import Statistic
 
 MAX_PLAN = 3
 """Most actions in a router's plan."""
@@ -51,7 +49,7 @@ def costs_not_measured(sides: Sequence[Measurement]) -> tuple[str, ...]:
     return tuple(
         gate
         for gate, names in COSTS.items()
-        if not any(_measured(_fact(side, name)) for side in sides for name in names)
+        if not any(_measured(fact(side, name)) for side in sides for name in names)
     )
 
 
@@ -69,7 +67,7 @@ def cost_checks(
         "budget": lambda: _budget(baseline, candidate, gates),
         "latency": lambda: _latency(baseline, candidate, gates),
         "memory": lambda: _memory(baseline, candidate, gates),
-        "kv_hit": lambda: _kv_hit(baseline, candidate, gates, labels),
+        "kv_hit": lambda: kv_hit_checks(baseline, candidate, gates, labels),
         "router": lambda: _router(candidate, routed),
         "index_swap": lambda: _index_swap(baseline, candidate, gates, labels, routed),
     }
@@ -162,7 +160,7 @@ def _phase(phase: str, baseline: Measurement, candidate: Measurement, gates: Gat
 
 
 def _memory(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
-    new, old = (_fact(side, "adapter_memory_bytes") for side in (candidate, baseline))
+    new, old = (fact(side, "adapter_memory_bytes") for side in (candidate, baseline))
     most = gates.memory_ratio_max
     if not _positive(old) or not _positive(new):
         reason = (
@@ -174,75 +172,6 @@ def _memory(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
         f"the adapter adds {new:g} bytes, {ratio:.3f} of the baseline's {old:g}; allowed {most:g}."
     )
     return [Check("memory", ratio <= most, reason, value=ratio, limit=most)]
-
-
-# --- cache hits ---------------------------------------------------------------------------------
-
-
-def _kv_hit(
-    baseline: Measurement, candidate: Measurement, gates: GatesConfig, labels: Sequence[str] | None
-) -> list[Check]:
-    sides = [_cache_use(side) for side in (candidate, baseline)]
-    if len(sides[0]) != len(sides[1]):
-        raise DataError(f"{len(sides[0])} requests cannot be paired with {len(sides[1])}.")
-    columns = np.concatenate(sides, axis=1)
-    same = labels is not None and len(columns) == baseline.n
-    codes = cluster_codes(labels, baseline.n) if same else None
-    effective = effective_units(np.ones(len(columns), dtype=bool), codes)
-    if effective < gates.min_items:
-        reason = f"only {effective:.1f} independent requests; {gates.min_items} are needed."
-        return [Check("kv_hit", None, reason)]
-    statistic = Statistic("kv_hit", sum_by_cluster(columns, codes), _hit_rate_difference)
-    bca = joint_bca([statistic], gates.n_bootstrap, gates.alpha, gates.seed)[0]
-    margin = -gates.kv_hit_margin_points / 100
-    passed = True if bca.lower >= margin else False if bca.upper < margin else None
-    reason = (
-        f"hit rate {100 * bca.observed:+.2f} points [{100 * bca.lower:.2f}, "
-        f"{100 * bca.upper:.2f}] over {bca.n} independent requests; "
-        f"the lower limit may be {100 * margin:g}."
-    )
-    return [
-        Check(
-            "kv_hit", passed, reason, value=bca.observed, limit=margin,
-            ci_low=bca.lower, ci_high=bca.upper,
-        )
-    ]  # fmt: skip
-
-
-def _cache_use(side: Measurement) -> Floats:
-    """[requests, 2]: hits and needs, summed over the seeds of each request.
-
-    Raises:
-        DataError: a fact is missing, or more was hit than the cache held or the request needed.
-    """
-    columns = {}
-    for name in ("kv_hits", "kv_held", "kv_needed"):
-        values = _fact(side, name)
-        if values is None:
-            raise DataError(f"{side.name} has no {name}.")
-        columns[name] = np.atleast_2d(finite(f"{side.name}: {name}", values, (1, 2)))
-    hits, held, needed = columns.values()
-    if not hits.shape == held.shape == needed.shape:
-        raise DataError(f"{side.name}: {', '.join(columns)} differ in shape.")
-    if hits.shape[0] == 1 and side.n < hits.shape[1] and hits.shape[1] % side.n == 0:
-        raise DataError(
-            f"{side.name}: {hits.shape[1]} requests for {side.n} examples: are they seeds of the "
-            "same requests? Give kv_hits, kv_held and kv_needed as [seeds, requests]."
-        )
-    if (hits > np.minimum(held, needed)).any() or hits.min() < 0 or not needed.any():
-        raise DataError(
-            f"{side.name}: kv_hits must lie between 0 and what the cache held and the request "
-            "needed."
-        )
-    return np.stack([hits.sum(axis=0), needed.sum(axis=0)], axis=1)
-
-
-def _hit_rate_difference(sums: Floats) -> Floats:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
-
-
-# --- routers and the index ----------------------------------------------------------------------
 
 
 def _router(candidate: Measurement, routed: bool) -> list[Check]:
@@ -291,11 +220,6 @@ def _clusters_of(
         return None
     label = dict(zip(baseline.example_ids, labels, strict=True))
     return [label.get(example, example) for example in candidate.example_ids]
-
-
-def _fact(side: Measurement, name: str) -> Any:
-    """A field that measurements of older runs lack."""
-    return getattr(side, name, None)
 
 
 def _measured(value: Any) -> bool:

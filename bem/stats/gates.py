@@ -25,20 +25,19 @@ def judge(
 
     PROMOTE: every gate passed. Quality passes if in one primary metric the BCa lower limit exceeds
     the margin, Benjamini-Hochberg rejects over candidates x family, and the exact sign-flip test
-    agrees, on at least `min_items` independent examples of which `min_discordant` differ, and no
-    few large losses decide the mean. No metric and no slice was harmed (`bem.stats.guards`).
+    agrees, on enough examples of which enough differ, and no few large losses decide the mean. No
+    metric and no slice was harmed (`bem.stats.guards`).
 
-    REJECT: a gate is definitely failed. That is: over budget; over memory; a latency or cache
-    interval wholly beyond its limit; harm shown in a metric or a slice, by a test over all of them;
-    or quality: in every primary metric the upper limit lies below the smallest useful gain.
+    REJECT: a gate is definitely failed: over budget or memory; a latency or cache interval wholly
+    beyond its limit; harm shown in a metric or a slice, by a test over all of them; or in every
+    primary metric the upper limit lies below the smallest useful gain.
 
     INCONCLUSIVE: anything else. What cannot be computed (no baseline, other examples, NaN, too few)
     is open, never passed.
 
     Args:
         family: primary metrics, declared before looking; None: the baseline's core metrics.
-        routed: candidates that route between experts: facts about the router that they lack leave
-            its gates open.
+        routed: candidates that route between experts: what they lack leaves a router's gates open.
     Raises:
         ValueError: `routed` names no candidate.
     """

@@ -95,13 +95,13 @@ def normal_code(text: str) -> str:
 
 
 def set_aside(
-    text: str, pattern: re.Pattern[str], kept: Callable[[str], bool] = lambda quote: True
+    text: str, pattern: re.Pattern[str], is_data: Callable[[str], bool] = lambda quote: True
 ) -> tuple[str, list[str]]:
-    """The text with a mark in place of each match, and the matches; those not `kept` are dropped."""
+    """The text with a mark in place of each match, and the matches; those that are not data are dropped."""
     quotes: list[str] = []
 
     def mark(match: re.Match[str]) -> str:
-        if not kept(match[0]):
+        if not is_data(match[0]):
             return ""
         quotes.append(match[0])
         return f"\0{len(quotes) - 1}\0"

@@ -89,7 +89,7 @@ def _best(parts: Callable[[str], Sequence[Any]]) -> Callable[[str, Sequence[str]
     return lambda answer, refs: max(f1(answer, ref) for ref in refs)
 
 
-def _is_said(text: str) -> float:
+def _is_something(text: str) -> float:
     return float(bool(text.strip()))
 
 
@@ -128,7 +128,7 @@ def _number(text: str) -> tuple[bool, str]:
 
 
 FORMS: dict[str, Form] = {
-    "text": Form(_is_said, exact_match, token_f1),
+    "text": Form(_is_something, exact_match, token_f1),
     "json": Form(json_validity, _json_em, _json_f1),
     "tool": Form(
         lambda t: float(t.strip() == NO_CALL or bool(json_validity(t))), _call_em, _call_f1
@@ -156,6 +156,6 @@ FORMS: dict[str, Form] = {
         _by(normal_call),
         _best(lambda t: re.findall(r"\w+", t)),
     ),
-    "code": Form(_is_said, _by(normal_code), _best(lambda t: re.findall(r"\w+|[^\w\s]", t))),
+    "code": Form(_is_something, _by(normal_code), _best(lambda t: re.findall(r"\w+|[^\w\s]", t))),
 }
 """Form of an answer -> its rules. New form: one line here."""

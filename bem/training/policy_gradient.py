@@ -168,8 +168,7 @@ class _Run:
             "seed": self.seed,
             "base": base_digest(environment.mounted.base),
             "experts": [expert.digest for expert in environment.mounted.experts],
-            "rules": repr((router.space, router.limits, router.region, router.available.tolist())),
-            "chunks": [router.chunk_size, router.confidence, router.fallback],
+            "rules": repr((router.rules, router.limits, router.available.tolist())),
             "data": data_hash(self.examples),
             "prompts": sha256_json(tokens),
         }

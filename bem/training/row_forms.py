@@ -88,16 +88,16 @@ def _conversation(messages: Any, name: str) -> tuple[str, list[tuple[str, str]],
     """(system message, answered turns, a last user message without an answer)."""
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{name} must be a list of messages, found {messages!r:.60}.")
-    said = [_message(message, name) for message in messages]
-    system = said.pop(0)[1] if said[0][0] in ("system", "developer") else ""
-    for number, (role, _) in enumerate(said):
+    turns = [_message(message, name) for message in messages]
+    system = turns.pop(0)[1] if turns[0][0] in ("system", "developer") else ""
+    for number, (role, _) in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
             raise DataError(
-                f"{name}: message {number + 1 + len(messages) - len(said)} has role {role!r} where "
+                f"{name}: message {number + 1 + len(messages) - len(turns)} has role {role!r} where "
                 f"{expected!r} belongs: user and assistant take turns after one system message."
             )
-    texts = [text for _, text in said]
+    texts = [text for _, text in turns]
     pairs = list(zip(texts[::2], texts[1::2], strict=False))
     return system, pairs, texts[-1] if len(texts) % 2 else None
 

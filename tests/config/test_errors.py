@@ -67,14 +67,14 @@ def test_overrides_reach_entries_of_lists_by_place_and_by_name(path):
     config = load(
         path,
         ["data.tasks.0.max_new_tokens=16", "data.tasks.mine.metric=f1", "seeds.1=7", "training.steps=3",
-         "arms.v1.5.adapters.rank=4", "arms.0.match=none", "routing.expert_rank=2"],
+         "arms.v1.5.adapters.rank=4", "arms.1.match=none", "routing.expert_rank=2"],
     )  # fmt: skip
     first, second = config.data.tasks
     assert isinstance(first, TaskConfig) and isinstance(second, TaskConfig)
     assert (first.name, first.max_new_tokens, second.metric) == ("sig2json", 16, "f1")
     assert config.seeds == [0, 7] and config.training.steps == 3
     assert (
-        config.arms[1].adapters == {"variant": "v1", "rank": 4} and config.arms[0].match == "none"
+        config.arms[1].adapters == {"variant": "v1", "rank": 4} and config.arms[1].match == "none"
     )
     assert config.routing is not None and config.routing.expert_rank == 2
     assert load(path, ["data.tasks.1=sig2doc"]).data.tasks == ["sig2json", "sig2doc"]

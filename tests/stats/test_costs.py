@@ -138,6 +138,16 @@ def test_requests_on_one_document_are_one():
     assert kv_hit.passed is None and "only 10.0 independent requests" in kv_hit.reason
 
 
+def test_requests_that_are_examples_are_paired_by_their_ids():
+    use = {key: values[0] for key, values in seeds_of(1).items()}
+    old = arm("s0", np.zeros(40), **use)
+    order = np.random.default_rng(1).permutation(40)
+    new = arm("v1", np.zeros(40), example_ids=[old.example_ids[i] for i in order],
+              **{key: values[order] for key, values in use.items()})  # fmt: skip
+    kv_hit = next(c for c in cost_checks(old, new, GATES) if c.kind == "kv_hit")
+    assert (kv_hit.ci_low, kv_hit.ci_high, kv_hit.passed) == (0.0, 0.0, True)
+
+
 def test_a_router_plans_at_most_three_actions():
     assert check("router.plan", router=RouterFacts([1, 3])).passed is True
     assert check("router.plan", router=RouterFacts([1, 4])).passed is False
