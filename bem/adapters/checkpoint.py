@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from bem.adapters.build import VARIANTS
@@ -21,9 +21,8 @@ from bem.adapters.lora import CONFIG, WEIGHTS, Lora, read_json, write_loras
 from bem.adapters.version import BaseIdentity, Version, base_identity
 from bem.config import AdapterConfig, parse_adapter
 from bem.errors import BaseMismatch, CheckpointError
-from bem.files import check_listed, sha256_file, whole_folder, write_json, write_text
+from bem.files import check_listed, sha256_file, whole_folder, write_bytes, write_json, write_text
 
-file_hash = sha256_file  # until every caller takes it from bem.files
 MANIFEST = "manifest.json"
 FORMAT = 2
 KIND = "adapter"
@@ -76,7 +75,7 @@ def write(
         if isinstance(state, tuple):
             tensors, method = state
             plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            save_file(plain, work / WEIGHTS, metadata={"format": "pt"})
+            write_bytes(work / WEIGHTS, save(plain, metadata={"format": "pt"}))
             write_json(work / CONFIG, method, indent=2)
         else:
             write_loras(state, work, base_name)

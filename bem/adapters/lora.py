@@ -8,7 +8,6 @@ rejected: dropping it would change the update.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bem.adapters.sites import FORBIDDEN, find_sites
 from bem.errors import CheckpointError
 from bem.files import read_json as _read_json
+from bem.files import write_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -125,8 +125,7 @@ def write_loras(loras: Mapping[str, Lora], folder: Path, base_name: str | None =
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    readable(folder)
+    write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     return folder
 
 
@@ -135,16 +134,6 @@ def alpha_of(scale: float, rank: int) -> float:
     alpha = scale * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((a for a in near if a / rank == scale), alpha)
-
-
-def readable(folder: Path) -> None:
-    """The usual rights for a new folder and its files: mkdtemp and safetensors write for us alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        if file.is_file():
-            file.chmod(0o666 & ~mask)
 
 
 def write_lora(

@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from bem.adapters.names import clean_name
-from bem.adapters.version import base_digest as base_hash  # noqa: F401 - until every caller says base_digest
 from bem.errors import AttachError
 
 ATTN_OUT, MLP_DOWN = "attn_out", "mlp_down"

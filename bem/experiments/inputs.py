@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bem.adapters.sites import base_hash
+from bem.adapters.version import base_digest
 from bem.bases import load_base
 from bem.config import ExperimentConfig
 from bem.errors import ConfigError
@@ -62,7 +62,7 @@ def load_inputs(config: ExperimentConfig, folder: RunFolder, show: Show) -> RunI
         **{f"{task.name} dev": data_hash(task.dev) for task in tasks},
     }
     return RunInputs(
-        config, folder, tasks, examples, model, tokenizer, device, hashes, base_hash(model)
+        config, folder, tasks, examples, model, tokenizer, device, hashes, base_digest(model)
     )
 
 

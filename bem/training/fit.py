@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bem.adapters.sites import base_hash
+from bem.adapters.version import base_digest
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
 from bem.files import write_bytes
@@ -241,7 +241,7 @@ def _fingerprint(
         "seed": trainer.seed,
         "data": data_hash(examples),
         "tokens": _tokens_hash(encoded),
-        "base": base_hash(attached.model),
+        "base": base_digest(attached.model),
         "adapter": None if settings is None else settings.model_dump(),
         "parameters": {n: list(p.shape) for n, p in attached.named_parameters()},
         "trained": list(trainer.parameters),

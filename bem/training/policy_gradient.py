@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bem.adapters.sites import base_hash
+from bem.adapters.version import base_digest
 from bem.config import PolicyGradientConfig
 from bem.errors import TrainingError
 from bem.files import sha256_json, write_text
@@ -166,7 +166,7 @@ class _Run:
                 "batch_size": environment.batch_size,
             },
             "seed": self.seed,
-            "base": base_hash(environment.mounted.base),
+            "base": base_digest(environment.mounted.base),
             "experts": [expert.digest for expert in environment.mounted.experts],
             "rules": repr((router.rules, router.limits, router.available.tolist())),
             "data": data_hash(self.examples),

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bem.adapters.sites import base_hash
+from bem.adapters.version import base_digest
 from bem.config import CloningConfig
 from bem.errors import TrainingError
 from bem.files import sha256_json, write_bytes
@@ -207,7 +207,7 @@ def _key(
     return sha256_json(
         {
             "format": FORMAT,
-            "base": base_hash(mounted.base),
+            "base": base_digest(mounted.base),
             "experts": [expert.digest for expert in mounted.experts],
             "loaded": router.available.tolist(),
             "space": repr(router.space),

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bem.adapters.budget import Price
 from bem.adapters.lora import WEIGHTS, Lora, read_lora
-from bem.adapters.sites import base_hash
+from bem.adapters.version import base_digest
 from bem.config import Section, parse
 from bem.errors import AttachError, BaseMismatch, CheckpointError
 from bem.experiments.measuring.answers import context_length
@@ -142,7 +142,7 @@ class Peer:
             "format": FORMAT,
             "kind": "peer",
             "peer": self.config.model_dump(mode="json"),
-            "base": base_hash(self.model.get_base_model()),
+            "base": base_digest(self.model.get_base_model()),
             "data": data_hash,
             "files": {TRAINED: sha256_file(folder / TRAINED)},
         }
@@ -174,7 +174,7 @@ def load_peer(
     manifest = read_json(folder / MANIFEST, CheckpointError)
     if manifest.get("kind") != "peer":
         raise CheckpointError(f"{folder} holds no X-LoRA and no Arrow that `Peer.save` wrote.")
-    if (actual := base_hash(model)) != manifest["base"]:
+    if (actual := base_digest(model)) != manifest["base"]:
         raise BaseMismatch(
             f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {actual[:12]}."
         )

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bem.adapters.copies import with_shared_weights
 from bem.adapters.lora import WEIGHTS, write_lora
-from bem.adapters.sites import base_hash
+from bem.adapters.version import base_digest
 from bem.errors import AttachError, BaseMismatch, CheckpointError
 from bem.experiments.measuring.answers import measure
 from bem.experiments.measuring.latency import measure_latency
@@ -80,7 +80,7 @@ def test_a_saved_peer_comes_back_with_its_settings(micro_llama, folders, tmp_pat
         assert torch.equal(again.model(ids).logits, peer.model(ids).logits)
     assert again.config == peer.config
     manifest = json.loads((tmp_path / "saved/manifest.json").read_text())
-    assert manifest["base"] == base_hash(micro_llama) and manifest["data"] == "d"
+    assert manifest["base"] == base_digest(micro_llama) and manifest["data"] == "d"
 
 
 def test_a_saved_peer_is_refused_on_another_base_with_other_experts_or_changed_weights(
