@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bem.cli.console import Terminal
+from bem.cli.lazy import Lazy
 from bem.config import GatesConfig, parse
 from bem.errors import ConfigError
 from bem.files import read_text, write_json
@@ -21,6 +22,12 @@ from bem.report import words as wording
 
 if TYPE_CHECKING:
     from bem.stats import Measurement, Verdict
+
+columns = Lazy("bem.stats.columns")
+costs = Lazy("bem.stats.costs")
+promotion = Lazy("bem.runs.promotion")
+score_table = Lazy("bem.stats.score_table")
+stats = Lazy("bem.stats")
 
 COLOURS = {"PROMOTE": "green", "REJECT": "red", "INCONCLUSIVE": "yellow"}
 EXIT_CODES = {"PROMOTE": 0, "REJECT": 1, "INCONCLUSIVE": 2}
@@ -56,21 +63,19 @@ def validate(
     Exit code: 0 PROMOTE, 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains.
     With several candidates: 0 if any is promoted, else 2 if any is inconclusive, else 1.
     """
-    from bem.stats import judge, with_shared_groups
-    from bem.stats.costs import costs_not_measured
-
     _keep_the_inputs(out, [baseline, *candidates])
     opponent, measured = _read(baseline, candidates, ignore or ())
     limits = _gates(gates)
-    waived = {*limits.waived, *costs_not_measured([opponent, *measured.values()])}
+    waived = {*limits.waived, *costs.costs_not_measured([opponent, *measured.values()])}
     limits = limits.model_copy(update={"waived": tuple(sorted(waived))})
     family = _family(primary, opponent)
-    verdicts = judge(with_shared_groups(opponent, measured), measured, limits, family)
+    shared = stats.with_shared_groups(opponent, measured)
+    verdicts = stats.judge(shared, measured, limits, family)
     if out:
         write_json(out, {name: verdict.to_dict() for name, verdict in verdicts.items()})
     console = Terminal()
-    for name, verdict in verdicts.items():
-        _show(console, verdict, _not_compared(opponent, measured[name]))
+    for verdict in verdicts.values():
+        _show(console, verdict)
     decisions = [verdict.decision for verdict in verdicts.values()]
     best = next((d for d in ("PROMOTE", "INCONCLUSIVE") if d in decisions), "REJECT")
     return EXIT_CODES[best]
@@ -84,8 +89,6 @@ def promote(
     ] = None,
 ) -> int:
     """Put an arm's adapter into use; refused unless its verdict says PROMOTE and still holds."""
-    from bem.runs import promotion
-
     pointer = promotion.promote(run, arm, seed)
     console = Terminal()
     promoted = Text.assemble(("Promoted", "green"), f" {arm}: ", (str(pointer.checkpoint), "bold"))
@@ -103,25 +106,25 @@ def _read(
     baseline: Path, candidates: Sequence[Path], ignore: Sequence[str]
 ) -> tuple[Measurement, dict[str, Measurement]]:
     """The baseline, and the candidates by name."""
-    from bem.stats import load
-    from bem.stats.columns import canonical
-
-    opponent = load(baseline, ignore=ignore)
-    measured = {name: load(path, ignore=ignore) for name, path in _names(candidates).items()}
+    opponent = stats.load(baseline, ignore=ignore)
+    paths = _names(candidates)
+    measured = {name: stats.load(path, ignore=ignore) for name, path in paths.items()}
     sides = (opponent, *measured.values())
-    present = {canonical(name) for side in sides for name in side.meta.get("ignored", ())}
+    present = {columns.canonical(name) for side in sides for name in side.meta.get("ignored", ())}
     for name in ignore:
-        if canonical(name) not in present:
+        if columns.canonical(name) not in present:
             raise ConfigError(f"--ignore {name}: no file has a column of that name.")
     return opponent, measured
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:
     """A name for each candidate: its file's; with its folder where two files are called alike."""
-    from bem.stats.score_table import stem
-
-    short = [stem(path) for path in paths]
-    names = short if len(set(short)) == len(short) else [str(p.parent / stem(p)) for p in paths]
+    short = [score_table.stem(path) for path in paths]
+    names = (
+        short
+        if len(set(short)) == len(short)
+        else [str(p.parent / score_table.stem(p)) for p in paths]
+    )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"Two candidates are called {twice}: give each file once, or rename one.")
@@ -130,10 +133,8 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
 
 def _family(primary: Sequence[str] | None, opponent: Measurement) -> list[str] | None:
     """The metrics to judge by; None: the statistics' own choice."""
-    from bem.stats.columns import canonical
-
     metrics = [*opponent.metrics, *opponent.corpus]
-    family = [canonical(name) for name in primary or ()]
+    family = [columns.canonical(name) for name in primary or ()]
     for name in family:
         if name not in metrics:
             close = get_close_matches(name, metrics, 1)
@@ -155,12 +156,6 @@ def _gates(path: Path | None) -> GatesConfig:
     return parse(GatesConfig, gates or {}, str(path))
 
 
-def _not_compared(opponent: Measurement, candidate: Measurement) -> list[str]:
-    """Metrics that the candidate has alone."""
-    names = {*opponent.metrics, *opponent.corpus}
-    return [name for name in (*candidate.metrics, *candidate.corpus) if name not in names]
-
-
 def show_decision(console: Console, verdict: Verdict) -> None:
     """One line: who, what was decided, and why."""
     line = Text.assemble(
@@ -171,7 +166,7 @@ def show_decision(console: Console, verdict: Verdict) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
-def _show(console: Console, verdict: Verdict, not_compared: Sequence[str]) -> None:
+def _show(console: Console, verdict: Verdict) -> None:
     show_decision(console, verdict)
     table = Table("", "check", "value", "limit", "why", box=None, pad_edge=False)
     marks = {
@@ -183,7 +178,6 @@ def _show(console: Console, verdict: Verdict, not_compared: Sequence[str]) -> No
     console.print(table)
     if verdict.waived:
         console.print(Text(f"Waived: {', '.join(verdict.waived)}.", "dim"))
-    if not_compared:
-        metrics = ", ".join(not_compared)
-        console.print(Text(f"Not compared: {metrics} (not measured in {verdict.baseline}).", "dim"))
+    if verdict.not_judged:
+        console.print(Text(f"Not judged: {'; '.join(verdict.not_judged)}.", "dim"))
     console.print()

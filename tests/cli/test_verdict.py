@@ -167,11 +167,11 @@ def test_the_primary_metric_decides(capsys, tmp_path, answers):
     assert "It has: em, f1" in problem(capsys, *sides, "--primary", "rouge")
 
 
-def test_a_metric_of_the_candidate_alone_is_said_to_be_not_compared(capsys, tmp_path, answers):
+def test_a_metric_of_the_candidate_alone_is_said_to_be_not_judged(capsys, tmp_path, answers):
     base, better = answers
     sides = table(tmp_path / "a.csv", base), table(tmp_path / "b.csv", better, f1=np.full(N, 0.5))
     code, out, _ = validate(capsys, *sides)
-    assert code == 0 and "Not compared: f1 (not measured in a)." in out
+    assert code == 0 and "Not judged: metric f1: a has none." in out
 
 
 def test_files_of_one_name_in_two_folders_are_told_apart(capsys, tmp_path, answers):
