@@ -199,7 +199,7 @@ def _load_from_peft(model: Any, folder: Path) -> Attached:
         raise CheckpointError(
             f"{folder} holds a PEFT adapter of type {kind!r}: BEM reads its own and plain LoRAs."
         )
-    config = BemConfig.from_pretrained(str(folder))
+    config: Any = BemConfig.from_pretrained(str(folder))
     if config.site_sizes is None:
         raise CheckpointError(
             f"{folder}: {CONFIG} names no site_sizes: it was written by another release of BEM, whose checkpoints "

@@ -115,7 +115,7 @@ class Attached:
 
     def acting_config(self) -> dict[str, Any]:
         """The settings on which outputs depend once weights, ranks and scales are given."""
-        values = {"variant": self.config.variant}
+        values: dict[str, Any] = {"variant": self.config.variant}
         values |= {
             k: v for k, v in self.config.model_dump(mode="json").items() if k in self.config.acting
         }

@@ -31,7 +31,7 @@ def without_adapter(attached: Attached) -> Any:
     base = attached.base
     modules = [m for m in base.modules() if not isinstance(m, BemSite)]
     # deepcopy puts in place of each object what the memo holds for it
-    memo = _tensors(base) | {id(m): type(m).__new__(type(m)) for m in modules}
+    memo = _tensors(base) | {id(m): object.__new__(type(m)) for m in modules}
     for site in base.modules():
         if isinstance(site, BemSite):
             memo[id(site)] = memo[id(site.get_base_layer())]

@@ -177,7 +177,8 @@ class Runtime:
 
 def add_last_stage(model: nn.Module, block: int, stage: LastStage, rewire: Callable) -> None:
     """Run `stage` behind a decoder block, after the adapter's own changes, whether or not it is on."""
-    model.bem_runtime.last.setdefault(block, []).append(stage)
+    runtime: Any = model.bem_runtime
+    runtime.last.setdefault(block, []).append(stage)
     rewire(model)
 
 

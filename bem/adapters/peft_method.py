@@ -198,12 +198,11 @@ class BemModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         config.about_to_be_saved()
-        adapter_name = kwargs.get("adapter_name", args[0] if args else None)
         config.site_sizes = {s: size_of(p) for s, p in adapters_of(model, adapter_name)}
-        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -31,8 +31,8 @@ from bem.routing.mounted import Mounted
 from bem.training.data import IGNORED, Encoded, Example, check_fits, collate, encode
 from bem.training.fit import FitResult, fit
 from bem.training.losses import answer_logits, labelled_tokens
-from bem.training.state import tensors_digest
 from bem.training.trainer import Objective, StepResult
+from bem.variants.digest import weights_digest
 
 
 @dataclass(frozen=True)
@@ -148,4 +148,4 @@ def _kl_to(teacher: Attached, logits: Tensor, batch: Mapping[str, Tensor]) -> Te
 def _digest(teacher: Attached) -> str:
     """sha256 of what the teacher is: settings and weights."""
     settings = teacher.router_config if isinstance(teacher, Mounted) else teacher.config
-    return sha256_json([settings.model_dump(mode="json"), tensors_digest(teacher.state_dict())])
+    return sha256_json([settings.model_dump(mode="json"), weights_digest(teacher.state_dict())])

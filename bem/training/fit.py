@@ -32,10 +32,10 @@ from bem.training.state import (
     check_same_start,
     disk,
     read_state,
-    tensors_digest,
     write_state,
 )
 from bem.training.trainer import LIKELIHOOD, Objective, StepResult, Trainable, Trainer
+from bem.variants.digest import weights_digest
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Run:
         self.label, self.config = trainer.label, trainer.config
         self.tokens, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.losses: list[float] = []
-        self.start = tensors_digest(trainer.attached.state_dict())
+        self.start = weights_digest(trainer.attached.state_dict())
         self.saved_step = -1
         self.log: MetricsLog | None = None
 

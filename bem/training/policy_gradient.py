@@ -44,10 +44,10 @@ from bem.training.state import (
     check_same_start,
     disk,
     read_state,
-    tensors_digest,
     write_state,
 )
 from bem.training.trpo import Batch, PolicyStep, TRPOOptimizer
+from bem.variants.digest import weights_digest
 
 LABEL = "policy gradient"
 
@@ -143,7 +143,7 @@ class _Run:
         self.policy = self.router.policy
         self.value = value_like(self.router, seed)
         self.done: list[Iteration] = []
-        self.start = tensors_digest(self.policy.state_dict())
+        self.start = weights_digest(self.policy.state_dict())
         self.fingerprint = self._fingerprint()
         self.optimizer = TRPOOptimizer(
             self.policy.actor,

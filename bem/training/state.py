@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bem.errors import TrainingError
 from bem.files import write_bytes
+from bem.variants.digest import weights_digest
 
 STATE, METRICS = "state.pt", "metrics.jsonl"
 MARK = b"sha256:"
@@ -78,11 +79,11 @@ def check_same_start(
     """Raise TrainingError unless the weights at hand are those that a run began with, or has come to.
 
     Args:
-        start: `tensors_digest` of the weights that the run began with.
+        start: `weights_digest` of the weights that the run began with.
         saved: weights of its state.
         now: weights at hand.
     """
-    if tensors_digest(now) not in (start, tensors_digest(saved)):
+    if weights_digest(now) not in (start, weights_digest(saved)):
         raise TrainingError(
             f"{label}: {path} was begun from other weights than these. Start from those, or delete "
             f"{path.parent} to begin anew."
@@ -114,13 +115,3 @@ def disk(label: str, what: str, folder: Path, saved: str) -> Iterator[None]:
             f"{label}: {what} could not be written to {folder}: {reason}. {saved}"
             "Free some space and start again: it goes on from there."
         ) from error
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and float32 values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().float().cpu().contiguous()
-        digest.update(f"{name} {tuple(data.shape)}".encode())
-        digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
