@@ -222,8 +222,8 @@ class Controller(ChunkReader):
         self.informs, self.hints = nn.ModuleDict(), nn.ModuleDict()
         for name, width in self.conditioning.items():
             self.informs[name] = nn.Linear(width, d_control, bias=False)  # read's columns for it
-            self.hints[name] = nn.Linear(width, d_control, bias=False)
-            nn.init.zeros_(self.hints[name].weight)
+            self.hints[name] = hint = nn.Linear(width, d_control, bias=False)
+            nn.init.zeros_(hint.weight)
         self.width = d_model + 2 * n_heads  # features per token
 
     def decide(

@@ -28,7 +28,7 @@ def enter(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache | N
         context.acting = wiring.acting()
         _route_piece(context, wiring, hidden, None)
     else:
-        _route_cached(context, wiring, hidden, cache)
+        _route_cached(context, wiring, hidden, cache)  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable

@@ -9,6 +9,7 @@ from typing import Any
 from bem.adapters.budget import match_rank, price
 from bem.adapters.sites import find_sites
 from bem.config import AdapterConfig, ArmConfig, ExperimentConfig
+from bem.config.adapters import StaticConfig
 from bem.errors import ConfigError
 from bem.stats.scores import METRICS
 from bem.tasks.load import Task
@@ -72,7 +73,7 @@ def _plan(model: Any, config: ExperimentConfig, arm: ArmConfig) -> Plan:
     if arm.route:
         assert config.routing is not None
         layer = config.routing.router.router_layer
-        expert = AdapterConfig(rank=config.routing.expert_rank, router_layer=layer)
+        expert = StaticConfig(rank=config.routing.expert_rank, router_layer=layer)
         return Plan(arm, None, adapted_layers(model, expert))
     adapter = config.adapter_of(arm)
     if arm.role != "baseline" and arm.match != "none":

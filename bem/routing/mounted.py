@@ -119,8 +119,11 @@ class Mounted(Attached):
         with PACKING:
             members = tuple(stack.at(dtype) for stack in self.stacks.values())
             pack, router = self._pack, self._router
-            same = pack is not None and pack.controller is router
-            if same and all(a is b for a, b in zip(pack.members, members, strict=True)):
+            if (
+                pack is not None
+                and pack.controller is router
+                and all(a is b for a, b in zip(pack.members, members, strict=True))
+            ):
                 return pack
             made = Pack(router, members, self._origin, tuple(self.stacks))
             self._pack = made

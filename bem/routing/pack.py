@@ -72,7 +72,7 @@ class Pack(Acting):
         Raises:
             AttachError: NaN or infinite weights of an expert or of the router.
         """
-        tensors = {
+        tensors: dict[str, tuple[Tensor, ...]] = {
             f"expert weights at {s}": (m.u, m.v)
             for s, m in zip(self.sites, self.members, strict=True)
         }

@@ -189,7 +189,8 @@ class Ball:
             raise ValueError(
                 f"radius must be > 0, got {radius}. To drop an update, do not attach it."
             )
-        self.radius, self.norm, self.cache = radius, norm, NormCache()
+        self.radius, self.cache = radius, NormCache()
+        self.norm: Norm = norm
 
     def __call__(self, u: Tensor, v: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
         """See `into_ball`."""
