@@ -8,26 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bem.cli.console import Terminal
-from bem.cli.lazy import Lazy
-from bem.config import GatesConfig, parse
+from bem.config import load_gates
 from bem.errors import ConfigError
-from bem.files import read_text, write_json
+from bem.files import write_json
 from bem.report import words as wording
 
 if TYPE_CHECKING:
     from bem.stats import Measurement, Verdict
-
-columns = Lazy("bem.stats.columns")
-costs = Lazy("bem.stats.costs")
-promotion = Lazy("bem.runs.promotion")
-score_table = Lazy("bem.stats.score_table")
-stats = Lazy("bem.stats")
 
 COLOURS = {"PROMOTE": "green", "REJECT": "red", "INCONCLUSIVE": "yellow"}
 EXIT_CODES = {"PROMOTE": 0, "REJECT": 1, "INCONCLUSIVE": 2}
@@ -63,14 +55,17 @@ def validate(
     Exit code: 0 PROMOTE, 1 REJECT, 2 INCONCLUSIVE, 3 a problem that the message explains.
     With several candidates: 0 if any is promoted, else 2 if any is inconclusive, else 1.
     """
+    from bem.stats import judge, with_shared_groups
+    from bem.stats.costs import costs_not_measured
+
     _keep_the_inputs(out, [baseline, *candidates])
     opponent, measured = _read(baseline, candidates, ignore or ())
-    limits = _gates(gates)
-    waived = {*limits.waived, *costs.costs_not_measured([opponent, *measured.values()])}
+    limits = load_gates(gates)
+    waived = {*limits.waived, *costs_not_measured([opponent, *measured.values()])}
     limits = limits.model_copy(update={"waived": tuple(sorted(waived))})
     family = _family(primary, opponent)
-    shared = stats.with_shared_groups(opponent, measured)
-    verdicts = stats.judge(shared, measured, limits, family)
+    shared = with_shared_groups(opponent, measured)
+    verdicts = judge(shared, measured, limits, family)
     if out:
         write_json(out, {name: verdict.to_dict() for name, verdict in verdicts.items()})
     console = Terminal()
@@ -89,6 +84,8 @@ def promote(
     ] = None,
 ) -> int:
     """Put an arm's adapter into use; refused unless its verdict says PROMOTE and still holds."""
+    from bem.runs import promotion
+
     pointer = promotion.promote(run, arm, seed)
     console = Terminal()
     promoted = Text.assemble(("Promoted", "green"), f" {arm}: ", (str(pointer.checkpoint), "bold"))
@@ -106,25 +103,26 @@ def _read(
     baseline: Path, candidates: Sequence[Path], ignore: Sequence[str]
 ) -> tuple[Measurement, dict[str, Measurement]]:
     """The baseline, and the candidates by name."""
-    opponent = stats.load(baseline, ignore=ignore)
+    from bem.stats import load
+    from bem.stats.columns import canonical
+
+    opponent = load(baseline, ignore=ignore)
     paths = _names(candidates)
-    measured = {name: stats.load(path, ignore=ignore) for name, path in paths.items()}
+    measured = {name: load(path, ignore=ignore) for name, path in paths.items()}
     sides = (opponent, *measured.values())
-    present = {columns.canonical(name) for side in sides for name in side.meta.get("ignored", ())}
+    present = {canonical(name) for side in sides for name in side.meta.get("ignored", ())}
     for name in ignore:
-        if columns.canonical(name) not in present:
+        if canonical(name) not in present:
             raise ConfigError(f"--ignore {name}: no file has a column of that name.")
     return opponent, measured
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:
     """A name for each candidate: its file's; with its folder where two files are called alike."""
-    short = [score_table.stem(path) for path in paths]
-    names = (
-        short
-        if len(set(short)) == len(short)
-        else [str(p.parent / score_table.stem(p)) for p in paths]
-    )
+    from bem.stats.score_table import stem
+
+    short = [stem(path) for path in paths]
+    names = short if len(set(short)) == len(short) else [str(p.parent / stem(p)) for p in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"Two candidates are called {twice}: give each file once, or rename one.")
@@ -133,27 +131,16 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
 
 def _family(primary: Sequence[str] | None, opponent: Measurement) -> list[str] | None:
     """The metrics to judge by; None: the statistics' own choice."""
+    from bem.stats.columns import canonical
+
     metrics = [*opponent.metrics, *opponent.corpus]
-    family = [columns.canonical(name) for name in primary or ()]
+    family = [canonical(name) for name in primary or ()]
     for name in family:
         if name not in metrics:
             close = get_close_matches(name, metrics, 1)
             hint = f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(metrics)}."
             raise ConfigError(f"--primary {name}: {opponent.name} has no such metric. {hint}")
     return list(dict.fromkeys(family)) or None
-
-
-def _gates(path: Path | None) -> GatesConfig:
-    if path is None:
-        return GatesConfig()
-    try:
-        values = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    gates = values.get("gates", values) if isinstance(values, dict) else values
-    if not isinstance(gates, dict | None):
-        raise ConfigError(f"{path} must hold a mapping of gates, found {type(gates).__name__}.")
-    return parse(GatesConfig, gates or {}, str(path))
 
 
 def show_decision(console: Console, verdict: Verdict) -> None:

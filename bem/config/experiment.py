@@ -246,13 +246,16 @@ def load_gates(path: str | Path | None) -> GatesConfig:
     if not path.is_file():
         raise ConfigError(f"No gates file at {path}.")
     values = _mapping(path, "gates")
-    return parse(GatesConfig, values.get("gates", values), str(path))
+    gates = values.get("gates", values)
+    if not isinstance(gates, dict | None):
+        raise ConfigError(f"{path} must hold a mapping of gates, found {type(gates).__name__}.")
+    return parse(GatesConfig, gates or {}, str(path))
 
 
 def _mapping(path: Path, of: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of {of}, found {type(values).__name__}.")

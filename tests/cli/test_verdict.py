@@ -202,7 +202,7 @@ def test_a_gates_file_that_is_none_is_one_message(capsys, tmp_path, answers, con
     gates = tmp_path / "gates.yaml"
     gates.write_text(content)
     assert "gates.yaml" in problem(capsys, *sides, "--gates", gates)
-    assert "is missing" in problem(capsys, *sides, "--gates", tmp_path / "none.yaml")
+    assert "none.yaml" in problem(capsys, *sides, "--gates", tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("name", ["[bold]", "[/]", ":100:", "\\", "−", "\u2603", "x\u2028y"])
