@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -64,7 +63,7 @@ def _cache_use(side: Measurement) -> Floats:
     """
     columns = {}
     for name in ("kv_hits", "kv_held", "kv_needed"):
-        values = fact(side, name)
+        values = getattr(side, name)
         if values is None:
             raise DataError(f"{side.name} has no {name}.")
         columns[name] = np.atleast_2d(finite(f"{side.name}: {name}", values, (1, 2)))
@@ -87,8 +86,3 @@ def _cache_use(side: Measurement) -> Floats:
 def _hit_rate_difference(sums: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
-
-
-def fact(side: Measurement, name: str) -> Any:
-    """A field that not every Measurement has; None without it."""
-    return getattr(side, name, None)

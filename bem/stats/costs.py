@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from bem.config import GatesConfig
 from bem.errors import DataError
-from bem.stats.cache_hits import fact, kv_hit_checks
+from bem.stats.cache_hits import kv_hit_checks
 from bem.stats.inputs import finite
 from bem.stats.latency import further_rounds, paired_ratio
 from bem.stats.measurement import Measurement
@@ -49,7 +49,7 @@ def costs_not_measured(sides: Sequence[Measurement]) -> tuple[str, ...]:
     return tuple(
         gate
         for gate, names in COSTS.items()
-        if not any(_measured(fact(side, name)) for side in sides for name in names)
+        if not any(_measured(getattr(side, name)) for side in sides for name in names)
     )
 
 
@@ -160,7 +160,7 @@ def _phase(phase: str, baseline: Measurement, candidate: Measurement, gates: Gat
 
 
 def _memory(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:
-    new, old = (fact(side, "adapter_memory_bytes") for side in (candidate, baseline))
+    new, old = candidate.adapter_memory_bytes, baseline.adapter_memory_bytes
     most = gates.memory_ratio_max
     if not _positive(old) or not _positive(new):
         reason = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bem.kernels.reference import masked_low_rank
 from bem.variants.base import Adapter, Code, Flops, linear64
 from bem.variants.gate_shaping import margin_alignment
-from bem.variants.projection import Ball
+from bem.variants.projection import Ball, norm_flops
 from bem.variants.rank_mask import RankMask
 from bem.variants.watch import ComputeCopies
 
@@ -99,7 +99,7 @@ class HeadGate(Adapter):
 
     def flops(self) -> Flops:
         head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)
-        trust = 2 * self.rank * (self.rank + 1) if self.ball is not None else 0
+        trust = norm_flops(self.ball.norm, self.rank) if self.ball is not None else 0
         return Flops(2 * (self.v.numel() + self.u.numel()), per_chunk=head + trust)
 
     def magnitude(self, control: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bem.kernels.reference import masked_low_rank
 from bem.variants.base import Adapter, Code, Flops, linear64
-from bem.variants.projection import Ball
+from bem.variants.projection import Ball, norm_flops
 from bem.variants.watch import ComputeCopies
 
 RANDOM_PERIOD = 64  # the random control repeats after this many chunks
@@ -94,7 +94,7 @@ class MaskedLowRank(Adapter):
         return masked_low_rank(y, x, v, control, slot, u)
 
     def flops(self) -> Flops:
-        trust = 2 * self.control_width * (self.control_width + 1) if self.ball is not None else 0
+        trust = norm_flops(self.ball.norm, self.control_width) if self.ball else 0
         return Flops(2 * (self.v.numel() + self.u.numel()), self.mask.flops() + trust)
 
 

@@ -73,8 +73,8 @@ def test_impossible_assumptions_are_refused(numbers):
 def test_the_measured_spread_holds_seeds_and_clusters():
     rng = np.random.default_rng(0)
     document = np.repeat(rng.normal(0, 0.1, 500), 4)
-    old = rng.normal(0, 0.05, (3, 2000))
-    new = document + rng.normal(0, 0.05, (3, 2000))
+    old = 0.5 + rng.normal(0, 0.05, (3, 2000))
+    new = (0.5 + document + rng.normal(0, 0.05, (3, 2000))).clip(0, 1)
     ids, labels = [str(i) for i in range(2000)], [f"d{i // 4}" for i in range(2000)]
     sides = [Measurement(n, {"em": s}, ids, clusters=labels) for n, s in (("s0", old), ("v1", new))]
     spread = measured_spread(*sides, "em")

@@ -235,7 +235,7 @@ def test_a_run_measures_the_swap_judges_it_and_reports_it(tmp_path, micro_base):
         c: (1, 12) for c in ("clean", "corrupt", "shuffled", "off")
     }
     names = {check.name for check in result.verdicts["v2"].checks}
-    assert {"router.clean>=corrupt", "router.corrupt>=shuffled"} <= names
+    assert {"index_swap.clean>=corrupt", "index_swap.corrupt>=shuffled"} <= names
     (answer, *_) = read_jsonl(folder.cell("v2", 0).predictions)
     assert len(answer["relevance"]) == len(EVIDENCE_FEATURES) and 0 < answer["gate"] < 2
     assert "gate" not in read_jsonl(folder.cell("s0", 0).predictions)[0]
