@@ -17,7 +17,7 @@ from bem.variants.base import Adapter, Code, Flops, linear64
 from bem.variants.gate_shaping import margin_alignment
 from bem.variants.projection import Ball, norm_flops
 from bem.variants.rank_mask import RankMask
-from bem.variants.watch import ComputeCopies
+from bem.variants.watch import ComputeCopies, Watch
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class HeadGate(Adapter):
         self.ball = None if radius is None else Ball(radius)
         self.control_width = rank
         self._cast = ComputeCopies()
+        self._v_watch, self._dense_v = Watch(), torch.empty(0)
         self._seen: tuple[Tensor, Code] | None = None  # gates of the last pass, for the penalty
 
     def control(self, code: Code) -> Tensor:
@@ -131,4 +132,9 @@ class HeadGate(Adapter):
 
     def dense_v(self) -> Tensor:
         """V as one (rank, d_in) matrix, zero where a group's rows do not see an input."""
-        return torch.block_diag(*self.v)
+        if torch.is_grad_enabled() and self.v.requires_grad:
+            return torch.block_diag(*self.v)
+        if self._v_watch.changed(self.v):  # the same tensor while V stays, so that norms are kept
+            with torch.inference_mode(False), torch.no_grad():
+                self._dense_v = torch.block_diag(*self.v)
+        return self._dense_v
