@@ -222,8 +222,11 @@ def _clusters_of(
     return [label.get(example, example) for example in candidate.example_ids]
 
 
-def _measured(value: Any) -> bool:
-    return value is not None and bool(np.size(value)) and value != {}
+def _measured(fact: Any) -> bool:
+    """Is there anything? Of timings by phase: in any phase."""
+    if isinstance(fact, dict):
+        return any(_measured(part) for part in fact.values())
+    return fact is not None and np.size(fact) > 0
 
 
 def _positive(value: float | None) -> bool:
