@@ -167,7 +167,7 @@ def _memory(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -
             f"cannot be computed: the adapters add {new} (candidate) and {old} (baseline) bytes."
         )
         return [Check("memory", None, reason)]
-    ratio = float(new) / float(old)
+    ratio = float(new) / float(old)  # pyright: ignore[reportArgumentType]
     reason = (
         f"the adapter adds {new:g} bytes, {ratio:.3f} of the baseline's {old:g}; allowed {most:g}."
     )
