@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bem.errors import DataError
 from bem.stats.corpus import CORPUS
-from bem.stats.inputs import Floats, finite, sum_by_cluster
+from bem.stats.inputs import Floats, difference, finite, sum_by_cluster
 from bem.stats.measurement import Measurement
 from bem.stats.scores import METRICS, Metric
 from bem.stats.weights import Statistic, ratio
@@ -46,33 +46,6 @@ def meaning_of(measurement: Measurement, name: str) -> Metric:
     return METRICS[name] if name in CORPUS else measurement.metric(name)
 
 
-def cluster_labels(sides: Iterable[Measurement], ids: Sequence[str]) -> list[str] | None:
-    """Clusters of the examples `ids`, from the first side that has any; None: no side has."""
-    for side in sides:
-        if side.clusters is not None and set(ids) <= set(side.example_ids):
-            label = dict(zip(side.example_ids, side.clusters, strict=True))
-            return [label[example] for example in ids]
-    return None
-
-
-def check_clusters(candidate: Measurement, ids: Sequence[str], labels: Sequence[str]) -> None:
-    """Refuse a candidate whose own clusters group the examples `ids` differently from `labels`.
-
-    Raises:
-        DataError: names an example.
-    """
-    own = cluster_labels([candidate], ids)
-    if own is None:
-        return
-    there, back = dict(zip(own, labels, strict=True)), dict(zip(labels, own, strict=True))
-    for example, a, b in zip(ids, own, labels, strict=True):
-        if there[a] != b or back[b] != a:
-            raise DataError(
-                f"{candidate.name} groups the examples into other clusters: {example} is in {a!r} "
-                f"there and in {b!r} here. Both sides need the same source documents."
-            )
-
-
 def compare(
     name: str, baseline: Measurement, candidate: Measurement, metric: str,
     part: str | None, mask: NDArray[np.bool_], codes: NDArray[np.intp] | None,
@@ -99,11 +72,11 @@ def compare(
         differs = (new.mean(axis=0) != old.mean(axis=0)).any(axis=1)
     else:
         new, old = _score_pair(baseline, candidate, metric, place)
-        gain = meaning_of(baseline, metric).sign * (new - old)
+        gain = meaning_of(baseline, metric).sign * difference(new, old)
         columns = np.stack([gain * mask, mask.astype(np.float64)], axis=1)
         means = [float(x[mask].mean()) for x in (old, new)]
         of = ratio
-        differs = np.abs(gain) > 1e-12
+        differs = gain != 0
     differs = differs & mask
     discordant = int(differs.sum()) if codes is None else np.unique(codes[differs]).size
     statistic = Statistic(label, sum_by_cluster(columns, codes), of)

@@ -13,8 +13,6 @@ from bem.errors import DataError
 from bem.stats.bootstrap import Bca, joint_bca
 from bem.stats.comparisons import (
     Comparison,
-    check_clusters,
-    cluster_labels,
     compare,
     corpus_pair,
     meaning_of,
@@ -22,7 +20,7 @@ from bem.stats.comparisons import (
 )
 from bem.stats.corpus import CORPUS
 from bem.stats.fdr import benjamini_hochberg_correction
-from bem.stats.inputs import Floats, cluster_codes
+from bem.stats.inputs import Floats, cluster_codes, difference
 from bem.stats.measurement import Measurement
 from bem.stats.paired import SignFlip, sign_flip_tests, swap_test
 from bem.stats.power import minimal_detectable_effect
@@ -81,16 +79,22 @@ def all_effects(
     candidates: Mapping[str, Measurement],
     gates: GatesConfig,
     family: Sequence[str],
+    contradictions: Mapping[str, str],
 ) -> dict[str, Judged]:
-    """Every effect of every candidate; the family's with adjusted p, exact p and FCR interval."""
-    labels = cluster_labels([baseline, *candidates.values()], baseline.example_ids)
+    """Every effect of every candidate; the family's with adjusted p, exact p and FCR interval.
+
+    Args:
+        baseline: with the groups of all arms, see `bem.stats.pairing`.
+        contradictions: candidate -> why none of its effects can be computed.
+    """
     metrics = list(dict.fromkeys([*names_of(baseline), *family]))
+    guarded = guarded_slices(baseline, gates)
     sides = {
-        name: _Side(name, baseline, candidate, labels, guarded_slices(baseline, gates), metrics)
+        name: _Side(name, baseline, candidate, guarded, metrics, contradictions.get(name))
         for name, candidate in candidates.items()
     }
     comparisons = [c for side in sides.values() for c in side.comparisons]
-    estimates = _estimates(comparisons, baseline, candidates, gates, family, labels)
+    estimates = _estimates(comparisons, baseline, candidates, gates, family)
     return {
         name: Judged(
             {
@@ -110,7 +114,7 @@ class _Side:
 
     def __init__(
         self, name: str, baseline: Measurement, candidate: Measurement,
-        labels: Sequence[str] | None, guarded: Sequence[str], metrics: Sequence[str],
+        guarded: Sequence[str], metrics: Sequence[str], contradiction: str | None,
     ):  # fmt: skip
         self.comparisons: list[Comparison] = []
         self.remainders: dict[str, Comparison] = {}
@@ -118,18 +122,17 @@ class _Side:
         parts: dict[str | None, NDArray[np.bool_]] = {None: np.ones(baseline.n, dtype=bool)}
         parts |= {part: np.asarray(mask, dtype=bool) for part, mask in baseline.slices.items()}
         outside = ~np.logical_or.reduce([parts[part] for part in guarded or [None]])
-        codes = cluster_codes(labels, baseline.n)
+        codes = cluster_codes(baseline.clusters, baseline.n)
         try:
+            if contradiction:
+                raise DataError(contradiction)
             place = candidate.aligned_to(baseline.example_ids)
-            if labels is not None:
-                check_clusters(candidate, baseline.example_ids, labels)
         except DataError as error:
             self.problems = {_key(m, part): str(error) for m in metrics for part in parts}
             return
         for metric in metrics:
             for part, mask in parts.items():
                 try:
-                    _check_members(candidate, part, mask, place)
                     self.comparisons.append(
                         compare(name, baseline, candidate, metric, part, mask, codes, place)
                     )
@@ -145,23 +148,9 @@ def _key(metric: str, part: str | None) -> str:
     return metric if part is None else f"{metric}@{part}"
 
 
-def _check_members(
-    candidate: Measurement, part: str | None, mask: NDArray[np.bool_], place: NDArray[np.intp]
-) -> None:
-    """Refuse a slice that holds other examples in the candidate's measurement."""
-    if part is None or part not in candidate.slices:
-        return
-    theirs = np.asarray(candidate.slices[part], dtype=bool)[place]
-    if (differs := np.flatnonzero(theirs != mask)).size:
-        raise DataError(
-            f"{candidate.name} has other examples in slice {part}: {differs.size} of {mask.size} "
-            "differ. Both sides need the same slices."
-        )
-
-
 def _estimates(
     comparisons: list[Comparison], baseline: Measurement, candidates: Mapping[str, Measurement],
-    gates: GatesConfig, family: Sequence[str], labels: Sequence[str] | None,
+    gates: GatesConfig, family: Sequence[str],
 ) -> list[Estimate]:  # fmt: skip
     margins = [margin_of(c.meaning, gates.quality_margin) for c in comparisons]
     intervals = joint_bca(
@@ -172,7 +161,7 @@ def _estimates(
         _effect(c, bca, gates, c.slice is None and c.metric in family)
         for c, bca in zip(comparisons, intervals, strict=True)
     ]
-    tests = _exact_tests(comparisons, effects, margins, baseline, candidates, gates, labels)
+    tests = _exact_tests(comparisons, effects, margins, baseline, candidates, gates)
     effects = [
         replace(e, exact_p=tests[i].p_value, exact_p_greater=tests[i].p_greater)
         if i in tests
@@ -200,7 +189,6 @@ def _effect(c: Comparison, bca: Bca, gates: GatesConfig, primary: bool) -> Effec
 def _exact_tests(
     comparisons: list[Comparison], effects: list[Effect], margins: list[float],
     baseline: Measurement, candidates: Mapping[str, Measurement], gates: GatesConfig,
-    labels: Sequence[str] | None,
 ) -> dict[int, SignFlip]:  # fmt: skip
     """The exact test of each primary effect by its place; all means share their signs."""
     tests: dict[int, SignFlip] = {}
@@ -208,9 +196,10 @@ def _exact_tests(
     means = [i for i in primary if comparisons[i].statistic.of is ratio]
     if means:
         columns = [comparisons[i].statistic.columns for i in means]
-        shifted = [x[:, 0] - margins[i] * x[:, 1] for i, x in zip(means, columns, strict=True)]
+        shifted = [
+            difference(x[:, 0], margins[i] * x[:, 1]) for i, x in zip(means, columns, strict=True)
+        ]
         table = np.stack(shifted, axis=1)
-        table[np.abs(table) < 1e-12] = 0.0
         tests.update(zip(means, sign_flip_tests(table, gates.n_bootstrap, gates.seed), strict=True))
     for i in primary:
         c = comparisons[i]
@@ -222,7 +211,7 @@ def _exact_tests(
             continue  # sides with different seeds cannot be swapped
         of = CORPUS[c.metric][1]
         tests[i] = swap_test(
-            new, old, of, clusters=labels, n_resamples=gates.n_bootstrap, seed=gates.seed
+            new, old, of, clusters=baseline.clusters, n_resamples=gates.n_bootstrap, seed=gates.seed
         )
     return tests
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from bem.config import GatesConfig
-from bem.stats.comparisons import cluster_labels, names_of
+from bem.stats.comparisons import names_of
 from bem.stats.costs import cost_checks
 from bem.stats.effects import Judged, all_effects, default_family, guarded_slices
 from bem.stats.guards import guard_checks
 from bem.stats.measurement import Measurement
+from bem.stats.pairing import shared_groups
 from bem.stats.quality import quality_check
 from bem.stats.verdict import Check, Decision, Verdict
 
@@ -33,7 +34,8 @@ def judge(
     primary metric the upper limit lies below the smallest useful gain.
 
     INCONCLUSIVE: anything else. What cannot be computed (no baseline, other examples, NaN, too few)
-    is open, never passed.
+    is open, never passed. Clusters and slices that one arm names hold for all; a candidate that
+    contradicts them, or scores in another unit, is open for that reason.
 
     Args:
         family: primary metrics, declared before looking; None: the baseline's core metrics.
@@ -47,12 +49,12 @@ def judge(
     if baseline is None:
         return {name: _without_baseline(name, gates) for name in candidates}
     family = tuple(family) if family is not None else default_family(baseline)
-    judged = all_effects(baseline, candidates, gates, family)
-    labels = cluster_labels([baseline, *candidates.values()], baseline.example_ids)
+    baseline, contradictions = shared_groups(baseline, candidates)
+    judged = all_effects(baseline, candidates, gates, family, contradictions)
     return {
         name: _verdict(
             baseline, candidate, judged[name], gates, family, len(candidates) * len(family),
-            cost_checks(baseline, candidate, gates, labels, name in routed), name,
+            cost_checks(baseline, candidate, gates, baseline.clusters, name in routed), name,
         )
         for name, candidate in candidates.items()
     }  # fmt: skip
@@ -90,11 +92,6 @@ def _not_judged(baseline: Measurement, candidate: Measurement, gates: GatesConfi
         *(f"metric {m}: reported only" for m in measured if m in gates.reported_metrics),
         *(f"metric {m}: {baseline.name} has none" for m in theirs if m not in measured),
         *(f"slice {s}: reported only" for s in baseline.slices if s in unguarded),
-        *(
-            f"slice {s}: {baseline.name} has none"
-            for s in candidate.slices
-            if s not in baseline.slices
-        ),
     ]
 
 

@@ -16,25 +16,38 @@ ANOTHER_UNIT = 20.0
 
 
 def with_shared_groups(baseline: Measurement, candidates: Mapping[str, Measurement]) -> Measurement:
-    """The baseline, with the clusters and slices that any arm has; `judge` takes them from there.
-
-    An arm on other examples is passed over: `judge` says so of it.
+    """The baseline, with the clusters and slices that any arm has.
 
     Raises:
-        DataError: arms contradict each other: other clusters, other members of a slice, another meaning
-            of a metric, or scores in percent in one of them; names the arms and the first example.
+        DataError: an arm contradicts the baseline or an arm before it: other clusters, other members of
+            a slice, another meaning of a metric, or scores in percent in one of them; names the arms and
+            the first example.
     """
-    groups = baseline
-    for candidate in candidates.values():
+    shared, contradictions = shared_groups(baseline, candidates)
+    for reason in contradictions.values():
+        raise DataError(reason)
+    return shared
+
+
+def shared_groups(
+    baseline: Measurement, candidates: Mapping[str, Measurement]
+) -> tuple[Measurement, dict[str, str]]:
+    """The same, and candidate -> what it contradicts. An arm on other examples is passed over: nothing of
+    it can be compared."""
+    shared, contradictions = baseline, dict[str, str]()
+    for name, candidate in candidates.items():
         if set(candidate.example_ids) != set(baseline.example_ids):
             continue
-        place = candidate.aligned_to(baseline.example_ids)
-        groups = _with_clusters(groups, candidate, place)
-        groups = _with_slices(groups, candidate, place)
-        for metric in baseline.metrics.keys() & candidate.metrics.keys():
-            _same_meaning(baseline, candidate, metric)
-            _same_unit(baseline, candidate, metric)
-    return groups
+        try:
+            place = candidate.aligned_to(baseline.example_ids)
+            groups = _with_slices(_with_clusters(shared, candidate, place), candidate, place)
+            for metric in baseline.metrics.keys() & candidate.metrics.keys():
+                _same_meaning(baseline, candidate, metric)
+                _same_unit(baseline, candidate, metric)
+            shared = groups
+        except DataError as error:
+            contradictions[name] = str(error)
+    return shared, contradictions
 
 
 def _with_clusters(groups: Measurement, candidate: Measurement, place: np.ndarray) -> Measurement:

@@ -13,11 +13,12 @@ from scipy.special import ndtr, ndtri
 
 from bem.config import GatesConfig
 from bem.errors import ConfigError, DataError
-from bem.stats.comparisons import cluster_labels, compare, meaning_of
+from bem.stats.comparisons import compare, meaning_of
 from bem.stats.guards import OUTLYING_LEVEL, SPREAD_LEVEL
 from bem.stats.inputs import cluster_codes
 from bem.stats.measurement import Measurement
 from bem.stats.paired import variance_components
+from bem.stats.pairing import with_shared_groups
 
 MOST_ROWS = 10_000_000
 
@@ -93,9 +94,9 @@ def measured_spread(baseline: Measurement, candidate: Measurement, metric: str) 
     meaning = meaning_of(baseline, metric)
     if meaning.points_per_unit is None or meaning.kind == "corpus":
         raise DataError(f"{metric} has no score per example in points: a plan needs one that has.")
-    labels = cluster_labels([baseline, candidate], baseline.example_ids)
+    baseline = with_shared_groups(baseline, {candidate.name: candidate})
     place = candidate.aligned_to(baseline.example_ids)
-    whole, codes = np.ones(baseline.n, dtype=bool), cluster_codes(labels, baseline.n)
+    whole, codes = np.ones(baseline.n, dtype=bool), cluster_codes(baseline.clusters, baseline.n)
     clustered = compare("plan", baseline, candidate, metric, None, whole, codes, place)
     single = compare("plan", baseline, candidate, metric, None, whole, None, place)
     squares = [float(c.deviations @ c.deviations) for c in (clustered, single)]

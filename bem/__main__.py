@@ -1,0 +1,5 @@
+"""`python -m bem`: the command line."""
+
+from bem.cli import main
+
+main()
