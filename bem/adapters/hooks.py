@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bem.adapters.sites import clean_name
@@ -124,8 +125,9 @@ class Runtime:
             generating=ambient.generating,
             documents=positions if isinstance(positions, Tensor) and positions.dim() == 2 else None,
         )
-        for block in blocks:
-            _carry(block, ambient)
+        if torch.is_grad_enabled():
+            for block in blocks:
+                _carry(block, ambient)
         return args, kwargs
 
     def _pass_ends(self, *_: Any) -> None:

@@ -85,9 +85,10 @@ class BemSite(nn.Module, BaseTunerLayer):
         update, index = live
         if index is None:
             return update.update(y, x, None, None)
-        context = self.runtime.ambient.current()
-        control, slot = context.control(index)
-        return context.acting.members[index].update(y, x, control, slot)
+        # once per site and token: attributes instead of calls wherever nothing is wrong
+        context = self.runtime.ambient.context or self.runtime.ambient.current()
+        control = (context.tables or context.decided())[index]
+        return context.acting.members[index].update(y, x, control, context.slot)
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""

@@ -69,7 +69,11 @@ class StepContext:
     checkpointing: bool = False
 
     def control(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """(table, slot) of one member.
+        """(table, slot) of one member; see `decided`."""
+        return (self.tables or self.decided())[index], self.slot
+
+    def decided(self) -> tuple[Tensor, ...]:
+        """The control tables of all members.
 
         Raises:
             AttachError: the router layer was not passed.
@@ -78,7 +82,7 @@ class StepContext:
             raise AttachError(
                 "No control was computed: call the whole model, not a part of it above the router layer."
             )
-        return self.tables[index], self.slot
+        return self.tables
 
     def control_per_token(self, index: int) -> Tensor:
         """The control of one member spread over tokens (batch, tokens, width)."""

@@ -201,7 +201,7 @@ class ControlState:
         if self._is_all(slots) and len(place) == 1:  # the usual batch: no index is needed
             running.sums.add_(features[:, 0])
             running.count.add_(1)
-            self.recent[:, place.pop() % KEPT_FEATURES] = features[:, 0]
+            self.recent.select(1, place.pop() % KEPT_FEATURES).copy_(features[:, 0])
         else:
             rows = self._index(slots)
             at = torch.tensor([self.columns[s] for s in slots], device=self.device) % KEPT_FEATURES

@@ -27,11 +27,12 @@ def enter(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache | N
     if cache is None:
         context.acting = wiring.acting()
         _route_piece(context, wiring, hidden, None)
-    else:
-        _route_cached(context, wiring, hidden, cache)  # pyright: ignore[reportCallIssue]
+    elif torch.compiler.is_compiling():
+        torch.compiler.disable(_route_cached)(context, wiring, hidden, cache)
+    else:  # straight: the wrapper costs as much as all else that is done for a token
+        _route_cached(context, wiring, hidden, cache)
 
 
-@torch.compiler.disable
 def _route_cached(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache) -> None:
     layer = control_layer(cache, wiring)
     context.acting = layer.acting
@@ -45,8 +46,7 @@ def _route_cached(context: StepContext, wiring: Wiring, hidden: Tensor, cache: C
         )
     if _stays_in_chunk(context, hidden, layer):
         context.tables, context.slot = layer.running_tables(hidden.dtype), None
-        with torch.autocast(hidden.device.type, enabled=False):
-            layer.append_token(context.acting.controller.features(hidden, context.head_input))
+        layer.append_token(context.acting.controller.features(hidden, context.head_input))
     else:
         _route_piece(context, wiring, hidden, layer)
 

@@ -19,7 +19,7 @@ def masked_low_rank(
     y: Float[Tensor, "*tokens out"],
     x: Float[Tensor, "*tokens in"],
     v: Float[Tensor, "rank in"] | Float[Tensor, "groups ranks part"],
-    c: Float[Tensor, "rows rank"],
+    c: Float[Tensor, "rows rank"] | float,
     slot: Int[Tensor, " n"] | None,
     u: Float[Tensor, "out rank"],
 ) -> Float[Tensor, "*tokens out"]:
@@ -29,25 +29,27 @@ def masked_low_rank(
         y: output of the frozen layer.
         x: its input, in the dtype of v, c and u.
         v: (R, in), or (G, R / G, in / G): the ranks of group g see the g-th slice of x alone.
-        c: control table; a token is governed by one row of it.
+        c: control table; a token is governed by one row of it. A number: the same for all.
         slot: row of c of each token, tokens counted in flattened order (n); None: c has one row, which
             holds for all tokens, or one row per token.
         u: (out, R).
     """
-    flat = x.reshape(-1, x.shape[-1])
-    h = F.linear(flat, v) if v.dim() == 2 else _grouped(flat, v)
-    h = h * (c if slot is None else c.index_select(0, slot))
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h, u.t()).view(y.shape)
+    h = F.linear(x, v) if v.dim() == 2 else _grouped(x, v)
+    if not isinstance(c, Tensor):
+        return torch.add(y, F.linear(h, u), alpha=c)
+    rows = c if slot is None else c.index_select(0, slot)
+    return y + F.linear(h * (rows if len(rows) == 1 else rows.view(h.shape)), u)
 
 
-def _grouped(x: Float[Tensor, "n in"], v: Float[Tensor, "groups ranks part"]) -> Tensor:
-    """V_g x_g of all groups side by side (n, R)."""
+def _grouped(
+    x: Float[Tensor, "*tokens in"], v: Float[Tensor, "groups ranks part"]
+) -> Float[Tensor, "*tokens rank"]:
+    """V_g x_g of all groups side by side."""
     groups, ranks, part = v.shape
-    if len(x) == 1:  # one decoded token: its slices are a batch as they lie
-        return torch.bmm(v, x.view(groups, part, 1)).view(1, groups * ranks)
+    shape = (*x.shape[:-1], groups * ranks)
     # V_g X_g^T for all tokens: twice as fast as X_g V_g^T, whose result is too thin
-    slices = x.view(-1, groups, part).permute(1, 2, 0)
-    return torch.bmm(v, slices).view(groups * ranks, -1).t()
+    slices = x.reshape(-1, groups, part).permute(1, 2, 0)
+    return torch.bmm(v, slices).view(groups * ranks, -1).t().reshape(shape)
 
 
 def kronecker(

@@ -29,7 +29,7 @@ class LowRank(Adapter):
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         v, u = self._cast(x.dtype, self.v, self.u)
-        return masked_low_rank(y, x, v, x.new_full((1, len(v)), self.scale), None, u)
+        return masked_low_rank(y, x, v, self.scale, None, u)
 
     def flops(self) -> Flops:
         return Flops(per_token=2 * (self.v.numel() + self.u.numel()))

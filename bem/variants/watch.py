@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
+
+_writes = attrgetter("_version")
 
 
 class Watch:
@@ -14,20 +18,23 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
+        self._key: list[int] = []
         self._held: list[Tensor] = []
 
     def changed(self, *tensors: Tensor) -> bool:
         """Other tensors, or written to, since the last call."""
-        key = tuple(map(_state, tensors))
+        key = [*map(Tensor.data_ptr, tensors), *_all_writes(tensors)]
         if key == self._key:
             return False
         self._key, self._held = key, [t.detach() for t in tensors]
         return True
 
 
-def _state(t: Tensor) -> tuple[object, ...]:
-    return t.data_ptr(), t.shape, t.dtype, -1 if t.is_inference() else t._version
+def _all_writes(tensors: tuple[Tensor, ...]) -> list[int]:
+    try:
+        return list(map(_writes, tensors))  # asked for each decoded token: no loop of ours
+    except RuntimeError:  # inference tensors count nothing
+        return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 class ComputeCopies:
