@@ -6,6 +6,7 @@ reuse of a prefix. The layer is a view: its rows are the slots of a `ControlStat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bem.control.controller import Pooled, Running
 from bem.control.state import ControlState
 from bem.control.wiring import Acting, Wiring
 from bem.errors import CacheError
+from bem.variants.base import Adapter, Update
 
 
 class ControlLayer(CacheLayerMixin):
@@ -43,6 +45,7 @@ class ControlLayer(CacheLayerMixin):
         self.acting: Acting | None = None  # under what it goes on
         self.state: ControlState | None = None
         self.tables: tuple[Tensor, ...] | None = None  # the running chunk's control, per member
+        self.updates: Sequence[Update] = ()  # of the members, while `tables` are
         self.counts: list[int] | None = (
             None  # tokens in the running chunk of each row; None: unknown
         )
@@ -92,12 +95,19 @@ class ControlLayer(CacheLayerMixin):
             self.count()
         return bool(self.counts) and max(self.counts) < self.layout.chunk_size
 
-    def running_tables(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Control of the running chunks, one table (rows, width) per member."""
-        assert self.state is not None
+    def running(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Sequence[Update]]:
+        """Control of the running chunks, one table (rows, width) per member, and the members' updates
+        (see `StepContext`)."""
+        assert self.state is not None and self.acting is not None
         if self.tables is None or self.tables[0].dtype != dtype:
             self.tables = self.state.running.control.to(dtype).split(self.widths, -1)
-        return self.tables
+            self.updates = ()
+        if torch.is_grad_enabled():
+            return self.tables, ()
+        if not self.updates:
+            rows = len(self.state)
+            self.updates = [_ready(member, dtype, rows) for member in self.acting.members]
+        return self.tables, self.updates
 
     def append_token(self, features: Tensor) -> None:
         """A decoded token of every row, inside its chunk."""
@@ -203,6 +213,17 @@ class ControlLayer(CacheLayerMixin):
         self.tables = self.counts = None
 
 
+def _ready(member: Any, dtype: torch.dtype, rows: int) -> Update:
+    """What a member does at its site; one that acts elsewhere (FiLM) is asked by its hook."""
+    if isinstance(member, Adapter):
+        return member.ready(dtype, rows)
+    return getattr(member, "update", None) or _no_site
+
+
+def _no_site(*_: Any) -> Tensor:
+    raise AssertionError("this member has no site")
+
+
 def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
     """The cache's control layer, appended behind its key/value layers on first use.
 
@@ -225,7 +246,7 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
                     f"this cache was filled under weights {layer.owner[:12]}, now {owner[:12]} act: its keys and "
                     "values belong to the former. Start with a new cache."
                 )
-            layer.owner = owner
+            layer.owner, layer.updates = owner, ()
         layer.acting = acting
         return layer
     grow = getattr(cache, "layer_class_to_replicate", None)

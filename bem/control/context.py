@@ -8,7 +8,7 @@ sequence needs later lives with its cache.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bem.control.chunks import Documents
 from bem.errors import AttachError
+from bem.variants.base import Update
 
 
 @dataclass
@@ -62,6 +63,8 @@ class StepContext:
     """Input of the attention output projection below the router layer."""
     tables: tuple[Tensor, ...] | None = None
     """Control table (rows, width) of each member; None until the router layer is entered."""
+    updates: Sequence[Update] = ()
+    """Of the members, looked up for a running chunk; empty: their own `update`."""
     slot: Int[Tensor, " tokens"] | None = None
     """Row of the tables of each token, in flattened order; None: one row per token."""
     shape: tuple[int, int] = (0, 0)

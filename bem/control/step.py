@@ -45,7 +45,8 @@ def _route_cached(context: StepContext, wiring: Wiring, hidden: Tensor, cache: C
             "It was filled without the adapter or cropped outside BEM: start with a new cache."
         )
     if _stays_in_chunk(context, hidden, layer):
-        context.tables, context.slot = layer.running_tables(hidden.dtype), None
+        context.tables, context.updates = layer.running(hidden.dtype)
+        context.slot = None
         layer.append_token(context.acting.controller.features(hidden, context.head_input))
     else:
         _route_piece(context, wiring, hidden, layer)

@@ -8,6 +8,7 @@ controller's code and that then holds for every token of the chunk. Width 0: sta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,10 @@ class Flops:
     per_chunk: int = 0  # spent once for every chunk slot, not for every token
 
 
+Update = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""See `Adapter.update`."""
+
+
 class Adapter(nn.Module, ABC):
     """An update to one frozen linear layer. Abstract: subclasses are final."""
 
@@ -72,6 +77,13 @@ class Adapter(nn.Module, ABC):
             control: table of controls in the dtype of x; None if static.
             slot: row of the table of each token, in flattened order; None: see `masked_low_rank`.
         """
+
+    def ready(self, dtype: torch.dtype, rows: int) -> Update:
+        """`update` for one decoded token of so many rows, looked up once for a chunk.
+
+        It holds as long as no weight changes and no gradient is wanted.
+        """
+        return self.update
 
     @abstractmethod
     def flops(self) -> Flops:

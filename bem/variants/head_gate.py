@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bem.kernels.reference import masked_low_rank
-from bem.variants.base import Adapter, Code, Flops, linear64
+from bem.variants.base import Adapter, Code, Flops, Update, linear64
 from bem.variants.gate_shaping import margin_alignment
+from bem.variants.low_rank import ready_low_rank
 from bem.variants.projection import Ball, norm_flops
 from bem.variants.rank_mask import RankMask
 from bem.variants.watch import ComputeCopies, Watch
 
-FEW_TOKENS = 8
-"""So many are multiplied by V as one matrix: on a CPU a batch of small products costs more than the
+FEW_ROWS = 8
+"""So many are decoded with V as one matrix: on a CPU a batch of small products costs more than the
 zeros, measured for widths of 512 to 4,096 and ranks of 8 to 32."""
 
 
@@ -100,9 +101,11 @@ class HeadGate(Adapter):
     def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None
         v, u = self._cast(x.dtype, self.v, self.u)
-        if slot is None and x.numel() <= FEW_TOKENS * x.shape[-1]:
-            v = self._dense(v)
         return masked_low_rank(y, x, v, control, slot, u)
+
+    def ready(self, dtype: torch.dtype, rows: int) -> Update:
+        v = self.dense_v() if rows <= FEW_ROWS else self.v
+        return ready_low_rank(v, self.u, dtype)
 
     def flops(self) -> Flops:
         head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)
@@ -138,13 +141,9 @@ class HeadGate(Adapter):
 
     def dense_v(self) -> Tensor:
         """V as one (rank, d_in) matrix, zero where a group's rows do not see an input."""
-        return self._dense(self.v)
-
-    def _dense(self, v: Tensor) -> Tensor:
-        wants_gradient = torch.is_grad_enabled() and v.requires_grad
-        if wants_gradient or torch.compiler.is_compiling():
-            return torch.block_diag(*v)
-        if self._v_watch.changed(v):  # the same tensor while V stays, so that norms are kept
+        if torch.is_grad_enabled() and self.v.requires_grad:
+            return torch.block_diag(*self.v)
+        if self._v_watch.changed(self.v):  # the same tensor while V stays, so that norms are kept
             with torch.inference_mode(False), torch.no_grad():
-                self._dense_v = torch.block_diag(*v)
+                self._dense_v = torch.block_diag(*self.v)
         return self._dense_v

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.kernels.reference import masked_low_rank
-from bem.variants.base import Adapter, Flops
+from bem.variants.base import Adapter, Flops, Update
 from bem.variants.projection import low_rank_norm
 from bem.variants.watch import ComputeCopies
 
@@ -39,3 +39,15 @@ class LowRank(Adapter):
         if self.radius is not None:
             norm = self.scale * low_rank_norm(self.u, self.v)
             self.u.mul_((self.radius / norm).clamp(max=1.0))
+
+
+def ready_low_rank(v: Tensor, u: Tensor, dtype: torch.dtype) -> Update:
+    """`masked_low_rank` with these weights; see `Adapter.ready`."""
+    with torch.no_grad():
+        v, u = v.detach().to(dtype), u.detach().to(dtype)
+
+    def update(y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
+        assert control is not None
+        return masked_low_rank(y, x, v, control, slot, u)
+
+    return update

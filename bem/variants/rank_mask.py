@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bem.kernels.reference import masked_low_rank
-from bem.variants.base import Adapter, Code, Flops, linear64
+from bem.variants.base import Adapter, Code, Flops, Update, linear64
+from bem.variants.low_rank import ready_low_rank
 from bem.variants.projection import Ball, norm_flops
 from bem.variants.watch import ComputeCopies
 
@@ -92,6 +93,9 @@ class MaskedLowRank(Adapter):
         assert control is not None
         v, u = self._cast(x.dtype, self.v, self.u)
         return masked_low_rank(y, x, v, control, slot, u)
+
+    def ready(self, dtype: torch.dtype, rows: int) -> Update:
+        return ready_low_rank(self.v, self.u, dtype)
 
     def flops(self) -> Flops:
         trust = norm_flops(self.ball.norm, self.control_width) if self.ball else 0
