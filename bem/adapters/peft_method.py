@@ -88,9 +88,9 @@ class BemSite(nn.Module, BaseTunerLayer):
         # once per site and token: attributes instead of calls wherever nothing is wrong
         context = self.runtime.ambient.context or self.runtime.ambient.current()
         control = (context.tables or context.decided())[index]
-        if context.updates:
-            return context.updates[index](y, x, control, context.slot)
-        return context.acting.members[index].update(y, x, control, context.slot)
+        update = context.updates[index] if context.updates else None
+        update = update or context.acting.members[index].update
+        return update(y, x, control, context.slot)
 
     def _refresh(self) -> None:
         """Look up the active update once, not in every forward pass."""

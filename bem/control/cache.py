@@ -6,18 +6,17 @@ reuse of a prefix. The layer is a view: its rows are the slots of a `ControlStat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from bem.control.context import Updates
 from bem.control.controller import Pooled, Running
 from bem.control.state import ControlState
 from bem.control.wiring import Acting, Wiring
 from bem.errors import CacheError
-from bem.variants.base import Adapter, Update
 
 
 class ControlLayer(CacheLayerMixin):
@@ -45,7 +44,7 @@ class ControlLayer(CacheLayerMixin):
         self.acting: Acting | None = None  # under what it goes on
         self.state: ControlState | None = None
         self.tables: tuple[Tensor, ...] | None = None  # the running chunk's control, per member
-        self.updates: Sequence[Update] = ()  # of the members, while `tables` are
+        self.updates: Updates = ()  # of the members, while `tables` are
         self.counts: list[int] | None = (
             None  # tokens in the running chunk of each row; None: unknown
         )
@@ -95,7 +94,7 @@ class ControlLayer(CacheLayerMixin):
             self.count()
         return bool(self.counts) and max(self.counts) < self.layout.chunk_size
 
-    def running(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Sequence[Update]]:
+    def running(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Updates]:
         """Control of the running chunks, one table (rows, width) per member, and the members' updates
         (see `StepContext`)."""
         assert self.state is not None and self.acting is not None
@@ -106,7 +105,10 @@ class ControlLayer(CacheLayerMixin):
             return self.tables, ()
         if not self.updates:
             rows = len(self.state)
-            self.updates = [_ready(member, dtype, rows) for member in self.acting.members]
+            # FiLM has no update: its hook asks it
+            self.updates = [
+                m.ready(dtype, rows) if hasattr(m, "ready") else None for m in self.acting.members
+            ]
         return self.tables, self.updates
 
     def append_token(self, features: Tensor) -> None:
@@ -211,17 +213,6 @@ class ControlLayer(CacheLayerMixin):
             return self._clear()
         self.state.crop(self.slots, keep)
         self.tables = self.counts = None
-
-
-def _ready(member: Any, dtype: torch.dtype, rows: int) -> Update:
-    """What a member does at its site; one that acts elsewhere (FiLM) is asked by its hook."""
-    if isinstance(member, Adapter):
-        return member.ready(dtype, rows)
-    return getattr(member, "update", None) or _no_site
-
-
-def _no_site(*_: Any) -> Tensor:
-    raise AssertionError("this member has no site")
 
 
 def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:

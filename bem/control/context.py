@@ -20,6 +20,9 @@ from bem.control.chunks import Documents
 from bem.errors import AttachError
 from bem.variants.base import Update
 
+Updates = Sequence[Update | None]
+"""`Adapter.ready` of each member that has it."""
+
 
 @dataclass
 class Given:
@@ -63,7 +66,7 @@ class StepContext:
     """Input of the attention output projection below the router layer."""
     tables: tuple[Tensor, ...] | None = None
     """Control table (rows, width) of each member; None until the router layer is entered."""
-    updates: Sequence[Update] = ()
+    updates: Updates = ()
     """Of the members, looked up for a running chunk; empty: their own `update`."""
     slot: Int[Tensor, " tokens"] | None = None
     """Row of the tables of each token, in flattened order; None: one row per token."""

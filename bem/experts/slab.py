@@ -20,6 +20,8 @@ from torch import Tensor
 
 from bem.experts.compose import CompositionEngine, Decision, TrustRegion
 from bem.kernels.reference import masked_low_rank
+from bem.variants.base import Update
+from bem.variants.low_rank import ready_low_rank
 from bem.variants.projection import Grams, Norm, grams
 
 # Weights that need not be read, from which on looking up the blocks in use is faster than multiplying
@@ -133,16 +135,27 @@ class SitePack:
         if not self.control_width:
             return y
         here = self if x.dtype == self.v.dtype else self.at(x.dtype)
-        experts = here._multiplied.get(len(control))
-        if experts is None:
-            widths = self.v.shape[1] + self.rows_of_u.shape[1]
-            experts = experts_multiplied(self.engine, self.mounting, widths, len(control))
-            here._multiplied[len(control)] = experts
+        experts = here._experts_multiplied(len(control))
         learns = control.requires_grad and self.mounting.form == "auto"
         if experts == len(self.engine.ranks) or learns:
             return masked_low_rank(y, x, here.v, control, slot, here.u)
         v, c, u = here._blocks_in_use(control, experts, keep=slot is None)
         return masked_low_rank(y, x, v, c, slot, u)
+
+    def ready(self, dtype: torch.dtype, rows: int) -> Update:
+        """See `Adapter.ready`."""
+        here = self.at(dtype)
+        if here.control_width and here._experts_multiplied(rows) == len(self.engine.ranks):
+            return ready_low_rank(here.v, here.u, dtype)
+        return here.update
+
+    def _experts_multiplied(self, rows: int) -> int:
+        experts = self._multiplied.get(rows)
+        if experts is None:
+            widths = self.v.shape[1] + self.rows_of_u.shape[1]
+            experts = experts_multiplied(self.engine, self.mounting, widths, rows)
+            self._multiplied[rows] = experts
+        return experts
 
     def _blocks_in_use(
         self, control: Tensor, experts: int, keep: bool
