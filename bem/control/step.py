@@ -28,9 +28,12 @@ def enter(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache | N
         context.acting = wiring.acting()
         _route_piece(context, wiring, hidden, None)
     elif torch.compiler.is_compiling():
-        torch.compiler.disable(_route_cached)(context, wiring, hidden, cache)
+        _uncompiled(_route_cached)(context, wiring, hidden, cache)
     else:  # straight: the wrapper costs as much as all else that is done for a token
         _route_cached(context, wiring, hidden, cache)
+
+
+_uncompiled: Any = torch.compiler.disable
 
 
 def _route_cached(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache) -> None:

@@ -46,7 +46,7 @@ class Flops:
     per_chunk: int = 0  # spent once for every chunk slot, not for every token
 
 
-Update = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Update = Callable[..., Tensor]
 """See `Adapter.update`."""
 
 
