@@ -4,6 +4,7 @@
     ├── ConfigError        a config file or option that cannot be right
     ├── DataError          a data file or row that cannot be used
     ├── AttachError        a model that cannot be adapted as asked
+    │   └── BaseError      a model that cannot be found, fetched or read
     ├── CacheError         a KV cache that does not fit the adapter
     ├── CheckpointError    a checkpoint that is missing, foreign or changed
     │   └── BaseMismatch   made for another base model
@@ -31,6 +32,10 @@ class DataError(BemError):
 
 class AttachError(BemError):
     """A model that cannot be adapted as asked."""
+
+
+class BaseError(AttachError):
+    """A model that cannot be found, fetched or read."""
 
 
 class CacheError(BemError):

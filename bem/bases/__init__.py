@@ -1,11 +1,12 @@
-"""Base models: the small one shipped with the package, any local folder, any Hugging Face id."""
+"""Base models: by name (see `named`), a folder, a .gguf file, or any Hugging Face id."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -13,35 +14,103 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bem.errors import AttachError
+from bem.bases.named import NAMED
+from bem.bases.store import from_gguf, get, named
+from bem.errors import BaseError
 
-SHIPPED = {"bem-tiny": Path(__file__).parent / "bem-tiny"}
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_base(
-    name: str = "bem-tiny", device: str = "cpu", dtype: Any = None
+    name: str = "bem-tiny", device: str = "cpu", dtype: Dtype | torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer, ready to be adapted (eval mode, float32 on CPU).
+    """Load a causal LM and its tokenizer, ready to be adapted (eval mode).
 
     Args:
-        name: `bem-tiny`, a folder, or a Hugging Face id.
+        name: a name of `bem base list`, a folder, a .gguf file (or a folder that holds one), or a
+            Hugging Face id. What is not here is fetched once.
         device: torch device.
-        dtype: torch dtype of the weights; None: float32 on CPU, bfloat16 elsewhere.
+        dtype: of the weights; auto: as they were saved; None: float32 on CPU, bfloat16 elsewhere.
     Raises:
-        AttachError: nothing of that name can be loaded.
+        BaseError: nothing of that name can be loaded.
     """
-    where = str(SHIPPED.get(name, name))
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    where = str(find_base(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=_dtype(dtype, device))
     except (OSError, ValueError) as error:
-        raise AttachError(
-            f"No base model {name!r}: {str(error).splitlines()[0]} "
-            f"Give a folder, a Hugging Face id, or one of {', '.join(SHIPPED)}."
-        ) from error
+        raise BaseError(_not_found(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.to(device).eval(), tokenizer  # pyright: ignore
+
+
+def find_base(name: str) -> Path | str:
+    """The folder of a base on this machine, fetched and converted where needed; a Hugging Face id, which
+    transformers looks up, as it is.
+
+    Raises:
+        BaseError: a model of another kind, or one that cannot be fetched or read.
+    """
+    if (model := named(name, "base")) is not None:
+        return get(model)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseError(f"There is no file {name}.")
+        return from_gguf(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return from_gguf(files[0])
+        if files:
+            choices = ", ".join(f.name for f in files)
+            raise BaseError(f"{name} holds {len(files)} models: name one of {choices}.")
+    return path if path.is_dir() else name
+
+
+def find_encoder(name: str) -> str:
+    """The folder of a named encoder, fetched where needed; any other name as it is.
+
+    Raises:
+        BaseError: a model of another kind, or one that cannot be fetched.
+    """
+    model = named(name, "encoder")
+    return name if model is None else str(get(model))
+
+
+def fetch(name: str) -> Path:
+    """The folder of a base or an encoder on this machine, after whatever has to be fetched for it.
+
+    Raises:
+        BaseError: there is no such model, or it cannot be fetched.
+    """
+    model = NAMED.get(name)
+    where = find_base(name) if model is None or model.kind == "base" else get(model)
+    if isinstance(where, Path):
+        return where
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(where, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise BaseError(_not_found(name, error)) from error
+
+
+def _dtype(dtype: Any, device: str) -> Any:
+    if dtype is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in get_args(Dtype):
+        raise BaseError(f"dtype {dtype!r} is none of {', '.join(get_args(Dtype))}.")
+    return getattr(torch, dtype)
+
+
+def _not_found(name: str, error: Exception) -> str:
+    names = ", ".join(model.name for model in NAMED.values() if model.kind == "base")
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"No base model {name!r}: {first} Give one of {names}, a folder, a .gguf file, or a Hugging Face id "
+        f"(with network, `bem base get {name}` fetches it once)."
+    )

@@ -1,10 +1,11 @@
-"""The commands: run | train | evaluate | plan | validate | promote | report | route | index | doctor."""
+"""The commands: run | train | evaluate | plan | validate | promote | report | route | index | base | doctor."""
 
 from __future__ import annotations
 
 import typer
 
 import bem
+from bem.cli.base import base_app
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
@@ -24,6 +25,7 @@ for command in (run, evaluate, plan, validate, promote, report, doctor):
 app.add_typer(train_app, name="train")
 app.add_typer(route_app, name="route")
 app.add_typer(index_app, name="index")
+app.add_typer(base_app, name="base")
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,6 +18,7 @@ NEEDED_DISK_GIB = 1.0
 
 EXTRAS = {
     "datasets": ("datasets", "Hugging Face datasets as tasks"),
+    "gguf": ("gguf", ".gguf files as bases (smollm2-135m is one)"),
     "sentence_transformers": ("retrieval", "encoders and rerankers from sentence-transformers"),
     "faiss": ("retrieval", "dense search in 100,000 passages and more"),
     "tensorboard": ("tensorboard", "training curves in TensorBoard"),

@@ -38,12 +38,13 @@ def build(
         str,
         typer.Option(
             "--encoder",
-            help="base: the base model's own states; none: BM25 alone; or a "
-            "sentence-transformers name or folder.",
+            help="base: the base model's own states; none: BM25 alone; minilm, or any "
+            "sentence-transformers folder or hub id.",
         ),
     ] = "base",
     base: Annotated[
-        str, typer.Option("--base", help="Whose states: bem-tiny, a folder or a hub id.")
+        str,
+        typer.Option("--base", help="Whose states: a name of `bem base list`, a folder, a hub id."),
     ] = "bem-tiny",
     exact: Annotated[
         bool, typer.Option("--exact", help="Look at every vector, however many there are.")

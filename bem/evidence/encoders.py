@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bem.bases import load_base
+from bem.bases import find_encoder, load_base
 from bem.errors import ConfigError, DataError, MissingExtra
 
 OWN = "base:"
@@ -128,7 +128,7 @@ class PooledStates:
 
 
 class SentenceEncoder:
-    """Any sentence-transformers model, by name or folder (extra `retrieval`).
+    """Any sentence-transformers model: `minilm`, a folder or a hub id (extra `retrieval`).
 
     Raises:
         MissingExtra: sentence-transformers is not installed.
@@ -143,7 +143,7 @@ class SentenceEncoder:
         except ImportError:
             raise MissingExtra("sentence-transformers", "retrieval", f"Encoder {name}") from None
         try:
-            self._model = SentenceTransformer(name, device=device)
+            self._model = SentenceTransformer(find_encoder(name), device=device)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"No sentence-transformers model {name!r}: {str(error).splitlines()[0]} Give a "
