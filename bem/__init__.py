@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bem.adapters.attach import Attached, attach, from_peft, load
     from bem.adapters.checks import check_adapter
     from bem.adapters.peft_method import BemConfig
-    from bem.bases import load_base
+    from bem.bases.load import load_base
     from bem.experts.expert import read_expert
     from bem.routing.mount import load_router, mount
     from bem.routing.mounted import Mounted
@@ -32,7 +32,7 @@ _WHERE = {
     "from_peft": "bem.adapters.attach",
     "judge": "bem.stats",
     "load": "bem.adapters.attach",
-    "load_base": "bem.bases",
+    "load_base": "bem.bases.load",
     "load_router": "bem.routing.mount",
     "mount": "bem.routing.mount",
     "read_expert": "bem.experts.expert",

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 import bem
-from bem.bases import load_base
+from bem.bases.load import load_base
 from bem.cli.route import conversation
 from bem.errors import DataError
 from tests.conftest import make_llama, make_tokenizer

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "bem").rglob("*.py"))
-OPTIONAL = {  # the extras of pyproject.toml, and what they bring
+OPTIONAL = {
+    "gguf",  # the extras of pyproject.toml, and what they bring
     "datasets",
     "faiss",
     "sentence_transformers",

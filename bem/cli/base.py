@@ -20,8 +20,8 @@ Name = Annotated[str, typer.Argument(help="A name of `list`, a folder, a .gguf f
 @base_app.command("list")
 def show_all() -> int:
     """Show the models that have a name here."""
+    from bem.bases.cache import cache_folder, is_here
     from bem.bases.named import NAMED
-    from bem.bases.store import cache_folder, is_here
 
     table = Table(box=None, pad_edge=False)
     for column in ("name", "kind", "licence", "download", "here", "what it is"):
@@ -39,7 +39,7 @@ def show_all() -> int:
 @base_app.command("get")
 def get_one(name: Name) -> int:
     """Fetch a model once; from then on it is used without network."""
-    from bem.bases import fetch
+    from bem.bases.load import fetch
 
     folder = fetch(name)
     Terminal().print(Text(f"{name}: {folder}"), soft_wrap=True)
@@ -49,7 +49,7 @@ def get_one(name: Name) -> int:
 @base_app.command("info")
 def show_one(name: Name) -> int:
     """Show what a base is made of; it is fetched if it is not here."""
-    from bem.bases import load_base
+    from bem.bases.load import load_base
 
     model, tokenizer = load_base(name, dtype="auto")
     table = Table(box=None, pad_edge=False, show_header=False)

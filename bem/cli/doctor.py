@@ -103,7 +103,7 @@ def _torch() -> list[Check]:
 
 
 def _base() -> Check:
-    from bem.bases import load_base
+    from bem.bases.load import load_base
     from bem.errors import BemError
 
     try:

@@ -230,7 +230,7 @@ def _mounted(folder: Path, base: str, device: str) -> tuple[Mounted, Any]:
     if not folder.is_dir():
         raise ConfigError(f"No router at {folder}. `bem train router CONFIG` trains one.")
     quiet()
-    from bem.bases import load_base
+    from bem.bases.load import load_base
     from bem.routing.mount import load_router
 
     model, tokenizer = load_base(base, _device(device))
@@ -289,7 +289,7 @@ def _distil(
 ) -> tuple[float, float]:
     """Fit and save the student; KL of the bare base and of the student to the teacher, held-out."""
     from bem.adapters.copies import without_adapter
-    from bem.bases import load_base
+    from bem.bases.load import load_base
     from bem.experiments.run import Event, device_of
     from bem.tasks.load import load_tasks, training_mixture
     from bem.tasks.retrieval import with_evidence
@@ -299,7 +299,7 @@ def _distil(
     tasks = [with_evidence(task, None) for task in load_tasks(config.data)]
     held_out = [row for task in tasks for row in task.dev]
     display.show(Event("loading the base"))
-    model, tokenizer = load_base(config.base, device_of(config))
+    model, tokenizer = load_base(config.base, device_of(config), config.dtype)
     teacher = _teacher(model, folder)
     steps, length = config.training.steps, config.training.max_length
     made = distill(

@@ -110,7 +110,9 @@ class ExperimentConfig(Section):
     output: str = "runs"
     """Folder that holds all runs."""
     base: str = "bem-tiny"
-    """`bem-tiny`, a Hugging Face id or a local folder."""
+    """A name of `bem base list`, a folder, a .gguf file, or a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Of the base's weights; auto: as they were saved; None: float32 on CPU, bfloat16 elsewhere."""
     data: DataConfig
     adapters: dict[str, Any] = {}
     """Defaults of every arm: knobs of any variants, each used by the arms whose variant has it."""

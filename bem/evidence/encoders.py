@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bem.bases import find_encoder, load_base
+from bem.bases.load import find_encoder, load_base
 from bem.errors import ConfigError, DataError, MissingExtra
 
 OWN = "base:"

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from tokenizers import Tokenizer
 
-from bem.bases import SHIPPED as BASES
+from bem.bases.load import find_base
 from bem.errors import CheckpointError
 from bem.evidence.cross_encoder import CrossEncoderReranker
 from bem.evidence.deadline import before, passed
@@ -175,6 +175,6 @@ def _load_tiny(
             f"{folder} holds no usable reranker: {str(error).splitlines()[0]} "
             "Copy the folder again, or train it with scripts/train_reranker.py."
         ) from error
-    tokenizer = Tokenizer.from_file(str(BASES[config["base"]] / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(Path(find_base(config["base"])) / "tokenizer.json"))
     digest = sha256(data + json.dumps(config, sort_keys=True).encode()).hexdigest()
     return model.to(device).eval(), Words(tokenizer, idf), digest

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bem.adapters.version import base_digest
-from bem.bases import load_base
+from bem.bases.load import load_base
 from bem.config import ExperimentConfig
 from bem.errors import ConfigError
 from bem.experiments.events import Event, Show
@@ -56,7 +56,7 @@ def load_inputs(config: ExperimentConfig, folder: RunFolder, show: Show) -> RunI
     if config.threads:
         torch.set_num_threads(config.threads)
     show(Event("loading the base"))
-    model, tokenizer = load_base(config.base, device)
+    model, tokenizer = load_base(config.base, device, config.dtype)
     hashes = {
         "train": data_hash(examples),
         **{f"{task.name} dev": data_hash(task.dev) for task in tasks},

@@ -14,7 +14,7 @@ import torch
 
 from bem.adapters.attach import load
 from bem.adapters.copies import with_shared_weights
-from bem.bases import load_base
+from bem.bases.load import load_base
 from bem.config import ArmConfig, ExperimentConfig
 from bem.errors import CheckpointError, ConfigError
 from bem.experiments.cell import CellRunner
@@ -133,7 +133,7 @@ def evaluate(
     """Measure one checkpoint on the held-out rows of the config's tasks."""
     show = on_event or ignore
     show(Event("loading the base"))
-    model, tokenizer = load_base(config.base, device_of(config))
+    model, tokenizer = load_base(config.base, device_of(config), config.dtype)
     tasks = [
         with_evidence(task, None, tell_search(task, show))
         for task in load_tasks(config.data, need_train=False)

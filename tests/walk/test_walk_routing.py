@@ -6,7 +6,7 @@ import pytest
 
 import bem
 from bem import config as configuration
-from bem.bases import load_base
+from bem.bases.load import load_base
 from bem.errors import NotAccepted
 from bem.experiments import run as runner
 from bem.routing.explain import explain
