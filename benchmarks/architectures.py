@@ -67,6 +67,9 @@ OF_BASE = {
 }
 """What a base may fail by itself."""
 SLACK = 10  # times what the base itself is off by
+CANNOT = 1e-2  # off by more than this, a base does not do it at all
+NOTES = ("round_trip", "survives_checkpointing")
+"""Checks that say so where PEFT or the base leaves nothing to check."""
 NUMBER = re.compile(r"[\d.]+e[+-]\d+")
 
 PASSES, AS_BASE, PARTLY, REFUSED = "passes", "passes as far as its base", "partly refused", "refused"
@@ -137,13 +140,18 @@ def judge(kind: str, variant: str, check: str, failures: dict, of_base: dict) ->
     """Run one check; where it fails, see what the bare base does."""
     name, (passed, ours) = f"{variant} {check}", outcome(kind, check, partial(attached, variant))
     if passed:
+        if check in NOTES and ours and number(ours) is None:
+            of_base[name] = ours
         return
     if check not in OF_BASE:
         failures[name] = ours
         return
     base_passed, base = outcome(kind, check, Bare)
     off, own = number(ours), number(base)
-    alike = not base_passed if own is None else off is not None and off <= SLACK * own
+    if own is None:
+        alike = not base_passed
+    else:
+        alike = off is not None and (own > CANNOT or off <= SLACK * own)
     (of_base if alike else failures)[name] = f"{ours} (the bare base: {base or 'passes'})"
 
 

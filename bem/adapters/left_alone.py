@@ -46,7 +46,8 @@ def left_alone(
             continue
         for role, part in ((ATTN_OUT, "attention"), (MLP_DOWN, "MLP")):
             if role in roles and sites.at(layer, role) is None:
-                why = f"its {part} ends in no linear layer{_fused(modules, block)}"
+                fused = _fused(modules, block) if role == MLP_DOWN else ""
+                why = f"its {part} ends in no linear layer{fused}"
                 reasons.setdefault((why, False), []).append(layer)
         if layer not in layers and any(sites.at(layer, role) for role in roles):
             reasons.setdefault(("none of its sites was chosen", True), []).append(layer)
@@ -66,7 +67,7 @@ def _layers(layers: Sequence[int], depth: int) -> str:
 def _fused(modules: Mapping[str, nn.Module], block: str) -> str:
     """Names the module that holds a block's experts in one tensor, if there is one."""
     for name, module in modules.items():
-        if name.startswith(block + "."):
+        if name.startswith(block + ".") and not isinstance(module, nn.Conv1d):
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() == 3:
                     return f": experts are fused into one tensor, {type(module).__name__}.{key}"

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from bem.adapters.sites import FORBIDDEN, find_sites
 from bem.errors import CheckpointError
@@ -127,6 +127,29 @@ def write_loras(loras: Mapping[str, Lora], folder: Path, base_name: str | None =
     config.save_pretrained(str(folder))
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     return folder
+
+
+def missed_by_peft(model: nn.Module, sites: Iterable[str]) -> str:
+    """Why PEFT itself does not put a LoRA onto these layers, in a few words; empty: it does.
+
+    It takes some names for experts that are fused by now, and refuses some layers of state space
+    models. It is asked on a skeleton that has these layers alone, one number wide.
+    """
+    wanted, skeleton = set(sites), nn.Module()
+    skeleton.config = model.config
+    for site in wanted:
+        parent, (*path, last) = skeleton, site.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, nn.Linear(1, 1))
+    try:
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=sorted(wanted)), skeleton)
+    except ValueError as error:
+        return f"PEFT puts no LoRA there: {str(error).split('. ')[0]}"
+    missed = sorted(n for n in wanted if not hasattr(skeleton.get_submodule(n), "lora_A"))
+    return f"PEFT puts no LoRA onto {_few(missed)}, but elsewhere" if missed else ""
 
 
 def alpha_of(scale: float, rank: int) -> float:

@@ -20,6 +20,9 @@ from bem.errors import AttachError
 ATTN_OUT, MLP_DOWN = "attn_out", "mlp_down"
 ATTN_OUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out")
 MLP_DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "lin2")
+TOWER = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
+ASIDE = re.compile(r"layernorm|cross|encoder_attn", re.IGNORECASE)
+"""A norm may have a small MLP of its own; cross-attention reads another sequence, if there is one."""
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 FORBIDDEN = re.compile(
     r"(^|\.)(q|k|v|qk|kv|qkv|query|key|value|query_key_value|w_?qkv|q_proj|k_proj|v_proj|qkv_proj"
@@ -114,7 +117,8 @@ def linear_shape(module: Any) -> tuple[int, int]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks: the module list as long as the config says, else the longest."""
+    """Names of the decoder blocks: the module list as long as the config says, else the longest; one that
+    reads images or sound only if there is no other."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -125,9 +129,12 @@ def _blocks(model: nn.Module) -> list[str]:
     if not lists:
         raise AttachError(f"{type(model).__name__} has no list of decoder blocks: not a causal LM?")
     depth = _first(_text_config(model), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    name, chosen = max(
-        lists, key=lambda item: (len(item[1]) == depth, len(item[1]), -item[0].count("."))
-    )
+
+    def fits(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int, int]:
+        name, blocks = item
+        return not TOWER.search(name), len(blocks) == depth, len(blocks), -name.count(".")
+
+    name, chosen = max(lists, key=fits)
     return [f"{name}.{i}" for i in range(len(chosen))]
 
 
@@ -155,6 +162,7 @@ def _recognised(
         for name, module in inside.items()
         if bool(ATTENTION.search(name[len(block) :])) == (role == ATTN_OUT)
         and not FORBIDDEN.search(name)
+        and not ASIDE.search(name[len(block) :])
     }
     by_name = [name for name in mine if name.rsplit(".", 1)[-1] in usual]
     if len(by_name) > 1:
