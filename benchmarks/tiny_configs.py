@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,8 +29,12 @@ SIZES: dict[str, Any] = {
     **_each(VOCAB, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
     **_each(32, "hidden_size d_model n_embd emb_dim embedding_dim embedding_size"),
     **_each(32, "word_embed_proj_dim attention_hidden_size lru_width"),
-    **_each(48, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner"),
-    **_each(48, "dim_ff dff d_inner intermediate_size_mlp dense_intermediate_size feed_forward_size"),
+    **_each(
+        48, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner"
+    ),
+    **_each(
+        48, "dim_ff dff d_inner intermediate_size_mlp dense_intermediate_size feed_forward_size"
+    ),
     **_each(24, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
     **_each(24, "moe_shared_expert_intermediate_size shared_experts_intermediate_size"),
     **_each(24, "expert_ffn_hidden_size"),
@@ -60,36 +65,65 @@ SIZES: dict[str, Any] = {
     **_each(2, "index_n_heads"),
     **_each(128, "index_topk"),
     # state space models
-    **_each(8, "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_chunk_size"),
+    **_each(
+        8, "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_chunk_size"
+    ),
     **_each(8, "mamba_dt_rank time_step_rank chunk_size"),
     **_each(8, "mamba_n_heads mamba_num_heads"),
     **_each(1, "mamba_n_groups n_groups mamba_ngroups"),
     # what is drawn, and what must not be
     **_each(0.2, "initializer_range init_std initializer_factor emb_init_std"),
     **_each(0.0, "dropout attention_dropout activation_dropout attn_pdrop embd_pdrop resid_pdrop"),
-    **_each(0.0, "hidden_dropout hidden_dropout_prob attention_probs_dropout_prob summary_first_dropout"),
-    **_each(0, "pad_token_id pad_index"),
+    **_each(
+        0.0, "hidden_dropout hidden_dropout_prob attention_probs_dropout_prob summary_first_dropout"
+    ),
+    **_each(0, "pad_token_id pad_index encoder_no_repeat_ngram_size"),
+    **_each(None, "forced_eos_token_id forced_bos_token_id begin_suppress_tokens"),
     **_each(1, "bos_token_id"),
     **_each(2, "eos_token_id"),
 }
 
-PER_LAYER = (
-    "layer_types mlp_layer_types layers_block_type indexer_types no_rope_layers layer_rope_theta "
-    "num_attention_heads_per_layer activation_sparsity_pattern block_types attn_layers"
-).split()
+PER_LAYER = [
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "indexer_types",
+    "no_rope_layers",
+    "layer_rope_theta",
+    "num_attention_heads_per_layer",
+    "activation_sparsity_pattern",
+    "block_types",
+    "attn_layers",
+]
 
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 """With multi-head latent attention every head has its keys, and positions turn a part of each."""
 _DECODER = {"is_decoder": True}
-_ENCODERS_THAT_DECODE = (
-    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-    "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
-).split()
+_ENCODERS_THAT_DECODE = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+]
 _SHARED_KEYS = {
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
-_DOTS = {f"swa_{n}": 4 for n in ("num_attention_heads", "num_key_value_heads", "qk_rope_head_dim")} | {
+_DOTS = {
+    f"swa_{n}": 4 for n in ("num_attention_heads", "num_key_value_heads", "qk_rope_head_dim")
+} | {
     "swa_q_lora_rank": 16,
     "swa_kv_lora_rank": 16,
     "swa_head_dim": 12,
@@ -107,20 +141,40 @@ _INDEXER = {
     "hc_lowrank": 8,
 }
 
+_ASSISTANT = {
+    **{
+        "model_type": "gemma4_text",
+        "num_kv_shared_layers": 0,
+        "layer_types": ["full_attention"] * 4,
+    },
+    **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0),
+    **{"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCAB},
+}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: _DECODER for kind in _ENCODERS_THAT_DECODE},
+    **_each({"hidden_size_global": 32}, "blt_local_encoder blt_local_decoder"),
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {
         "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            },
             "full_attention": None,
         }
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {
+            "hidden_size": 32,
+            "ffn_hidden_size": 24,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
     },
     "dots3_note": _DOTS,
     "dots3_note_text": _DOTS,
@@ -128,6 +182,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**_SHARED_KEYS, "laurel_rank": 8, "hidden_size_per_layer_input": 8},
     "gemma4_text": {**_SHARED_KEYS, "hidden_size_per_layer_input": 8},
     "gemma4_unified_text": _SHARED_KEYS,
+    "gemma4_assistant": {"text_config": _ASSISTANT},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -149,10 +204,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {**_DECODER, "default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "adapter_rank": 8},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "adapter_rank": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model type of a config, or its class where it has none -> the settings that its names alone do not tell."""
+
+START = {"gemma4_assistant": SPECIAL["gemma4_assistant"]}
+"""What a config cannot even be made without."""
 
 
 def tiny_config(model_type: str) -> Any:
@@ -163,7 +226,7 @@ def tiny_config(model_type: str) -> Any:
 
 def tiny_of(config_class: Any) -> Any:
     """A config with every known size made small; the configs inside it too."""
-    default = config_class()
+    default = config_class(**START.get(config_class.model_type, {}))
     fields = default.to_dict()
     names = {*fields, *getattr(config_class, "attribute_map", {})}
     settings = {name: size for name, size in SIZES.items() if name in names}
@@ -188,6 +251,13 @@ def model_class(model_type: str) -> Any:
     return getattr(transformers, CLASSES[model_type])
 
 
-def tiny_model_of(model_type: str) -> Any:
-    """A random model of that type."""
-    return model_class(model_type)(tiny_config(model_type))
+def tiny_model_of(model_type: str, draw: int = 0) -> Any:
+    """A random model of that type. A matrix that starts at zero would hide what stands before it: it is
+    drawn too."""
+    torch.manual_seed(draw)
+    model = model_class(model_type)(tiny_config(model_type))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(0.0, 0.2)
+    return model

@@ -77,7 +77,9 @@ def round_trip(make: Make, arch: str) -> str:
         first = attached.save(f"{work}/first")
         again = load(tiny_model(arch), first)
         assert_equal(logits(again.model, ids), before, 0.0)
-        missed = missed_by_peft(again.base, again.plan.parts) if again.config.variant == "s0" else ""
+        missed = (
+            missed_by_peft(again.base, again.plan.parts) if again.config.variant == "s0" else ""
+        )
         last = again if missed else _through_peft(again, arch, work, before)
         assert_equal(logits(last.model, ids), before, 0.0)
         assert again.version == last.version == version, "the version changed on the way"

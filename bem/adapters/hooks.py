@@ -160,7 +160,8 @@ class Runtime:
 
     def _behind(self, block: int, module: nn.Module, args: tuple, output: Any) -> Any:
         """Behind a block: FiLM, then whatever must be last."""
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        hidden = output[0] if several else output
         wiring = self.wiring
         if wiring is not None and block in wiring.films:
             index = wiring.films[block]
@@ -168,7 +169,7 @@ class Runtime:
             hidden = self._streams.each(hidden, lambda h: film.modulate(h, *control))
         for stage in self.last.get(block, ()):
             hidden = stage(block, hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)((hidden, *output[1:])) if several else hidden
 
     def _shape(self, block: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         wiring = self.wiring

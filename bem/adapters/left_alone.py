@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bem.adapters.names import clean_name
-from bem.adapters.sites import ATTN_OUT, MLP_DOWN, Sites
+from bem.adapters.sites import ATTN_OUT, MLP_DOWN, Sites, is_linear, reads_another
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def left_alone(
     for layer, block in enumerate(sites.blocks):
         if layer < router_layer and layer not in layers:
             reasons.setdefault((f"below router_layer {router_layer}", True), []).append(layer)
+            continue
+        inside = [n for n, m in modules.items() if n.startswith(block + ".") and is_linear(m)]
+        if reads_another(block, inside):
+            why = "it attends to another sequence alone, and is not run without one"
+            reasons.setdefault((why, False), []).append(layer)
             continue
         for role, part in ((ATTN_OUT, "attention"), (MLP_DOWN, "MLP")):
             if role in roles and sites.at(layer, role) is None:

@@ -8,6 +8,7 @@ and an adapter there would also change the frozen cache of the layers below the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,8 +22,10 @@ ATTN_OUT, MLP_DOWN = "attn_out", "mlp_down"
 ATTN_OUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out")
 MLP_DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "lin2")
 TOWER = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
-ASIDE = re.compile(r"layernorm|cross|encoder_attn", re.IGNORECASE)
-"""A norm may have a small MLP of its own; cross-attention reads another sequence, if there is one."""
+CROSS = re.compile(r"cross|encoder_attn", re.IGNORECASE)
+"""Attention to another sequence, if there is one."""
+LAYERNORM = re.compile(r"layernorm", re.IGNORECASE)
+"""May have a small MLP of its own."""
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 FORBIDDEN = re.compile(
     r"(^|\.)(q|k|v|qk|kv|qkv|query|key|value|query_key_value|w_?qkv|q_proj|k_proj|v_proj|qkv_proj"
@@ -85,6 +88,8 @@ def find_sites(model: nn.Module, overrides: dict[str, str | list[str]] | None = 
     found: list[Site] = []
     for index, block in enumerate(blocks):
         inside = {n: m for n, m in modules.items() if n.startswith(block + ".") and is_linear(m)}
+        if reads_another(block, inside):
+            continue
         for role in (ATTN_OUT, MLP_DOWN):
             patterns = (overrides or {}).get(role)
             name = _named(inside, patterns) if patterns else _recognised(model, block, inside, role)
@@ -100,6 +105,12 @@ def find_sites(model: nn.Module, overrides: dict[str, str | list[str]] | None = 
     d_model = next((s.d_out for s in found), 0)
     n_heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     return Sites(tuple(blocks), tuple(found), d_model, n_heads or 1)
+
+
+def reads_another(block: str, inside: Iterable[str]) -> bool:
+    """Does a block attend to another sequence alone? Without one, it is not run."""
+    attention = [n for n in inside if ATTENTION.search(n[len(block) :])]
+    return bool(attention) and all(CROSS.search(n[len(block) :]) for n in attention)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -162,7 +173,8 @@ def _recognised(
         for name, module in inside.items()
         if bool(ATTENTION.search(name[len(block) :])) == (role == ATTN_OUT)
         and not FORBIDDEN.search(name)
-        and not ASIDE.search(name[len(block) :])
+        and not CROSS.search(name[len(block) :])
+        and not LAYERNORM.search(name[len(block) :])
     }
     by_name = [name for name in mine if name.rsplit(".", 1)[-1] in usual]
     if len(by_name) > 1:
