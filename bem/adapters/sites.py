@@ -24,8 +24,8 @@ MLP_DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2",
 TOWER = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
 CROSS = re.compile(r"cross|encoder_attn", re.IGNORECASE)
 """Attention to another sequence, if there is one."""
-LAYERNORM = re.compile(r"layernorm", re.IGNORECASE)
-"""May have a small MLP of its own."""
+BESIDE = re.compile(r"layernorm|\.(gate|router\w*)\.", re.IGNORECASE)
+"""A norm, or what chooses experts: may have a small MLP of its own."""
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 FORBIDDEN = re.compile(
     r"(^|\.)(q|k|v|qk|kv|qkv|query|key|value|query_key_value|w_?qkv|q_proj|k_proj|v_proj|qkv_proj"
@@ -174,7 +174,7 @@ def _recognised(
         if bool(ATTENTION.search(name[len(block) :])) == (role == ATTN_OUT)
         and not FORBIDDEN.search(name)
         and not CROSS.search(name[len(block) :])
-        and not LAYERNORM.search(name[len(block) :])
+        and not BESIDE.search(name[len(block) :])
     }
     by_name = [name for name in mine if name.rsplit(".", 1)[-1] in usual]
     if len(by_name) > 1:

@@ -38,7 +38,8 @@ def masked_low_rank(
     if not isinstance(c, Tensor):
         return torch.add(y, F.linear(h, u), alpha=c)
     rows = c if slot is None else c.index_select(0, slot)
-    return y + F.linear(h * (rows if len(rows) == 1 else rows.view(h.shape)), u)
+    h = h * (rows if len(rows) == 1 else rows.view(h.shape))
+    return y + F.linear(h.to(u.dtype), u)  # a residual stream in float32 makes a float32 table
 
 
 def _grouped(
