@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,9 @@ def missed_by_peft(model: nn.Module, sites: Iterable[str]) -> str:
             parent = parent.get_submodule(part)
         parent.add_module(last, nn.Linear(1, 1))
     try:
-        inject_adapter_in_model(LoraConfig(r=1, target_modules=sorted(wanted)), skeleton)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="target_parameters=")  # what this asks about
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=sorted(wanted)), skeleton)
     except ValueError as error:
         return f"PEFT puts no LoRA there: {str(error).split('. ')[0]}"
     missed = sorted(n for n in wanted if not hasattr(skeleton.get_submodule(n), "lora_A"))

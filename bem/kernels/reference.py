@@ -34,7 +34,9 @@ def masked_low_rank(
             holds for all tokens, or one row per token.
         u: (out, R).
     """
-    if not x.is_contiguous():  # torch would fold its rows or not by whether v trains: another last bit
+    if (
+        not x.is_contiguous()
+    ):  # torch would fold its rows or not by whether v trains: another last bit
         x = x.contiguous()
     h = F.linear(x, v) if v.dim() == 2 else _grouped(x, v)
     if not isinstance(c, Tensor):

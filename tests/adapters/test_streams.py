@@ -37,7 +37,9 @@ CACHED = ["padding_is_invisible", "generation_is_exact"]
 def altup():
     per_layer = dict(vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, laurel_rank=8)
     shared = dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2)
-    config = Gemma3nTextConfig(**SIZES, **per_layer, **shared, activation_sparsity_pattern=[0.0] * 4)
+    config = Gemma3nTextConfig(
+        **SIZES, **per_layer, **shared, activation_sparsity_pattern=[0.0] * 4
+    )
     return Gemma3nForCausalLM(config)
 
 
@@ -96,7 +98,11 @@ def test_one_stream_is_handed_on_as_it_is():
 
 @pytest.mark.parametrize(
     ("streams", "shape"),
-    [(Streams(dim=0), (5, 2, 3, 4)), (Streams(), (2, 3, 5, 4)), (Streams(side_by_side=5), (2, 3, 20))],
+    [
+        (Streams(dim=0), (5, 2, 3, 4)),
+        (Streams(), (2, 3, 5, 4)),
+        (Streams(side_by_side=5), (2, 3, 20)),
+    ],
 )
 def test_streams_are_read_as_their_mean_and_changed_alike(streams, shape):
     hidden = torch.randn(shape)
