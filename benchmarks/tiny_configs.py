@@ -156,6 +156,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **_each({"hidden_size_global": 32}, "blt_local_encoder blt_local_decoder"),
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {**_DECODER, "attention_type": "original_full"},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {
         "rope_parameters": {
