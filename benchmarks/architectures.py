@@ -173,19 +173,22 @@ def judge(kind: str, variant: str, check: str, failures: dict, of_base: dict) ->
         if check in NOTES and ours and number(ours) is None:
             of_base[name] = ours
         return
-    if check not in OF_BASE:
-        failures[name] = ours
-        return
     if (number(ours) or 1.0) < CANNOT and draws_well(kind, check, variant):
         of_base[name] = f"{ours}; exact with other weights: a rounding fell to the other side"
         return
     base_passed, base = outcome(kind, check, Bare)
+    if base == ours or (check in OF_BASE and not exceeds(ours, base, base_passed)):
+        of_base[name] = f"{ours} (the bare base: {base})"
+    else:
+        failures[name] = f"{ours} (the bare base: {base or 'passes'})" if check in OF_BASE else ours
+
+
+def exceeds(ours: str, base: str, base_passed: bool) -> bool:
+    """Is what an adapter is off by more than what its base explains?"""
     off, own = number(ours), number(base)
     if own is None:
-        alike = not base_passed
-    else:
-        alike = off is not None and (own > CANNOT or off <= SLACK * own)
-    (of_base if alike else failures)[name] = f"{ours} (the bare base: {base or 'passes'})"
+        return base_passed
+    return off is None or (own <= CANNOT and off > SLACK * own)
 
 
 def draws_well(kind: str, check: str, variant: str) -> bool:

@@ -11,6 +11,8 @@ from transformers import (
     Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     Qwen3NextConfig,
@@ -319,6 +321,26 @@ def test_a_prompt_of_a_model_that_drops_tokens_on_the_way_up_is_adapted_whole(va
     last = _forward(model, x, logits_to_keep=1).logits
     assert last.shape[1] == 1
     assert (last - _logits(model, x)[:, -1:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["v1", "v4"])
+def test_blocks_may_compute_in_bfloat16_under_a_residual_stream_in_float32(variant):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, state_size=8)
+    model = MambaForCausalLM(config).to(torch.bfloat16).eval()
+    attached_ = _perturbed(bem.attach(model, variant, rank=4, chunk_size=8))
+    seen = []
+    attached_.base.backbone.layers[2].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].dtype)
+    )
+    prompt = ids(13)
+    logits = generate(attached_.model, prompt)
+    assert set(seen) == {torch.float32}, "this model no longer shows it"
+    whole = torch.cat([prompt, logits.argmax(-1)], 1)
+    turns = torch.zeros_like(whole, dtype=torch.bool)
+    turns[:, 12] = True
+    plain = _forward(attached_.model, whole, turn_starts=turns, use_cache=False).logits[:, 12:-1]
+    assert (logits - plain).abs().max() < 0.1 * plain.abs().max()
 
 
 def test_a_block_may_return_a_list():
