@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
@@ -58,6 +59,17 @@ def test_the_skeleton_is_asked_what_the_model_would_say():
     assert missed, "PEFT has learned it: the warning can go"
     assert missed[0] in missed_by_peft(model, wanted)
     assert missed_by_peft(state_space(), sites(state_space())).startswith("PEFT puts no LoRA there")
+
+
+def test_a_layer_that_peft_knows_by_another_name_is_missed():
+    """PEFT renames the shared experts of Laguna in the file, and finds nothing under the new name."""
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.shared_experts = nn.ModuleDict({"down_proj": nn.Linear(4, 32)})
+    names = [f"model.layers.{i}.mlp.shared_experts.down_proj" for i in range(4)]
+    assert missed_by_peft(model, names) == ""
+    model.config.model_type = "laguna"
+    assert "onto model.layers.0.mlp.shared_experts.down_proj" in missed_by_peft(model, names)
 
 
 @pytest.mark.parametrize("maker", [shared_expert, state_space])

@@ -47,7 +47,9 @@ def test_blocks_that_see_other_tokens_than_the_text_are_refused():
     sizes = dict(dim_head=8, dim_ff=48, prompt_length=4)
     model = transformers.CpmAntForCausalLM(CpmAntConfig(**SMALL, **sizes))
     for variant in ("s0", "v1"):
-        with pytest.raises(AttachError, match=r"CpmAntForCausalLM puts .* prompt tokens of its own"):
+        with pytest.raises(
+            AttachError, match=r"CpmAntForCausalLM puts .* prompt tokens of its own"
+        ):
             bem.attach(model, variant, rank=2)
 
 
