@@ -92,7 +92,8 @@ PASSES, AS_BASE, PARTLY, REFUSED = (
 )
 FAILS, NOT_RUN = "FAILS", "not run"
 MEANING = {
-    PASSES: "every check of every variant",
+    PASSES: "every check of s0, v1 and v4, and of pt1, v2 and v3 wherever they find what they adapt (the reason is "
+    "shown where not)",
     AS_BASE: "what it fails, the bare base fails too, or it is off by no more than ten times what the base "
     "is off by itself; named in the table",
     PARTLY: "some variants pass, BEM refuses the others when they are attached, with the reason shown",
@@ -296,11 +297,19 @@ def table(rows: dict[str, Any]) -> str:
     """The results as Markdown: counts first."""
     counts = Counter(row["result"] for row in rows.values())
     lines = ["# Every causal LM class of transformers, as a tiny random model", ""]
-    lines += [f"{name} {version}. " for name, version in versions().items()]
-    lines += [f"`python benchmarks/architectures.py`. {len(rows)} of {len(CLASSES)} classes:", ""]
+    tools = ", ".join(f"{name} {version}" for name, version in versions().items())
+    lines += [
+        f"`python benchmarks/architectures.py`, {tools}: {len(rows)} of {len(CLASSES)} classes.",
+        "",
+    ]
     lines += [f"- {counts[name]} {name}: {text}." for name, text in MEANING.items() if counts[name]]
-    checks = "; ".join(f"{v}: {', '.join(c)}" for v, c in PLAN.items())
-    lines += ["", f"Checks ({checks}) are those of `bem.adapters.checks`, in float32.", ""]
+    lines += [
+        "",
+        "The checks are those of `bem.adapters.checks`, in float32 where a name says no more:",
+        "",
+    ]
+    lines += [f"- {variant}: {', '.join(checks)}" for variant, checks in PLAN.items()]
+    lines += [""]
     lines += ["| class | model type | result | adapted | why |", "|---|---|---|---|---|"]
     for kind, row in rows.items():
         why = "<br>".join(f"{name}: {reason}" for name, reason in row["reasons"].items())
