@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.adapters.sites import clean_name
+from bem.adapters.streams import Streams, streams_of
 from bem.control.chunks import turns_from_labels
 from bem.control.context import Ambient, Given, StepContext
 from bem.control.generation import ADAPTER_NAMES, conditioning_of
@@ -38,7 +39,9 @@ class Runtime:
         self.last: dict[int, list[LastStage]] = {}  # decoder block -> what runs behind all else
         self.handles: list[Any] = []
         self._spread: dict[int, tuple[Tensor, Tensor]] = {}
-        self._arguments: list[str] = []  # of the decoder
+        self._of_call: list[str] = []  # arguments of the model
+        self._arguments: list[str] = []  # arguments of the decoder
+        self._streams = Streams()
 
     def install(
         self,
@@ -52,7 +55,9 @@ class Runtime:
         self.wirings = wirings
         modules = {clean_name(n): m for n, m in model.named_modules()}
         decoder = decoder_of(modules, blocks)
+        self._of_call = list(inspect.signature(model.forward).parameters)
         self._arguments = list(inspect.signature(decoder.forward).parameters)
+        self._streams = streams_of(model)
         self.handles = [
             model.register_forward_pre_hook(self._call_begins, with_kwargs=True),
             model.register_forward_hook(self._call_ends, always_call=True),
@@ -100,8 +105,8 @@ class Runtime:
         if self.wiring is not None:
             if given.turns is None and kwargs.get("labels") is not None:
                 given.turns = turns_from_labels(kwargs["labels"])
-            mask = kwargs.get("attention_mask")
-            given.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            named = dict(zip(self._of_call, args, strict=False)) | kwargs
+            given.mask = named.get("attention_mask")
             self.ambient.given = given
         return args, kwargs
 
@@ -112,15 +117,15 @@ class Runtime:
         self, blocks: list[nn.Module], decoder: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
         ambient, ours = self.ambient, _ours(kwargs)  # called directly, it gets them itself
-        given, ambient.given = ambient.given, None
+        of_call, ambient.given = ambient.given, None
         if self.wiring is None:
             _refuse_foreign_cache(args, kwargs)
             return args, kwargs
-        given = ours if given is None else given
+        given = ours if of_call is None else of_call
         named = dict(zip(self._arguments, args, strict=False)) | kwargs
         positions = named.get("position_ids")
         ambient.context = StepContext(
-            mask=_mask(named.get("attention_mask"), given.mask, ambient.generating is not None),
+            mask=_mask(named.get("attention_mask"), of_call, ambient.generating is not None),
             given=given,
             generating=ambient.generating,
             documents=positions if isinstance(positions, Tensor) and positions.dim() == 2 else None,
@@ -128,6 +133,8 @@ class Runtime:
         if torch.is_grad_enabled():
             for block in blocks:
                 _carry(block, ambient)
+        if "logits_to_keep" in self._arguments:  # Gemma 4 would drop tokens on the way up
+            kwargs = {**kwargs, "logits_to_keep": 0}
         return args, kwargs
 
     def _pass_ends(self, *_: Any) -> None:
@@ -148,19 +155,21 @@ class Runtime:
         context.checkpointing = (
             bool(getattr(block, "gradient_checkpointing", False)) and block.training
         )
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self._streams.one(args[0] if args else kwargs["hidden_states"])
         enter(context, wiring, hidden, None if context.checkpointing else find_cache(args, kwargs))
 
     def _behind(self, block: int, module: nn.Module, args: tuple, output: Any) -> Any:
         """Behind a block: FiLM, then whatever must be last."""
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        hidden = output[0] if several else output
         wiring = self.wiring
         if wiring is not None and block in wiring.films:
             index = wiring.films[block]
-            hidden = wiring.members[index].modulate(hidden, *self.ambient.current().control(index))
+            film, control = wiring.members[index], self.ambient.current().control(index)
+            hidden = self._streams.each(hidden, lambda h: film.modulate(h, *control))
         for stage in self.last.get(block, ()):
             hidden = stage(block, hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)((hidden, *output[1:])) if several else hidden
 
     def _shape(self, block: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         wiring = self.wiring
@@ -204,12 +213,18 @@ def _ours(kwargs: dict[str, Any]) -> Given:
     return Given(kwargs.pop("turn_starts", None), known, kwargs.pop("route", None))
 
 
-def _mask(mask: Any, of_call: Tensor | None, generating: bool) -> Tensor | None:
-    """The 2-D mask of a pass; AttachError if there is only one of another form."""
+def _mask(mask: Any, of_call: Given | None, generating: bool) -> Tensor | None:
+    """The 2-D mask of a pass, which the model may have turned into another form on the way to its
+    decoder; AttachError if no 2-D mask tells what is padding."""
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         return mask
-    if of_call is not None or generating:  # a static cache has its masks made before the decoder
-        return of_call
+    if of_call is not None and of_call.mask is None:  # made from nothing: there is no padding
+        return None
+    given = None if of_call is None else of_call.mask
+    if isinstance(given, Tensor) and given.dim() == 2:
+        return given
+    if generating:  # a static cache has its masks made before the call
+        return None
     form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise AttachError(
         f"BEM needs the 2-D attention mask (batch, tokens), got {form}: it tells padding from text."

@@ -31,8 +31,8 @@ class Given:
     turns: Tensor | None = None
     conditioning: dict[str, Tensor] = field(default_factory=dict)
     route: Tensor | None = None
-    mask: Tensor | None = None
-    """The call's own 2-D attention mask."""
+    mask: Any = None
+    """The call's own attention mask, whatever its form."""
 
 
 @dataclass

@@ -34,11 +34,16 @@ def masked_low_rank(
             holds for all tokens, or one row per token.
         u: (out, R).
     """
+    if (
+        not x.is_contiguous()
+    ):  # torch would fold its rows or not by whether v trains: another last bit
+        x = x.contiguous()
     h = F.linear(x, v) if v.dim() == 2 else _grouped(x, v)
     if not isinstance(c, Tensor):
         return torch.add(y, F.linear(h, u), alpha=c)
     rows = c if slot is None else c.index_select(0, slot)
-    return y + F.linear(h * (rows if len(rows) == 1 else rows.view(h.shape)), u)
+    h = h * (rows if len(rows) == 1 else rows.view(h.shape))
+    return y + F.linear(h.to(u.dtype), u)  # a residual stream in float32 makes a float32 table
 
 
 def _grouped(

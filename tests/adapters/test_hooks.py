@@ -4,7 +4,20 @@ import threading
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 import bem
 from bem.adapters.checks import TOLERANCE, _forward, _logits, _perturbed
@@ -253,6 +266,92 @@ def test_a_linear_attention_layer_may_be_the_router_layer():
     first = _forward(model, x[:, :13], use_cache=True)
     rest = _forward(model, x[:, 13:14], past_key_values=first.past_key_values)
     assert (torch.cat([first.logits, rest.logits], 1) - whole[:, :14]).abs().max() < TOLERANCE
+
+
+def bert():
+    """Its decoder is handed a mask that the model has made, of four dimensions."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, is_decoder=True, initializer_range=0.2,
+    )  # fmt: skip
+    return _perturbed(bem.attach(BertLMHeadModel(config).eval(), "v1", rank=4, chunk_size=8)).model
+
+
+def test_a_mask_that_the_model_made_of_nothing_means_no_padding():
+    model, x = bert(), ids(20)
+    whole = _forward(model, x, use_cache=False).logits
+    first = _forward(model, x[:, :13], use_cache=True)
+    rest = _forward(model, x[:, 13:], past_key_values=first.past_key_values).logits
+    assert (torch.cat([first.logits, rest], 1) - whole).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_is_padding_is_told_by_the_mask_of_the_call(by_name):
+    model, x = bert(), ids(20, 1)
+    padded, mask = torch.cat([x[:, :4], x], 1), torch.ones(1, 24, dtype=torch.long)
+    mask[:, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if by_name:
+        given = model(input_ids=padded, attention_mask=mask, position_ids=positions)
+    else:
+        given = model(padded, mask, position_ids=positions)
+    assert (given.logits[:, 4:] - _logits(model, x)).abs().max() < TOLERANCE
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused():
+    with pytest.raises(AttachError, match="2-D attention mask"):
+        bert()(input_ids=ids(20), attention_mask=torch.zeros(2, 1, 20, 20))
+
+
+@pytest.mark.parametrize("variant", ["v1", "v4"])
+def test_a_prompt_of_a_model_that_drops_tokens_on_the_way_up_is_adapted_whole(variant):
+    """Gemma 4 runs the layers that share keys on the last token alone, when only that is asked for."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, initializer_range=0.2,
+    )  # fmt: skip
+    model = _perturbed(
+        bem.attach(Gemma4ForCausalLM(config).eval(), variant, rank=4, chunk_size=8)
+    ).model
+    x = ids(20)
+    last = _forward(model, x, logits_to_keep=1).logits
+    assert last.shape[1] == 1
+    assert (last - _logits(model, x)[:, -1:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["v1", "v4"])
+def test_blocks_may_compute_in_bfloat16_under_a_residual_stream_in_float32(variant):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, state_size=8)
+    model = MambaForCausalLM(config).to(torch.bfloat16).eval()
+    attached_ = _perturbed(bem.attach(model, variant, rank=4, chunk_size=8))
+    seen = []
+    attached_.base.backbone.layers[2].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].dtype)
+    )
+    prompt = ids(13)
+    logits = generate(attached_.model, prompt)
+    assert set(seen) == {torch.float32}, "this model no longer shows it"
+    whole = torch.cat([prompt, logits.argmax(-1)], 1)
+    turns = torch.zeros_like(whole, dtype=torch.bool)
+    turns[:, 12] = True
+    plain = _forward(attached_.model, whole, turn_starts=turns, use_cache=False).logits[:, 12:-1]
+    assert (logits - plain).abs().max() < 0.1 * plain.abs().max()
+
+
+def test_a_block_may_return_a_list():
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    model = OpenAIGPTLMHeadModel(config).eval()
+    before = _logits(model, ids(20))
+    attached_ = bem.attach(model, "v4", rank=4, chunk_size=8)
+    attached_.model.eval()
+    assert torch.equal(_logits(attached_.model, ids(20)), before)
+    assert not torch.equal(_logits(_perturbed(attached_).model, ids(20)), before)
 
 
 def test_memory_of_pooling_grows_with_the_tokens_and_not_with_their_square():
