@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.adapters.sites import clean_name
+from bem.adapters.unroutable import refuse_unroutable
 from bem.control.chunks import turns_from_labels
 from bem.control.context import Ambient, Given, StepContext
 from bem.control.generation import ADAPTER_NAMES, conditioning_of
@@ -39,6 +40,7 @@ class Runtime:
         self.handles: list[Any] = []
         self._spread: dict[int, tuple[Tensor, Tensor]] = {}
         self._arguments: list[str] = []  # of the decoder
+        self._call_arguments: list[str] = []  # of the model
 
     def install(
         self,
@@ -53,6 +55,9 @@ class Runtime:
         modules = {clean_name(n): m for n, m in model.named_modules()}
         decoder = decoder_of(modules, blocks)
         self._arguments = list(inspect.signature(decoder.forward).parameters)
+        self._call_arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        if wirings:
+            refuse_unroutable(model, self._arguments)
         self.handles = [
             model.register_forward_pre_hook(self._call_begins, with_kwargs=True),
             model.register_forward_hook(self._call_ends, always_call=True),
@@ -98,10 +103,10 @@ class Runtime:
         """Take out what is ours; the decoder's hook finds it."""
         given = _ours(kwargs)
         if self.wiring is not None:
-            if given.turns is None and kwargs.get("labels") is not None:
-                given.turns = turns_from_labels(kwargs["labels"])
-            mask = kwargs.get("attention_mask")
-            given.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            named = dict(zip(self._call_arguments, args, strict=False)) | kwargs
+            if given.turns is None and named.get("labels") is not None:
+                given.turns = turns_from_labels(named["labels"])
+            given.mask = _mask(named.get("attention_mask"), self.ambient.generating is not None)
             self.ambient.given = given
         return args, kwargs
 
@@ -116,13 +121,16 @@ class Runtime:
         if self.wiring is None:
             _refuse_foreign_cache(args, kwargs)
             return args, kwargs
-        given = ours if given is None else given
         named = dict(zip(self._arguments, args, strict=False)) | kwargs
+        call, mask = ambient.generating, named.get("attention_mask")
+        if given is None:
+            given = ours
+            given.mask = _mask(mask, call is not None)
         positions = named.get("position_ids")
         ambient.context = StepContext(
-            mask=_mask(named.get("attention_mask"), given.mask, ambient.generating is not None),
+            mask=mask if _is_plain(mask) else given.mask,
             given=given,
-            generating=ambient.generating,
+            generating=call if call is not None and call.runs(find_cache(args, kwargs)) else None,
             documents=positions if isinstance(positions, Tensor) and positions.dim() == 2 else None,
         )
         if torch.is_grad_enabled():
@@ -153,14 +161,15 @@ class Runtime:
 
     def _behind(self, block: int, module: nn.Module, args: tuple, output: Any) -> Any:
         """Behind a block: FiLM, then whatever must be last."""
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        hidden = output[0] if several else output
         wiring = self.wiring
         if wiring is not None and block in wiring.films:
             index = wiring.films[block]
             hidden = wiring.members[index].modulate(hidden, *self.ambient.current().control(index))
         for stage in self.last.get(block, ()):
             hidden = stage(block, hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)((hidden, *output[1:])) if several else hidden
 
     def _shape(self, block: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         wiring = self.wiring
@@ -204,16 +213,20 @@ def _ours(kwargs: dict[str, Any]) -> Given:
     return Given(kwargs.pop("turn_starts", None), known, kwargs.pop("route", None))
 
 
-def _mask(mask: Any, of_call: Tensor | None, generating: bool) -> Tensor | None:
-    """The 2-D mask of a pass; AttachError if there is only one of another form."""
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+def _mask(mask: Any, generating: bool) -> Tensor | None:
+    """The 2-D mask that a caller gave; AttachError if it has another form."""
+    if mask is None or _is_plain(mask):
         return mask
-    if of_call is not None or generating:  # a static cache has its masks made before the decoder
-        return of_call
+    if generating:  # a static cache has its masks made before the model is called
+        return None
     form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise AttachError(
         f"BEM needs the 2-D attention mask (batch, tokens), got {form}: it tells padding from text."
     )
+
+
+def _is_plain(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _refuse_foreign_cache(args: tuple, kwargs: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def _layers(layers: Sequence[int], depth: int) -> str:
 def _fused(modules: Mapping[str, nn.Module], block: str) -> str:
     """Names the module that holds a block's experts in one tensor, if there is one."""
     for name, module in modules.items():
-        if name.startswith(block + "."):
+        if name.startswith(block + ".") and not isinstance(module, nn.Conv1d):
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() == 3:
                     return f": experts are fused into one tensor, {type(module).__name__}.{key}"

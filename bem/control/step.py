@@ -23,6 +23,16 @@ def enter(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache | N
         hidden: what enters the router layer (batch, tokens, d_model).
         cache: the K/V cache of the pass, if there is one.
     """
+    if hidden.dim() != 3:
+        raise AttachError(
+            f"a block gets hidden states {tuple(hidden.shape)}, not (batch, tokens, width): a model that carries "
+            "several streams cannot be routed. Use s0 or v3."
+        )
+    if context.tables is not None and not context.checkpointing:
+        raise AttachError(
+            f"block {wiring.layer} runs several times in one pass: a model that repeats its blocks cannot be "
+            "routed. Use s0 or v3."
+        )
     context.shape = (hidden.shape[0], hidden.shape[1])
     if cache is None:
         context.acting = wiring.acting()

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import bem
 from bem.adapters.budget import price
@@ -52,3 +52,9 @@ def test_the_price_of_a_config_says_what_the_attached_one_says(variant):
 def test_where_everything_is_adapted_nothing_is_said(caplog):
     attached = bem.attach(tiny_model("llama"), "s0", rank=2, router_layer=0)
     assert not caplog.records and "not adapted" not in repr(attached)
+
+
+def test_a_convolution_is_not_taken_for_experts_in_one_tensor():
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=4, state_size=4)
+    attached = bem.attach(MambaForCausalLM(config).eval(), "s0", rank=2)
+    assert "experts are fused" not in attached.sites_report()
