@@ -362,3 +362,13 @@ def read_json(path: Path, error: type[BemError] = DataError) -> Any:
         raise error(f"{path} is missing.") from None
     except (ValueError, RecursionError, OSError) as failed:
         raise error(f"{path} is not valid JSON: {failed}.") from None
+
+
+def made_under(mark: Path, key: str) -> bool:
+    """Does a mark say that something was finished under this key? One that is missing or broken says
+    nothing: the work is done again."""
+    try:
+        content = read_json(mark)
+    except DataError:
+        return False
+    return isinstance(content, dict) and content.get("key") == key
