@@ -159,9 +159,12 @@ def _label(value: Any, name: str) -> str:
         if name == "id" and not value:
             raise DataError("id is empty: leave it out, or give each row its own.")
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    odd = isinstance(value, float) and not math.isfinite(value)
+    if odd or isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{name} must be text or a number, found {value!r:.40}.")
-    return str(int(value)) if float(value).is_integer() else str(value)
+    return str(value)
 
 
 # --- columns ------------------------------------------------------------------------------------

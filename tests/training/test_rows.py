@@ -349,6 +349,6 @@ def test_the_hash_of_rows_without_a_system_message_is_the_one_it_always_was():
 
 
 def test_a_document_is_the_same_whether_its_number_is_written_whole_or_not(tmp_path):
-    rows = [{**ROW, "group": group} for group in (7, 7.0, "7", 7.5, 12345678901234567890)]
+    rows = [{**ROW, "group": group} for group in (7, 7.0, "7", 7.5, 10**400)]
     groups = [e.group for e in read_jsonl(write(tmp_path / "t.jsonl", *rows))]
-    assert groups == ["7", "7", "7", "7.5", "12345678901234567890"]
+    assert groups == ["7", "7", "7", "7.5", str(10**400)]
