@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from bem.adapters.sites import clean_name
 from bem.adapters.unroutable import refuse_unroutable
 from bem.control.chunks import turns_from_labels
-from bem.control.context import Ambient, Given, StepContext
-from bem.control.generation import ADAPTER_NAMES, conditioning_of
+from bem.control.context import Ambient, StepContext
+from bem.control.generation import taken_from
 from bem.control.step import enter, find_cache
 from bem.control.wiring import Wiring
 from bem.errors import AttachError, CacheError, TrainingError
@@ -101,7 +101,7 @@ class Runtime:
 
     def _call_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Take out what is ours; the decoder's hook finds it."""
-        given = _ours(kwargs)
+        given = taken_from(kwargs)
         if self.wiring is not None:
             named = dict(zip(self._call_arguments, args, strict=False)) | kwargs
             if given.turns is None and named.get("labels") is not None:
@@ -116,7 +116,7 @@ class Runtime:
     def _pass_begins(
         self, blocks: list[nn.Module], decoder: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
-        ambient, ours = self.ambient, _ours(kwargs)  # called directly, it gets them itself
+        ambient, ours = self.ambient, taken_from(kwargs)  # called directly, it gets them itself
         given, ambient.given = ambient.given, None
         if self.wiring is None:
             _refuse_foreign_cache(args, kwargs)
@@ -203,14 +203,6 @@ def decoder_of(modules: dict[str, nn.Module], blocks: Sequence[str]) -> nn.Modul
         ):
             return modules[name]
     raise AttachError(f"no module above {blocks[0]} has a forward pass of its own.")
-
-
-def _ours(kwargs: dict[str, Any]) -> Given:
-    """What BEM is told, taken out of a call's arguments."""
-    if kwargs.pop("adapter_names", None) is not None:
-        raise AttachError(ADAPTER_NAMES)
-    known = conditioning_of(kwargs.pop("conditioning", None), kwargs.pop("evidence", None))
-    return Given(kwargs.pop("turn_starts", None), known, kwargs.pop("route", None))
 
 
 def _mask(mask: Any, generating: bool) -> Tensor | None:

@@ -222,13 +222,16 @@ def _route(
     context: StepContext, batch: int, tokens: int, offset: int, device: torch.device
 ) -> Tensor | None:
     """The caller's route for this piece, int (batch, tokens, ...); -1 behind the prompt: hold."""
+    call = context.generating
+    told = (context.given.route, call and call.given.route)
+    if any(r is not None for r in told) and not context.acting.controller.routes:
+        raise AttachError("route names experts, and none are mounted here: see bem.mount.")
     if (route := context.given.route) is not None:
         if route.shape[:2] != (batch, tokens):
             raise AttachError(
                 f"route {tuple(route.shape)} must begin with the shape of the tokens: {(batch, tokens)}."
             )
         return route.to(device)
-    call = context.generating
     if call is None or call.given.route is None:
         return None
     known = _repeated(call.given.route, batch)[:, offset : offset + tokens].to(device)

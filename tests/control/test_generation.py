@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList
 import bem
 from bem.adapters.checks import TOLERANCE, _forward, _perturbed
 from bem.adapters.checks_models import VOCAB, tiny_model
+from bem.errors import AttachError
 
 SETTINGS = dict(
     max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None,
@@ -98,3 +99,37 @@ def test_film_on_blocks_that_return_a_list():
     base = transformers.OpenAIGPTLMHeadModel(config).eval()
     before = _forward(base, ids(13)).logits
     assert (_forward(adapted(base, "v4"), ids(13)).logits - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", [lambda t: t, torch.Tensor.tolist, torch.Tensor.numpy])
+def test_turn_starts_may_be_lists_and_arrays(form):
+    model, prompt = attached(), ids(21)
+    turns = torch.zeros(2, 21, dtype=torch.bool)
+    turns[:, 6] = True
+    plain = _forward(model, prompt, turn_starts=turns, use_cache=False).logits
+    assert torch.equal(
+        _forward(model, prompt, turn_starts=form(turns), use_cache=False).logits, plain
+    )
+    answers = [model.generate(prompt, turn_starts=t, **SETTINGS) for t in (turns, form(turns))]
+    assert torch.equal(answers[0].sequences, answers[1].sequences)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"turn_starts": [[0], [0, 1]]}, "turn_starts must be a tensor, one value per token"),
+        ({"turn_starts": "x"}, "turn_starts must be a tensor"),
+        ({"route": torch.zeros(2, 21)}, "route must hold whole numbers"),
+        ({"route": torch.ones(2, 21, dtype=torch.long)}, "none are mounted here: see bem.mount"),
+        ({"conditioning": [1]}, "conditioning must map names to features, found list"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_the_reason(told, message):
+    model, prompt = attached(), ids(21)
+    for run in (
+        model,
+        model.base_model.model.model,
+        lambda input_ids, **k: model.generate(input_ids, max_new_tokens=2, **k),
+    ):
+        with pytest.raises(AttachError, match=message):
+            run(input_ids=prompt, **told)
