@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from bem.adapters.sites import clean_name
 from bem.adapters.streams import Streams, streams_of
 from bem.control.chunks import turns_from_labels
-from bem.control.context import Ambient, Given, StepContext
-from bem.control.generation import ADAPTER_NAMES, conditioning_of
+from bem.control.context import Ambient, StepContext
+from bem.control.generation import taken_from
 from bem.control.step import enter, find_cache
 from bem.control.wiring import Wiring
 from bem.errors import AttachError, CacheError, TrainingError
@@ -101,12 +101,12 @@ class Runtime:
 
     def _call_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Take out what is ours; the decoder's hook finds it."""
-        given = _ours(kwargs)
+        given = taken_from(kwargs)
         if self.wiring is not None:
-            if given.turns is None and kwargs.get("labels") is not None:
-                given.turns = turns_from_labels(kwargs["labels"])
             named = dict(zip(self._of_call, args, strict=False)) | kwargs
-            given.mask = named.get("attention_mask")
+            if given.turns is None and named.get("labels") is not None:
+                given.turns = turns_from_labels(named["labels"])
+            given.mask = _mask(named.get("attention_mask"), self.ambient.generating is not None)
             self.ambient.given = given
         return args, kwargs
 
@@ -116,18 +116,21 @@ class Runtime:
     def _pass_begins(
         self, blocks: list[nn.Module], decoder: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
-        ambient, ours = self.ambient, _ours(kwargs)  # called directly, it gets them itself
-        of_call, ambient.given = ambient.given, None
+        ambient, ours = self.ambient, taken_from(kwargs)  # called directly, it gets them itself
+        given, ambient.given = ambient.given, None
         if self.wiring is None:
             _refuse_foreign_cache(args, kwargs)
             return args, kwargs
-        given = ours if of_call is None else of_call
         named = dict(zip(self._arguments, args, strict=False)) | kwargs
+        call, mask = ambient.generating, named.get("attention_mask")
+        if given is None:
+            given = ours
+            given.mask = _mask(mask, call is not None)
         positions = named.get("position_ids")
         ambient.context = StepContext(
-            mask=_mask(named.get("attention_mask"), of_call, ambient.generating is not None),
+            mask=mask if _is_plain(mask) else given.mask,
             given=given,
-            generating=ambient.generating,
+            generating=call if call is not None and call.runs(find_cache(args, kwargs)) else None,
             documents=positions if isinstance(positions, Tensor) and positions.dim() == 2 else None,
         )
         if torch.is_grad_enabled():
@@ -205,30 +208,20 @@ def decoder_of(modules: dict[str, nn.Module], blocks: Sequence[str]) -> nn.Modul
     raise AttachError(f"no module above {blocks[0]} has a forward pass of its own.")
 
 
-def _ours(kwargs: dict[str, Any]) -> Given:
-    """What BEM is told, taken out of a call's arguments."""
-    if kwargs.pop("adapter_names", None) is not None:
-        raise AttachError(ADAPTER_NAMES)
-    known = conditioning_of(kwargs.pop("conditioning", None), kwargs.pop("evidence", None))
-    return Given(kwargs.pop("turn_starts", None), known, kwargs.pop("route", None))
-
-
-def _mask(mask: Any, of_call: Given | None, generating: bool) -> Tensor | None:
-    """The 2-D mask of a pass, which the model may have turned into another form on the way to its
-    decoder; AttachError if no 2-D mask tells what is padding."""
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+def _mask(mask: Any, generating: bool) -> Tensor | None:
+    """The 2-D mask that a caller gave; AttachError if it has another form."""
+    if mask is None or _is_plain(mask):
         return mask
-    if of_call is not None and of_call.mask is None:  # made from nothing: there is no padding
-        return None
-    given = None if of_call is None else of_call.mask
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return given
-    if generating:  # a static cache has its masks made before the call
+    if generating:  # a static cache has its masks made before the model is called
         return None
     form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise AttachError(
         f"BEM needs the 2-D attention mask (batch, tokens), got {form}: it tells padding from text."
     )
+
+
+def _is_plain(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _refuse_foreign_cache(args: tuple, kwargs: dict[str, Any]) -> None:

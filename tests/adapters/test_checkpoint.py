@@ -345,3 +345,41 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
 def test_a_changing_adapter_is_no_lora(tmp_path):
     with pytest.raises(AttachError, match="only s0 is a plain LoRA"):
         bem.attach(tiny_model("llama"), "v3", rank=1).save_lora(tmp_path / "a")
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"kind": "web app"}', '{"files": {"notes.txt": "0"}}'])
+def test_a_manifest_that_is_somebody_elses_makes_no_file_ours(tmp_path, manifest):
+    attached = saved(tmp_path / "a")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(manifest)
+    (tmp_path / "app" / "README.md").write_text("theirs")
+    with pytest.raises(CheckpointError, match=r"were not written here, as 'README\.md'"):
+        attached.save(tmp_path / "app")
+    assert (tmp_path / "app" / "README.md").read_text() == "theirs"
+
+
+def test_a_file_that_was_added_to_the_manifest_is_not_deleted(tmp_path):
+    attached = saved(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["files"]["notes.txt"] = "0" * 64
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"were not written here, as 'notes\.txt'"):
+        attached.save(tmp_path / "a")
+
+
+@pytest.mark.parametrize("files", [None, [], "x", {"a": 1}, {"../../etc/passwd": "0" * 64}])
+def test_a_manifest_whose_list_of_files_cannot_be_used_is_refused(tmp_path, files):
+    saved(tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+    with pytest.raises(CheckpointError, match="manifest lists"):
+        bem.load(tiny_model("llama"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("folder", ["/", "a\0b", "x" * 300])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, monkeypatch, folder):
+    attached = saved(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"could not write|were not written here"):
+        attached.save(folder)

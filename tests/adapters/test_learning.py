@@ -212,3 +212,21 @@ def test_a_forward_that_was_put_in_place_before_is_called_and_comes_back():
     attached = bem.attach(model, "s0", rank=2)
     attached.model(input_ids=_ids())
     assert calls and attached.detach().forward is before
+
+
+# --- frozen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["s0", "v1", "v2"])
+def test_training_what_was_loaded_frozen_names_the_way_out(tmp_path, variant):
+    bem.attach(tiny_model("llama"), variant, rank=2).save(tmp_path / "saved")
+    model = bem.load(tiny_model("llama"), tmp_path / "saved").model
+    with pytest.raises(TrainingError, match="trainable=True"):
+        train(model, tmp_path)
+    batch = {"input_ids": ROW["input_ids"][None], "labels": ROW["labels"][None]}
+    model.train()
+    with pytest.raises(TrainingError, match=r"model\.eval\(\)"):
+        model(**batch)
+    with torch.no_grad():
+        assert model(**batch).loss > 0
+    assert model.eval()(**batch).loss > 0

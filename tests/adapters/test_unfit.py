@@ -1,6 +1,7 @@
 """Models that an adapter cannot be exact on are refused when it is attached, with the reason."""
 
 import pytest
+import torch
 import transformers
 from transformers import CpmAntConfig, RecurrentGemmaConfig, RwkvConfig, XLMConfig, XLNetConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -66,3 +67,11 @@ def test_the_lists_name_model_types_of_transformers():
         "musicgen_decoder",
         "musicgen_melody_decoder",
     }
+
+
+def test_blocks_that_run_several_times_in_a_pass_are_refused_where_nothing_said_so_before():
+    attached = bem.attach(tiny_model("llama"), "v1", rank=2)
+    attached.base.model.layers.append(attached.base.model.layers[1])
+    attached.base.model.config.num_hidden_layers = 5
+    with pytest.raises(AttachError, match="block 1 runs several times"):
+        attached.model(input_ids=torch.arange(3, 9)[None], use_cache=False)
