@@ -93,7 +93,8 @@ PASSES, AS_BASE, PARTLY, REFUSED = (
 FAILS, NOT_RUN = "FAILS", "not run"
 MEANING = {
     PASSES: "every check of s0, v1 and v4, and of pt1, v2 and v3 wherever they find what they adapt (the reason is "
-    "shown where not)",
+    "shown where not); where a check is off by a rounding with one draw of the weights, it is exact with another, and "
+    "that is shown",
     AS_BASE: "what it fails, the bare base fails too, or it is off by no more than ten times what the base "
     "is off by itself; named in the table",
     PARTLY: "some variants pass, BEM refuses the others when they are attached, with the reason shown",
