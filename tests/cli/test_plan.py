@@ -91,4 +91,4 @@ def test_a_folder_without_measurements_is_refused(capsys, tmp_path):
 )  # fmt: skip
 def test_numbers_with_which_nothing_can_be_planned_are_refused(capsys, arguments):
     code, text = plan(capsys, *arguments)
-    assert code == 3 and "Traceback" not in text and text.startswith("Error: ")
+    assert code == 3 and "Traceback" not in text and "Error: " in text
