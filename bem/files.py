@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -33,7 +34,16 @@ LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write a whole file or nothing: to a neighbour, synced, then renamed into place."""
+    """Write a whole file or nothing: to a neighbour, synced, then renamed into place.
+
+    A link stays, what it names is replaced; a device or a pipe is written to, as it cannot be replaced.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "This is a folder, name a file", str(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
