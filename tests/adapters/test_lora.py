@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import bem
-from bem.adapters.checks import _logits, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import ARCHITECTURES, tiny_model
 from bem.adapters.lora import missed_by_peft
 from bem.adapters.sites import find_sites
@@ -74,12 +74,12 @@ def test_a_layer_that_peft_knows_by_another_name_is_missed():
 
 @pytest.mark.parametrize("maker", [shared_expert, state_space])
 def test_saving_a_lora_that_peft_would_not_read_warns_and_bem_reads_it(maker, tmp_path, caplog):
-    attached = _perturbed(bem.attach(maker(), "s0", rank=2))
+    attached = probe.perturbed(bem.attach(maker(), "s0", rank=2))
     with caplog.at_level(logging.WARNING, "bem"):
         attached.save(tmp_path / "a")
     assert "bem.load reads it, PEFT itself does not: PEFT puts no LoRA" in caplog.text
     again = bem.load(maker(), tmp_path / "a")
-    assert torch.equal(_logits(again.model, IDS), _logits(attached.model, IDS))
+    assert torch.equal(probe.logits(again.model, IDS), probe.logits(attached.model, IDS))
 
 
 def test_saving_a_lora_that_peft_reads_does_not_warn(tmp_path, caplog):

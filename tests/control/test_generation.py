@@ -6,7 +6,8 @@ import transformers
 from transformers import LogitsProcessorList
 
 import bem
-from bem.adapters.checks import TOLERANCE, _forward, _perturbed
+from bem.adapters import checks_probe as probe
+from bem.adapters.checks import TOLERANCE
 from bem.adapters.checks_models import VOCAB, tiny_model
 from bem.errors import AttachError
 
@@ -21,7 +22,7 @@ BERT = dict(
 
 
 def adapted(model, variant="v1"):
-    return _perturbed(bem.attach(model, variant, rank=4, chunk_size=8)).model
+    return probe.perturbed(bem.attach(model, variant, rank=4, chunk_size=8)).model
 
 
 def attached(variant="v1"):
@@ -48,10 +49,10 @@ def test_the_unguided_branch_of_guidance_is_a_sequence_of_its_own(variant):
 def test_a_logits_processor_may_run_the_model_on_other_rows():
     model, prompt = attached(), ids(21)
     plain = model.generate(prompt, **SETTINGS).sequences
-    alone = _forward(model, ids(30, 3), use_cache=False).logits
+    alone = probe.forward(model, ids(30, 3), use_cache=False).logits
 
     def ask(sequences, scores):
-        assert torch.equal(_forward(model, ids(30, 3)).logits, alone)
+        assert torch.equal(probe.forward(model, ids(30, 3)).logits, alone)
         return scores
 
     processors = LogitsProcessorList([ask])
@@ -83,7 +84,7 @@ def test_a_model_that_widens_the_mask_before_its_decoder(variant):
     out = model.generate(prompt, **SETTINGS)
     turns = torch.zeros_like(out.sequences, dtype=torch.bool)
     turns[:, 12] = True
-    whole = _forward(model, out.sequences, turn_starts=turns, use_cache=False).logits
+    whole = probe.forward(model, out.sequences, turn_starts=turns, use_cache=False).logits
     assert (torch.stack(out.logits, 1) - whole[:, 12:-1]).abs().max() < TOLERANCE
     mask = torch.ones_like(prompt)
     mask[0, -4:] = 0
@@ -97,8 +98,8 @@ def test_film_on_blocks_that_return_a_list():
     torch.manual_seed(0)
     config = transformers.OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4)
     base = transformers.OpenAIGPTLMHeadModel(config).eval()
-    before = _forward(base, ids(13)).logits
-    assert (_forward(adapted(base, "v4"), ids(13)).logits - before).abs().max() > 1e-3
+    before = probe.forward(base, ids(13)).logits
+    assert (probe.forward(adapted(base, "v4"), ids(13)).logits - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("form", [lambda t: t, torch.Tensor.tolist, torch.Tensor.numpy])
@@ -106,9 +107,9 @@ def test_turn_starts_may_be_lists_and_arrays(form):
     model, prompt = attached(), ids(21)
     turns = torch.zeros(2, 21, dtype=torch.bool)
     turns[:, 6] = True
-    plain = _forward(model, prompt, turn_starts=turns, use_cache=False).logits
+    plain = probe.forward(model, prompt, turn_starts=turns, use_cache=False).logits
     assert torch.equal(
-        _forward(model, prompt, turn_starts=form(turns), use_cache=False).logits, plain
+        probe.forward(model, prompt, turn_starts=form(turns), use_cache=False).logits, plain
     )
     answers = [model.generate(prompt, turn_starts=t, **SETTINGS) for t in (turns, form(turns))]
     assert torch.equal(answers[0].sequences, answers[1].sequences)
