@@ -52,7 +52,9 @@ class Goal:
 
     def __post_init__(self) -> None:
         if not -100 < self.gain_points < 100:  # also true for NaN
-            raise ConfigError(f"a gain must lie between -100 and 100 points, got {self.gain_points:g}.")
+            raise ConfigError(
+                f"a gain must lie between -100 and 100 points, got {self.gain_points:g}."
+            )
 
 
 def assumed_spread(
