@@ -52,7 +52,7 @@ def _grouped(
     """V_g x_g of all groups side by side."""
     groups, ranks, part = v.shape
     shape = (*x.shape[:-1], groups * ranks)
-    # V_g X_g^T for all tokens: twice as fast as X_g V_g^T, whose result is too thin
+    # V_g X_g^T for all tokens: X_g V_g^T has too thin a result (benchmarks/results/grouped.md)
     slices = x.reshape(-1, groups, part).permute(1, 2, 0)
     return torch.bmm(v, slices).view(groups * ranks, -1).t().reshape(shape)
 
