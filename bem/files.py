@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -33,7 +34,16 @@ LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write a whole file or nothing: to a neighbour, synced, then renamed into place."""
+    """Write a whole file or nothing: to a neighbour, synced, then renamed into place.
+
+    A link stays, what it names is replaced; a device or a pipe is written to, as it cannot be replaced.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "This is a folder, name a file", str(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
@@ -94,13 +104,13 @@ def whole_folder(
     Raises:
         error: the target is a file, or holds entries that are not `ours`: nothing is deleted.
     """
-    target = Path(folder).resolve()
-    _refuse_foreign(target, ours, error)
     try:
+        target = Path(folder).resolve()
+        _refuse_foreign(target, ours, error)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as failed:
-        raise error(f"could not write {folder}: {failed}. Nothing was changed.") from failed
+    except (OSError, ValueError) as failed:  # ValueError: a NUL in the name
+        raise error(f"could not write {str(folder)!r}: {failed}. Nothing was changed.") from failed
     try:
         yield work
         _usual_rights(work)
@@ -119,17 +129,23 @@ def _refuse_foreign(
         return
     if not target.is_dir():
         raise error(f"{target} is a file: name a folder.")
-    present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
-    present |= {  # an empty folder is somebody's too
-        p.relative_to(target).as_posix()
-        for p in target.rglob("*")
-        if p.is_dir() and not any(p.iterdir())
-    }
-    if foreign := sorted(present - set(ours(target))) if present else []:
+    if foreign := _foreign(target, target, set(ours(target))):
         raise error(
             f"{target} holds {len(foreign)} entries that were not written here, as {foreign[0]!r}: saving "
             "would replace them. Name a new folder, or move them away."
         )
+
+
+def _foreign(folder: Path, target: Path, ours: set[str]) -> list[str]:
+    """Entries that are not ours; a folder that holds nothing of ours is one entry."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        name = entry.relative_to(target).as_posix()
+        if entry.is_dir() and any(own.startswith(f"{name}/") for own in ours):
+            found += _foreign(entry, target, ours)
+        elif name not in ours or entry.is_dir():
+            found.append(name)
+    return found
 
 
 def _put_in_place(work: Path, target: Path) -> None:
@@ -219,9 +235,13 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_listed(folder: Path, listed: dict[str, str], error: type[BemError]) -> None:
-    """Every listed file is there with its sha256; `error` names the first that is not."""
+def check_listed(folder: Path, listed: Any, error: type[BemError]) -> None:
+    """Every listed file (name -> sha256) is there as it was; `error` names the first that is not."""
+    if not isinstance(listed, dict) or not all(isinstance(d, str) for d in listed.values()):
+        raise error(f"{folder}: its manifest lists no files with their sha256.")
     for name, digest in listed.items():
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise error(f"{folder}: its manifest lists {name!r}, which lies outside.")
         if not (folder / name).is_file():
             raise error(f"{folder}: {name} is missing.")
         if (actual := sha256_file(folder / name)) != digest:
@@ -362,3 +382,13 @@ def read_json(path: Path, error: type[BemError] = DataError) -> Any:
         raise error(f"{path} is missing.") from None
     except (ValueError, RecursionError, OSError) as failed:
         raise error(f"{path} is not valid JSON: {failed}.") from None
+
+
+def made_under(mark: Path, key: str) -> bool:
+    """Does a mark say that something was finished under this key? One that is missing or broken says
+    nothing: the work is done again."""
+    try:
+        content = read_json(mark)
+    except DataError:
+        return False
+    return isinstance(content, dict) and content.get("key") == key

@@ -1,10 +1,13 @@
 import codecs
 import gzip
+import os
+import threading
+from pathlib import Path
 
 import pytest
 
 from bem.errors import DataError
-from bem.files import json_lines, parse_json, read_text, whole
+from bem.files import json_lines, parse_json, read_text, whole, write_bytes
 
 
 def written(folder, content, name="rows.jsonl"):
@@ -126,3 +129,24 @@ def test_a_file_or_folder_gets_its_name_when_it_is_whole(tmp_path):
     with pytest.raises(IsADirectoryError), whole(tmp_path / "file") as draft:
         draft.write_text("half") and tmp_path.write_text("killed")
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_what_cannot_be_replaced_is_written_to_and_a_link_stays_one(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_bytes(pipe, b"abc")
+    reader.join(timeout=10)
+    assert read == [b"abc"] and pipe.is_fifo()
+    (tmp_path / "link").symlink_to("target")
+    for content in (b"first", b"second"):
+        write_bytes(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+@pytest.mark.parametrize("path", [".", "", "/"])
+def test_a_folder_is_no_file_to_write(path):
+    with pytest.raises(IsADirectoryError):
+        write_bytes(Path(path), b"")

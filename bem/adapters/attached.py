@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from bem.adapters import checkpoint
 from bem.adapters.budget import Price, price_of
 from bem.adapters.build import size_of
-from bem.adapters.lora import Lora
+from bem.adapters.lora import Lora, missed_by_peft
 from bem.adapters.names import clean_name, name_of_base
 from bem.adapters.peft_config import BemConfig
 from bem.adapters.peft_method import BemModel, adapters_of, modules_of
@@ -25,6 +26,7 @@ from bem.errors import AttachError
 from bem.variants.head_gate import HeadGate
 from bem.variants.low_rank import LowRank
 
+log = logging.getLogger(__name__)
 NAME = "default"  # the adapter's name inside PEFT, unless it comes from PEFT
 
 
@@ -203,7 +205,8 @@ class Attached:
         parent: str | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Path:
-        """Write a checkpoint that `bem.load` and PEFT read, whole or not at all; s0 as a plain LoRA.
+        """Write a checkpoint that `bem.load` and PEFT read, whole or not at all; s0 as a plain LoRA. Where
+        PEFT would put such a LoRA elsewhere, a warning says so.
 
         Args:
             folder: made if missing; an older checkpoint there is replaced.
@@ -213,12 +216,15 @@ class Attached:
         Raises:
             CheckpointError: the folder holds files of somebody else, or cannot be written.
         """
+        static = self.config.variant == "s0"
+        if static and (missed := missed_by_peft(self.base, self.plan.parts)):
+            log.warning("%s: bem.load reads it, PEFT itself does not: %s.", folder, missed)
         return checkpoint.write(
             Path(folder),
             self.config,
             self.version,
             base_identity(self.base),
-            self._loras() if self.config.variant == "s0" else (self._tensors(), self._method()),
+            self._loras() if static else (self._tensors(), self._method()),
             name_of_base(self.base),
             checkpoint.Origin(data_hash, parent, extra or {}),
         )

@@ -70,8 +70,8 @@ def write(
     Raises:
         CheckpointError: the folder holds files of somebody else, or cannot be written.
     """
-    card = _old_card(folder)
     with whole_folder(folder, written_files, CheckpointError) as work:
+        card = _old_card(folder)
         if isinstance(state, tuple):
             tensors, method = state
             plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -137,10 +137,10 @@ def check(folder: Path) -> dict[str, Any]:
             f"{folder} has format {manifest.get('format')!r}, this BEM reads {FORMAT}: it was written by another "
             "release. Load and save it there as a PEFT LoRA if it is one, or train it again."
         )
-    listed = manifest.get("files", {})
+    listed = manifest.get("files")
+    check_listed(folder, listed, CheckpointError)
     if not {CONFIG, WEIGHTS} <= listed.keys():
         raise CheckpointError(f"{folder}: the manifest does not list {CONFIG} and {WEIGHTS}.")
-    check_listed(folder, listed, CheckpointError)
     return manifest
 
 
@@ -170,10 +170,11 @@ def check_base(saved: BaseIdentity, model: nn.Module, what: str) -> None:
 
 
 def written_files(folder: Path) -> list[str]:
-    """Names in a folder that a checkpoint consists of: those that saving may replace."""
-    if not (folder / MANIFEST).is_file():
+    """Names in a folder that a checkpoint consists of: those that saving may replace. None, if the
+    manifest is somebody else's."""
+    if not (folder / MANIFEST).is_file() or read_json(folder / MANIFEST).get("kind") != KIND:
         return []
-    return [MANIFEST, CARD, *read_json(folder / MANIFEST).get("files", {})]
+    return [MANIFEST, CARD, CONFIG, WEIGHTS]
 
 
 def _old_card(folder: Path) -> str | None:

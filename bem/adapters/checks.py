@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bem.adapters import checks_probe
 from bem.adapters.attached import Attached
 from bem.adapters.checks_control import (
     blind_to_the_future,
@@ -142,8 +141,3 @@ CHECKS: dict[str, Callable[[Make, str], str]] = {
     )
 }
 """Name -> (what attaches the adapter, architecture) -> what was measured; raises if it fails."""
-
-# Names by which tests know the tools, until all of them say checks_probe.
-_ids, _logits, _perturbed = checks_probe.token_ids, checks_probe.logits, checks_probe.perturbed
-_forward, _piece, _crop = checks_probe.forward, checks_probe.piece, checks_probe.crop
-_evidence = checks_probe.evidence_for

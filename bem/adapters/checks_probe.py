@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,8 +79,20 @@ def loss_of(model: Any, ids: Tensor) -> Float[Tensor, ""]:
 
 def piece(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """(logits, cache) of one piece of a sequence behind what the cache holds."""
-    out = forward(model, ids, past_key_values=cache, use_cache=True)
-    return out.logits, out.past_key_values
+    name = cache_name(model)
+    out = forward(model, ids, **{name: cache}, use_cache=True)
+    return out.logits, out[name]
+
+
+def arguments(model: Any) -> list[str]:
+    """What a model's forward pass takes, wrapped by PEFT or not."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(inspect.signature(inner.forward).parameters)
+
+
+def cache_name(model: Any) -> str:
+    """Argument and output that hold the cache: state space models call it by another name."""
+    return "cache_params" if "cache_params" in arguments(model) else "past_key_values"
 
 
 def in_pieces(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bem.adapters.sites import clean_name
+from bem.adapters.streams import Streams, streams_of
 from bem.control.chunks import turns_from_labels
-from bem.control.context import Ambient, Given, StepContext
-from bem.control.generation import ADAPTER_NAMES, conditioning_of
+from bem.control.context import Ambient, StepContext
+from bem.control.generation import taken_from
 from bem.control.step import enter, find_cache
 from bem.control.wiring import Wiring
 from bem.errors import AttachError, CacheError, TrainingError
@@ -38,7 +39,9 @@ class Runtime:
         self.last: dict[int, list[LastStage]] = {}  # decoder block -> what runs behind all else
         self.handles: list[Any] = []
         self._spread: dict[int, tuple[Tensor, Tensor]] = {}
-        self._arguments: list[str] = []  # of the decoder
+        self._of_call: list[str] = []  # arguments of the model
+        self._arguments: list[str] = []  # arguments of the decoder
+        self._streams = Streams()
 
     def install(
         self,
@@ -52,7 +55,9 @@ class Runtime:
         self.wirings = wirings
         modules = {clean_name(n): m for n, m in model.named_modules()}
         decoder = decoder_of(modules, blocks)
+        self._of_call = list(inspect.signature(model.forward).parameters)
         self._arguments = list(inspect.signature(decoder.forward).parameters)
+        self._streams = streams_of(model)
         self.handles = [
             model.register_forward_pre_hook(self._call_begins, with_kwargs=True),
             model.register_forward_hook(self._call_ends, always_call=True),
@@ -96,12 +101,12 @@ class Runtime:
 
     def _call_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Take out what is ours; the decoder's hook finds it."""
-        given = _ours(kwargs)
+        given = taken_from(kwargs)
         if self.wiring is not None:
-            if given.turns is None and kwargs.get("labels") is not None:
-                given.turns = turns_from_labels(kwargs["labels"])
-            mask = kwargs.get("attention_mask")
-            given.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            named = dict(zip(self._of_call, args, strict=False)) | kwargs
+            if given.turns is None and named.get("labels") is not None:
+                given.turns = turns_from_labels(named["labels"])
+            given.mask = _mask(named.get("attention_mask"), self.ambient.generating is not None)
             self.ambient.given = given
         return args, kwargs
 
@@ -111,23 +116,28 @@ class Runtime:
     def _pass_begins(
         self, blocks: list[nn.Module], decoder: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
-        ambient, ours = self.ambient, _ours(kwargs)  # called directly, it gets them itself
+        ambient, ours = self.ambient, taken_from(kwargs)  # called directly, it gets them itself
         given, ambient.given = ambient.given, None
         if self.wiring is None:
             _refuse_foreign_cache(args, kwargs)
             return args, kwargs
-        given = ours if given is None else given
         named = dict(zip(self._arguments, args, strict=False)) | kwargs
+        call, mask = ambient.generating, named.get("attention_mask")
+        if given is None:
+            given = ours
+            given.mask = _mask(mask, call is not None)
         positions = named.get("position_ids")
         ambient.context = StepContext(
-            mask=_mask(named.get("attention_mask"), given.mask, ambient.generating is not None),
+            mask=mask if _is_plain(mask) else given.mask,
             given=given,
-            generating=ambient.generating,
+            generating=call if call is not None and call.runs(find_cache(args, kwargs)) else None,
             documents=positions if isinstance(positions, Tensor) and positions.dim() == 2 else None,
         )
         if torch.is_grad_enabled():
             for block in blocks:
                 _carry(block, ambient)
+        if "logits_to_keep" in self._arguments:  # Gemma 4 would drop tokens on the way up
+            kwargs = {**kwargs, "logits_to_keep": 0}
         return args, kwargs
 
     def _pass_ends(self, *_: Any) -> None:
@@ -148,19 +158,21 @@ class Runtime:
         context.checkpointing = (
             bool(getattr(block, "gradient_checkpointing", False)) and block.training
         )
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self._streams.one(args[0] if args else kwargs["hidden_states"])
         enter(context, wiring, hidden, None if context.checkpointing else find_cache(args, kwargs))
 
     def _behind(self, block: int, module: nn.Module, args: tuple, output: Any) -> Any:
         """Behind a block: FiLM, then whatever must be last."""
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        hidden = output[0] if several else output
         wiring = self.wiring
         if wiring is not None and block in wiring.films:
             index = wiring.films[block]
-            hidden = wiring.members[index].modulate(hidden, *self.ambient.current().control(index))
+            film, control = wiring.members[index], self.ambient.current().control(index)
+            hidden = self._streams.each(hidden, lambda h: film.modulate(h, *control))
         for stage in self.last.get(block, ()):
             hidden = stage(block, hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)((hidden, *output[1:])) if several else hidden
 
     def _shape(self, block: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         wiring = self.wiring
@@ -196,24 +208,20 @@ def decoder_of(modules: dict[str, nn.Module], blocks: Sequence[str]) -> nn.Modul
     raise AttachError(f"no module above {blocks[0]} has a forward pass of its own.")
 
 
-def _ours(kwargs: dict[str, Any]) -> Given:
-    """What BEM is told, taken out of a call's arguments."""
-    if kwargs.pop("adapter_names", None) is not None:
-        raise AttachError(ADAPTER_NAMES)
-    known = conditioning_of(kwargs.pop("conditioning", None), kwargs.pop("evidence", None))
-    return Given(kwargs.pop("turn_starts", None), known, kwargs.pop("route", None))
-
-
-def _mask(mask: Any, of_call: Tensor | None, generating: bool) -> Tensor | None:
-    """The 2-D mask of a pass; AttachError if there is only one of another form."""
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+def _mask(mask: Any, generating: bool) -> Tensor | None:
+    """The 2-D mask that a caller gave; AttachError if it has another form."""
+    if mask is None or _is_plain(mask):
         return mask
-    if of_call is not None or generating:  # a static cache has its masks made before the decoder
-        return of_call
+    if generating:  # a static cache has its masks made before the model is called
+        return None
     form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise AttachError(
         f"BEM needs the 2-D attention mask (batch, tokens), got {form}: it tells padding from text."
     )
+
+
+def _is_plain(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _refuse_foreign_cache(args: tuple, kwargs: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ def teach(model: nn.Module, modules: Modules) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = run(self, *args, **kwargs)
         if self.training and torch.is_grad_enabled():
+            _refuse_frozen(output, kwargs.get("labels"))
             _enrol(self, self.bem_lesson)  # a copy of a model has modules of its own
             given = kwargs.get("labels"), kwargs.get("num_items_in_batch")
             return self.bem_lesson.add_penalty(self, output, *given)
@@ -103,6 +104,17 @@ def teach(model: nn.Module, modules: Modules) -> None:
     forward.__signature__ = _with_columns(inspect.signature(type(model).forward))  # type: ignore[attr-defined]
     forward.bem_before = before  # type: ignore[attr-defined]
     model.__dict__["forward"] = MethodType(forward, model)
+
+
+def _refuse_frozen(output: Any, labels: Any) -> None:
+    """Of a loss that no parameter has made torch would only say that it has no gradient."""
+    loss = None if labels is None else output[0]
+    if isinstance(loss, Tensor) and not loss.requires_grad:
+        raise TrainingError(
+            "all parameters are frozen, so nothing can be trained. Load the adapter with bem.load(model, folder, "
+            "trainable=True) or PeftModel.from_pretrained(..., is_trainable=True). To compute a loss alone, call "
+            "model.eval() first, or use torch.no_grad()."
+        )
 
 
 def unteach(model: nn.Module) -> None:

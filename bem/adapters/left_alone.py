@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bem.adapters.names import clean_name
-from bem.adapters.sites import ATTN_OUT, MLP_DOWN, Sites
+from bem.adapters.sites import ATTN_OUT, MLP_DOWN, Sites, is_linear, reads_another
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,15 @@ def left_alone(
         if layer < router_layer and layer not in layers:
             reasons.setdefault((f"below router_layer {router_layer}", True), []).append(layer)
             continue
+        inside = [n for n, m in modules.items() if n.startswith(block + ".") and is_linear(m)]
+        if reads_another(block, inside):
+            why = "it attends to another sequence alone, and is not run without one"
+            reasons.setdefault((why, False), []).append(layer)
+            continue
         for role, part in ((ATTN_OUT, "attention"), (MLP_DOWN, "MLP")):
             if role in roles and sites.at(layer, role) is None:
-                why = f"its {part} ends in no linear layer{_fused(modules, block)}"
+                fused = _fused(modules, block) if role == MLP_DOWN else ""
+                why = f"its {part} ends in no linear layer{fused}"
                 reasons.setdefault((why, False), []).append(layer)
         if layer not in layers and any(sites.at(layer, role) for role in roles):
             reasons.setdefault(("none of its sites was chosen", True), []).append(layer)
@@ -66,7 +72,7 @@ def _layers(layers: Sequence[int], depth: int) -> str:
 def _fused(modules: Mapping[str, nn.Module], block: str) -> str:
     """Names the module that holds a block's experts in one tensor, if there is one."""
     for name, module in modules.items():
-        if name.startswith(block + "."):
+        if name.startswith(block + ".") and not isinstance(module, nn.Conv1d):
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() == 3:
                     return f": experts are fused into one tensor, {type(module).__name__}.{key}"

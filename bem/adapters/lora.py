@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
+from bem.adapters.names import clean_name
 from bem.adapters.sites import FORBIDDEN, find_sites
 from bem.errors import CheckpointError
 from bem.files import read_json as _read_json
@@ -127,6 +129,47 @@ def write_loras(loras: Mapping[str, Lora], folder: Path, base_name: str | None =
     config.save_pretrained(str(folder))
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     return folder
+
+
+def missed_by_peft(model: nn.Module, sites: Iterable[str]) -> str:
+    """Why PEFT itself would not read a LoRA on these layers as it is, in a few words; empty: it would.
+
+    It takes some names for experts that are fused by now, gives others another name, and refuses some
+    layers of state space models. It is asked on a skeleton that has these layers alone, one number wide.
+    """
+    wanted = sorted(set(sites))
+    keys = [f"base_model.model.{site}.lora_{half}.weight" for site in wanted for half in "AB"]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="target_parameters=")  # what this asks about
+            theirs = get_peft_model(
+                _skeleton(model, wanted), LoraConfig(r=1, target_modules=wanted)
+            )
+        set_peft_model_state_dict(theirs, {key: torch.full((1, 1), 7.0) for key in keys})
+    except Exception as error:  # foreign code: whatever it raises, it would raise on the model too
+        return f"PEFT puts no LoRA there: {str(error).split('. ')[0]}"
+    read = {
+        clean_name(n).split(".lora_")[0] for n, p in theirs.named_parameters() if (p == 7).all()
+    }
+    missed = [site for site in wanted if f"base_model.model.{site}" not in read]
+    return f"PEFT puts no LoRA onto {_few(missed)}, but elsewhere or nowhere" if missed else ""
+
+
+def _skeleton(model: Any, sites: Iterable[str]) -> Any:
+    """A model of that class and config with these layers alone, under their names, one number wide."""
+    of_model: Any = type(model)
+    skeleton = of_model.__new__(of_model)
+    nn.Module.__init__(skeleton)
+    skeleton.config = getattr(model, "config", {"model_type": "custom"})
+    skeleton.get_input_embeddings = nn.Module  # PEFT looks for what is tied to them: there are none
+    for site in sites:
+        parent, (*path, last) = skeleton, site.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, nn.Linear(1, 1))
+    return skeleton
 
 
 def alpha_of(scale: float, rank: int) -> float:

@@ -27,6 +27,7 @@ from bem.adapters.peft_config import BEM, BemConfig
 from bem.adapters.queries import find_queries
 from bem.adapters.rollback import rolled_back
 from bem.adapters.sites import ATTN_OUT, Sites
+from bem.adapters.unfit import refuse_uncontrolled, refuse_unfit
 from bem.control.controller import ChunkReader
 from bem.control.generation import ADAPTER_NAMES, MarkedGenerate
 from bem.control.wiring import Wiring
@@ -135,7 +136,10 @@ class BemModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        refuse_unfit(self.model)
         self._plan = peft_config.plan(self.model)
+        if any(parts.controller is not None for parts in self._plan.parts.values()):
+            refuse_uncontrolled(self.model)
         peft_config.site_sizes = self._plan.sizes
         peft_config.target_modules = set(self._plan.parts)
         return peft_config

@@ -8,6 +8,7 @@ and an adapter there would also change the frozen cache of the layers below the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +21,11 @@ from bem.errors import AttachError
 ATTN_OUT, MLP_DOWN = "attn_out", "mlp_down"
 ATTN_OUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out")
 MLP_DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "lin2")
+TOWER = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
+CROSS = re.compile(r"cross|encoder_attn", re.IGNORECASE)
+"""Attention to another sequence, if there is one."""
+BESIDE = re.compile(r"layernorm|\.(gate|router\w*)\.", re.IGNORECASE)
+"""A norm, or what chooses experts: may have a small MLP of its own."""
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 FORBIDDEN = re.compile(
     r"(^|\.)(q|k|v|qk|kv|qkv|query|key|value|query_key_value|w_?qkv|q_proj|k_proj|v_proj|qkv_proj"
@@ -82,6 +88,8 @@ def find_sites(model: nn.Module, overrides: dict[str, str | list[str]] | None = 
     found: list[Site] = []
     for index, block in enumerate(blocks):
         inside = {n: m for n, m in modules.items() if n.startswith(block + ".") and is_linear(m)}
+        if reads_another(block, inside):
+            continue
         for role in (ATTN_OUT, MLP_DOWN):
             patterns = (overrides or {}).get(role)
             name = _named(inside, patterns) if patterns else _recognised(model, block, inside, role)
@@ -99,6 +107,12 @@ def find_sites(model: nn.Module, overrides: dict[str, str | list[str]] | None = 
     return Sites(tuple(blocks), tuple(found), d_model, n_heads or 1)
 
 
+def reads_another(block: str, inside: Iterable[str]) -> bool:
+    """Does a block attend to another sequence alone? Without one, it is not run."""
+    attention = [n for n in inside if ATTENTION.search(n[len(block) :])]
+    return bool(attention) and all(CROSS.search(n[len(block) :]) for n in attention)
+
+
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear and its kin (quantised ones too), or the transposed Conv1D of GPT-2."""
     return (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(
@@ -114,7 +128,8 @@ def linear_shape(module: Any) -> tuple[int, int]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks: the module list as long as the config says, else the longest."""
+    """Names of the decoder blocks: the module list as long as the config says, else the longest; one that
+    reads images or sound only if there is no other."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -125,9 +140,12 @@ def _blocks(model: nn.Module) -> list[str]:
     if not lists:
         raise AttachError(f"{type(model).__name__} has no list of decoder blocks: not a causal LM?")
     depth = _first(_text_config(model), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    name, chosen = max(
-        lists, key=lambda item: (len(item[1]) == depth, len(item[1]), -item[0].count("."))
-    )
+
+    def fits(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int, int]:
+        name, blocks = item
+        return not TOWER.search(name), len(blocks) == depth, len(blocks), -name.count(".")
+
+    name, chosen = max(lists, key=fits)
     return [f"{name}.{i}" for i in range(len(chosen))]
 
 
@@ -155,6 +173,8 @@ def _recognised(
         for name, module in inside.items()
         if bool(ATTENTION.search(name[len(block) :])) == (role == ATTN_OUT)
         and not FORBIDDEN.search(name)
+        and not CROSS.search(name[len(block) :])
+        and not BESIDE.search(name[len(block) :])
     }
     by_name = [name for name in mine if name.rsplit(".", 1)[-1] in usual]
     if len(by_name) > 1:

@@ -127,6 +127,8 @@ def _timing(ratio: float, noise: float, gates: GatesConfig) -> str:
     from bem.stats.latency import rounds_needed
 
     most = gates.latency_ratio_max
+    if not (ratio < 1e3 and noise < 1e3):  # NaN is not either
+        raise ConfigError(f"--latency {ratio:g} and --noise {noise:g} must be numbers below 1000.")
     rounds = rounds_needed(ratio, most, noise, gates.alpha, gates.power)
     limit = f"a latency of x{ratio:g} against the limit of x{most:g}"
     if rounds is None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bem.config.section import Section, parse
+from bem.config.section import Section, Seed, parse
 from bem.errors import ConfigError
 
 EVIDENCE_FEATURES = (
@@ -24,6 +24,9 @@ EVIDENCE_FEATURES = (
     "count",
 )
 """What an adapter is told about retrieved evidence, each in [0, 1]; all zero: no evidence."""
+
+
+LARGEST_RANK = 1 << 16
 
 
 class AdapterConfig(Section):
@@ -41,7 +44,7 @@ class AdapterConfig(Section):
 
     variant: str
     """Kind of adapter, a key of `KINDS`."""
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=LARGEST_RANK)
     """Rank of the update at each site (v3: number of Kronecker terms; v4: width of the modulation)."""
     chunk_size: int = Field(default=64, ge=1)
     """Tokens for which one control holds; chunks also restart at every turn. A static adapter has one
@@ -51,7 +54,7 @@ class AdapterConfig(Section):
     None: a quarter of the way up. 0: the embeddings."""
     sites: dict[str, str | list[str]] | None = None
     """Override of the site search: {'attn_out': pattern, 'mlp_down': pattern}, glob or regex."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights."""
 
 
@@ -74,9 +77,9 @@ class LowRankConfig(ScaledConfig):
 class TwoSitesConfig(LowRankConfig):
     """Low-rank updates at both sites of a block. Abstract."""
 
-    rank_attn: int | None = Field(default=None, ge=0)
+    rank_attn: int | None = Field(default=None, ge=0, le=LARGEST_RANK)
     """Rank at the attention output alone; None: `rank`. 0 leaves the site out."""
-    rank_mlp: int | None = Field(default=None, ge=0)
+    rank_mlp: int | None = Field(default=None, ge=0, le=LARGEST_RANK)
     """Rank at the MLP down projection alone; None: `rank`. 0 leaves the site out."""
 
 
@@ -122,6 +125,13 @@ class RankMaskConfig(GatedConfig, TwoSitesConfig):
     """Who chooses the ranks; random and fixed are controls."""
     mask_temperature: float = Field(default=1.0, gt=0)
     """Temperature of the Gumbel top-k relaxation while it trains."""
+
+    @model_validator(mode="after")
+    def _some_ranks_rest(self) -> RankMaskConfig:
+        largest = max(self.rank, self.rank_attn or 0, self.rank_mlp or 0)
+        if self.k_active is not None and self.k_active > largest:
+            raise ValueError(f"k_active {self.k_active} exceeds the rank {largest}")
+        return self
 
 
 class GateShapingConfig(GatedConfig):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from bem.config.section import Section
+from bem.config.section import Section, Seed
 
 
 class RetrievalConfig(Section):
@@ -39,7 +39,7 @@ class RetrievalConfig(Section):
     (Jaccard of 5-word shingles)."""
     slice_threshold: float = Field(default=0.8, ge=0, le=1)
     """Slice A holds the rows whose evidence has at least this coverage and consistency."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of withheld rows and of the worse indices."""
 
 
@@ -105,7 +105,7 @@ class ConversationConfig(Section):
     """Longest conversation, answers included; the oldest turns go first."""
     turn_characters: int = Field(default=720, ge=1)
     """Rows whose own turn is longer than this, with its answer, are left out."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of skills and of the earlier turns."""
 
     @model_validator(mode="after")
@@ -136,5 +136,5 @@ class DataConfig(Section):
     """Held-out rows per task for measuring; None: all."""
     conversations: ConversationConfig | None = None
     """Every row as the last turn of a conversation; None: each row alone."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of rows and of the training order."""

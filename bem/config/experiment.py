@@ -13,7 +13,7 @@ from bem.config.adapters import KINDS, AdapterConfig, TrainingConfig, parse_adap
 from bem.config.data import DataConfig
 from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
-from bem.config.section import Section, parse
+from bem.config.section import Section, Seed, parse
 from bem.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ class GatesConfig(Section):
     """Level of the intervals and of the false discovery rate."""
     n_bootstrap: int = Field(default=10_000, ge=100)
     """Bootstrap resamples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the resampling."""
     quality_margin: float = Field(default=0.0, ge=0)
     """A gain counts only beyond this many points."""
@@ -118,7 +118,7 @@ class ExperimentConfig(Section):
     """Defaults of every arm: knobs of any variants, each used by the arms whose variant has it."""
     arms: list[ArmConfig] = Field(min_length=1)
     """The arms; exactly one has the role baseline."""
-    seeds: list[int] = Field(default=[0, 1], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1], min_length=1)
     """Seeds of initial weights and data order; scores are averaged over them within an example."""
     training: TrainingConfig = TrainingConfig()
     gates: GatesConfig = GatesConfig()
@@ -145,6 +145,8 @@ class ExperimentConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"arm names must be unique; used twice: {', '.join(twice)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds}: each one counts once")
         baselines = [arm.name for arm in self.arms if arm.role == "baseline"]
         if len(baselines) != 1:
             raise ValueError(f"exactly one arm needs `role: baseline`, found {baselines or 'none'}")

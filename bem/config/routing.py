@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bem.config.section import Section
+from bem.config.section import Section, Seed
 
 
 class RouterConfig(Section):
@@ -59,7 +59,7 @@ class RouterConfig(Section):
     """Width of its memory of the text, carried from chunk to chunk."""
     hidden: int = Field(default=48, ge=1)
     """Width of the policy's and the critic's hidden layer."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the policy's initial weights."""
 
     @model_validator(mode="after")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bem.errors import ConfigError
 
 MOST_HINTS = 3
+LARGEST = 1e12
+"""No setting means anything beyond it; in float32 and int64 everything below can be computed with."""
+
+Seed = Annotated[int, Field(ge=0)]
+"""Of random numbers."""
 
 
 class Section(BaseModel):
@@ -20,6 +25,14 @@ class Section(BaseModel):
 
     open_keys: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Field that is a plain mapping -> keys that it may have: what an error message can point to."""
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_are_of_this_world(cls, value: Any) -> Any:
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= LARGEST:
+                raise ValueError(f"must be a finite number, at most {LARGEST:g}")
+        return value
 
 
 S = TypeVar("S", bound=Section)

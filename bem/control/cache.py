@@ -26,13 +26,17 @@ class ControlLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, wiring: Wiring, owner: str, is_compileable: bool = False):
+    def __init__(
+        self, wiring: Wiring, owner: str, is_compileable: bool = False, lowest: Any = None
+    ):
         """owner: digest of the weights under which the cache is filled.
 
         is_compileable: as the cache's other layers; a model masks the empty end of a static cache only
             while every layer is.
+        lowest: the cache's first layer, whose sizes a mask has where the model asks this one.
         """
         super().__init__()
+        self.lowest = lowest
         self.is_compileable = is_compileable
         self.name, self.layout, self.widths = wiring.name, wiring.layout, wiring.widths
         self.owner = owner
@@ -160,7 +164,8 @@ class ControlLayer(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        of_lowest = getattr(self.lowest, "get_mask_sizes", None)
+        return of_lowest(query_length) if of_lowest else (self.columns + query_length, 0)
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -244,7 +249,8 @@ def control_layer(cache: Cache, wiring: Wiring) -> ControlLayer:
     while grow is not None and len(cache.layers) < wiring.depth:
         cache.layers.append(grow())
     acting = wiring.acting()
-    layer = ControlLayer(wiring, wiring.digest(acting), cache.is_compileable)
+    lowest = cache.layers[0] if cache.layers else None
+    layer = ControlLayer(wiring, wiring.digest(acting), cache.is_compileable, lowest)
     layer.acting = acting
     cache.layers.append(layer)
     return layer

@@ -31,8 +31,8 @@ class Given:
     turns: Tensor | None = None
     conditioning: dict[str, Tensor] = field(default_factory=dict)
     route: Tensor | None = None
-    mask: Tensor | None = None
-    """The call's own 2-D attention mask."""
+    mask: Any = None
+    """The call's own attention mask, whatever its form."""
 
 
 @dataclass
@@ -47,6 +47,16 @@ class GenerateCall:
     mask: Tensor | None
     """(rows, prompt): 0 at padding; None: as the forward passes say."""
     given: Given
+    begun: bool = False
+    cache: Any = None
+    """Of its forward passes, once one has begun."""
+
+    def runs(self, cache: Any) -> bool:
+        """Is a pass through this cache one of its own? Guidance, or a logits processor of the caller's,
+        runs the model on other sequences meanwhile: nothing said of the prompts holds for them."""
+        if not self.begun:
+            self.begun, self.cache = True, cache
+        return cache is self.cache
 
 
 @dataclass

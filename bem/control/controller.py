@@ -122,6 +122,7 @@ class ChunkReader(nn.Module, ABC):
     conditioning: dict[str, int]
     """Name -> width of what may be known of a sequence beside its tokens."""
     blind: bool = False  # all conditioning reads as zero
+    routes: bool = False  # follows the route that a caller gives
     origin: object = None
     """Of all that `acting` returns."""
 

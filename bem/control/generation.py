@@ -27,18 +27,8 @@ class MarkedGenerate:
     def __init__(self, model: Any, ambient: Ambient):
         self.model, self.ambient = model, ambient
 
-    def __call__(
-        self,
-        *args: Any,
-        turn_starts: Tensor | None = None,
-        evidence: Any = None,
-        conditioning: dict[str, Any] | None = None,
-        route: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise AttachError(ADAPTER_NAMES)
-        given = Given(turn_starts, conditioning_of(conditioning, evidence), route)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = taken_from(kwargs)
         kwargs.setdefault("disable_compile", True)  # chunk boundaries are decided between two steps
         before, self.ambient.generating = self.ambient.generating, _call(args, kwargs, given)
         try:
@@ -73,12 +63,36 @@ def _call(args: tuple, kwargs: dict[str, Any], given: Given) -> GenerateCall:
     return GenerateCall(tokens, last_tokens(mask.bool(), tokens), mask, given)
 
 
-def conditioning_of(given: dict[str, Any] | None, evidence: Any) -> dict[str, Tensor]:
+def taken_from(kwargs: dict[str, Any]) -> Given:
+    """What BEM is told, taken out of a call's arguments.
+
+    Raises:
+        AttachError: it cannot be used, whatever the model.
+    """
+    if kwargs.pop("adapter_names", None) is not None:
+        raise AttachError(ADAPTER_NAMES)
+    known = conditioning_of(kwargs.pop("conditioning", None), kwargs.pop("evidence", None))
+    turns, route = (_per_token(name, kwargs.pop(name, None)) for name in ("turn_starts", "route"))
+    if route is not None and route.is_floating_point():
+        raise AttachError(f"route must hold whole numbers, options of experts, not {route.dtype}.")
+    return Given(turns, known, route)
+
+
+def _per_token(name: str, given: Any) -> Tensor | None:
+    try:
+        return None if given is None else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AttachError(f"{name} must be a tensor, one value per token: {error}.") from None
+
+
+def conditioning_of(given: Any, evidence: Any) -> dict[str, Tensor]:
     """What the caller said beside the tokens, as float32 tensors.
 
     Raises:
         AttachError: an unknown name, no numbers, or numbers outside [0, 1].
     """
+    if given is not None and not isinstance(given, dict):
+        raise AttachError(f"conditioning must map names to features, found {type(given).__name__}.")
     values = dict(given or {})
     if evidence is not None:
         if "evidence" in values:

@@ -23,6 +23,16 @@ def enter(context: StepContext, wiring: Wiring, hidden: Tensor, cache: Cache | N
         hidden: what enters the router layer (batch, tokens, d_model).
         cache: the K/V cache of the pass, if there is one.
     """
+    if hidden.dim() != 3:
+        raise AttachError(
+            f"a block gets hidden states {tuple(hidden.shape)}, not (batch, tokens, width): a model that carries "
+            "several streams cannot be routed. Use s0 or v3."
+        )
+    if context.tables is not None and not context.checkpointing:
+        raise AttachError(
+            f"block {wiring.layer} runs several times in one pass: a model that repeats its blocks cannot be "
+            "routed. Use s0 or v3."
+        )
     context.shape = (hidden.shape[0], hidden.shape[1])
     if cache is None:
         context.acting = wiring.acting()
@@ -212,13 +222,16 @@ def _route(
     context: StepContext, batch: int, tokens: int, offset: int, device: torch.device
 ) -> Tensor | None:
     """The caller's route for this piece, int (batch, tokens, ...); -1 behind the prompt: hold."""
+    call = context.generating
+    told = (context.given.route, call and call.given.route)
+    if any(r is not None for r in told) and not context.acting.controller.routes:
+        raise AttachError("route names experts, and none are mounted here: see bem.mount.")
     if (route := context.given.route) is not None:
         if route.shape[:2] != (batch, tokens):
             raise AttachError(
                 f"route {tuple(route.shape)} must begin with the shape of the tokens: {(batch, tokens)}."
             )
         return route.to(device)
-    call = context.generating
     if call is None or call.given.route is None:
         return None
     known = _repeated(call.given.route, batch)[:, offset : offset + tokens].to(device)

@@ -22,7 +22,8 @@ from bem.stats.files import save
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.tasks.load import Task
 from bem.tasks.scoring import QUALITY
-from bem.training.fit import STATE, StepMetrics, fit
+from bem.training.fit import STATE, fit
+from bem.training.trainer import StepResult
 
 
 class CellRunner:
@@ -161,7 +162,7 @@ def _mean_quality(measurement: Measurement) -> float:
     return float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
 
 
-def _step(event: Event, step: StepMetrics, steps: int) -> Event:
+def _step(event: Event, step: StepResult, steps: int) -> Event:
     rate = step.tokens / max(step.seconds, 1e-9)
     detail = f"loss {step.loss:.3f}, {rate:,.0f} tokens/s"
     return event.at("training", done=step.step, total=steps, detail=detail)

@@ -16,7 +16,7 @@ from bem.adapters.attach import load
 from bem.adapters.copies import with_shared_weights
 from bem.bases.load import load_base
 from bem.config import ArmConfig, ExperimentConfig
-from bem.errors import CheckpointError, ConfigError
+from bem.errors import ConfigError
 from bem.experiments.cell import CellRunner
 from bem.experiments.events import Event, Show, ignore
 from bem.experiments.inputs import RunInputs, device_of, load_inputs, tell_search
@@ -26,7 +26,7 @@ from bem.experiments.measuring.memory import added_memory, whole_memory
 from bem.experiments.plan import Plan, plan_arms, primary_metrics
 from bem.experiments.routing.arms import reopened
 from bem.experiments.workers import run_apart
-from bem.files import read_json, sha256_file, sha256_json, write_json
+from bem.files import made_under, sha256_file, sha256_json, write_json
 from bem.report import page
 from bem.routing.mount import load_router
 from bem.runs import machine
@@ -222,7 +222,7 @@ class ExperimentRun:
         """Latency and memory of all arms with the first seed's adapters, unless that was done."""
         config, latency = self.inputs.config, self.inputs.folder.latency
         key = self._timings_key()
-        if latency.is_file() and read_json(latency, CheckpointError)["key"] == key:
+        if made_under(latency, key):
             return
         self.show(Event("measuring memory"))
         arms = {plan.arm.name: self._reopened(plan.arm) for plan in self.plans}

@@ -34,11 +34,16 @@ def masked_low_rank(
             holds for all tokens, or one row per token.
         u: (out, R).
     """
+    if (
+        not x.is_contiguous()
+    ):  # torch would fold its rows or not by whether v trains: another last bit
+        x = x.contiguous()
     h = F.linear(x, v) if v.dim() == 2 else _grouped(x, v)
     if not isinstance(c, Tensor):
         return torch.add(y, F.linear(h, u), alpha=c)
     rows = c if slot is None else c.index_select(0, slot)
-    return y + F.linear(h * (rows if len(rows) == 1 else rows.view(h.shape)), u)
+    h = h * (rows if len(rows) == 1 else rows.view(h.shape))
+    return y + F.linear(h.to(u.dtype), u)  # a residual stream in float32 makes a float32 table
 
 
 def _grouped(
@@ -47,7 +52,7 @@ def _grouped(
     """V_g x_g of all groups side by side."""
     groups, ranks, part = v.shape
     shape = (*x.shape[:-1], groups * ranks)
-    # V_g X_g^T for all tokens: twice as fast as X_g V_g^T, whose result is too thin
+    # V_g X_g^T for all tokens: X_g V_g^T has too thin a result (benchmarks/results/grouped.md)
     slices = x.reshape(-1, groups, part).permute(1, 2, 0)
     return torch.bmm(v, slices).view(groups * ranks, -1).t().reshape(shape)
 

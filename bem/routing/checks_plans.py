@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bem.adapters.checks import TOKENS, _crop
+from bem.adapters import checks_probe as probe
+from bem.adapters.checks import TOKENS
 from bem.adapters.checks_models import VOCAB
 from bem.routing.action import EXPERT, RANK, RECORD, STRENGTH
 from bem.routing.mounted import Mounted
@@ -116,5 +117,5 @@ def cropped(cache: Any, length: int, keep: int) -> bool:
     """Cut a cache of `length` tokens down to `keep`; False if its kind cannot be cut."""
     if not getattr(cache, "is_croppable", True):
         return False
-    _crop(cache, length, keep)
+    probe.crop(cache, length, keep)
     return True

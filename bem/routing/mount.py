@@ -104,7 +104,7 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
     """
     folder = Path(folder)
     manifest = check_files(folder)
-    checkpoint.check_base(BaseIdentity(**manifest["base"]), model, str(folder))
+    checkpoint.check_base(_base_of(manifest, folder), model, str(folder))
     for expert in manifest["experts"]:
         check_name(expert["name"])
     experts = [
@@ -128,6 +128,15 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
                 "these files."
             )
     return mounted
+
+
+def _base_of(manifest: dict[str, Any], folder: Path) -> BaseIdentity:
+    try:
+        return BaseIdentity(**manifest["base"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: its manifest is not what was written: {type(error).__name__} {error}."
+        ) from None
 
 
 def blank_expert(

@@ -17,6 +17,8 @@ from bem import files
 from bem.adapters.attach import NAME, Attached, attach_parts
 from bem.adapters.build import Parts
 from bem.adapters.copies import without_adapter
+from bem.adapters.lora import CONFIG
+from bem.adapters.lora import WEIGHTS as EXPERT
 from bem.adapters.names import name_of_base
 from bem.adapters.peft_method import BemSite
 from bem.adapters.version import base_identity
@@ -322,9 +324,11 @@ def is_router(folder: str | Path) -> bool:
 
 
 def written_here(folder: Path) -> list[str]:
-    """Files of a folder that this library wrote: what its manifest lists, and the manifest."""
-    manifest = folder / MANIFEST
-    return [*_read(manifest).get("files", {}), MANIFEST] if manifest.is_file() else []
+    """Files of a folder that `Mounted.save` wrote."""
+    if not is_router(folder):
+        return []
+    written = (WEIGHTS, MANIFEST, f"experts/*/{CONFIG}", f"experts/*/{EXPERT}")
+    return [p.relative_to(folder).as_posix() for name in written for p in folder.glob(name)]
 
 
 def check_files(folder: Path) -> dict[str, Any]:
@@ -345,7 +349,7 @@ def check_files(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}: train the router again."
         )
-    files.check_listed(folder, manifest["files"], CheckpointError)
+    files.check_listed(folder, manifest.get("files"), CheckpointError)
     return manifest
 
 

@@ -12,7 +12,7 @@ what was done: it gives the value of the state and Q of every expert, which hyst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,13 +157,23 @@ class Critic(nn.Module):
 
 
 class MacroPolicy(nn.Module):
-    """Reader, actor and critic of one router."""
+    """Reader, actor and critic of one router. In float32, whatever the model computes in."""
 
     def __init__(self, d_model: int, observed: Observed, d_read: int, hidden: int):
         super().__init__()
         self.reader = Reader(d_model, d_read, observed.memory)
         self.actor = Actor(observed, hidden)
         self.critic = Critic(observed, hidden)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MacroPolicy:
+        """`model.half()` and `model.to(...)` move it, and leave its numbers as they are: a decision must
+        not hang on the dtype of the weights that it chooses between."""
+
+        def moved(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype == t.dtype else t.to(new.device)
+
+        return super()._apply(moved, recurse)
 
     def flops(self, tokens: int) -> int:
         """Matrix FLOPs of one decision, for a chunk of so many tokens."""

@@ -72,6 +72,7 @@ class AgenticRouter(ChunkReader):
     rules say: it is how experts are trained, oracles measured and controls run.
     """
 
+    routes = True
     available: Tensor  # bool (experts + 1,): the bare base stands first
 
     def __init__(self, policy: MacroPolicy, rules: Rules):

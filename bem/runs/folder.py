@@ -26,9 +26,9 @@ from typing import Any
 
 import yaml
 
-from bem.config import ExperimentConfig, parse
+from bem.config import ExperimentConfig, load
 from bem.errors import CheckpointError, ConfigError
-from bem.files import json_lines, locked, read_json, write_json, write_text
+from bem.files import json_lines, locked, made_under, read_json, write_json, write_text
 
 NOT_COMPARED = {"output", "device", "threads", "workers", "data.root"}
 """Config keys that may change between two commands on one run: they say where, not what."""
@@ -101,9 +101,9 @@ class Cell:
         return self.path / "measurement.json"
 
     def is_finished(self, key: str) -> bool:
-        """The cell was finished, and under the same conditions."""
-        mark = self.path / "cell.json"
-        return mark.is_file() and read_json(mark, CheckpointError)["key"] == key
+        """The cell was finished, under the same conditions, and what was measured is still there."""
+        is_there = self.measurement.is_file() and self.predictions.is_file()
+        return is_there and made_under(self.path / "cell.json", key)
 
     def finish(self, key: str) -> None:
         write_json(self.path / "cell.json", {"key": key})
@@ -142,7 +142,7 @@ class RunFolder:
         path = self.path / "config.yaml"
         if not path.is_file():
             raise CheckpointError(f"{self.path} is no run: it holds no config.yaml.")
-        return parse(ExperimentConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return load(path)
 
     def claim(self, config: ExperimentConfig, environment: dict[str, Any]) -> None:
         """Take the folder for this config.
@@ -188,7 +188,7 @@ class RunFolder:
 
 def _inputs(environment: dict[str, Any]) -> dict[str, Any]:
     """Hashes of the data and of the base, under the names that a refusal shows."""
-    return {"data": {"sha256": environment["data"]}, "base_sha256": environment["base"]}
+    return {"data": {"sha256": environment.get("data")}, "base_sha256": environment.get("base")}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -118,4 +118,4 @@ def _whole(checkpoint: Path, arm: str) -> None:
             f"{arm} is a method of PEFT's, measured beside ours: BEM cannot serve it."
         )
     manifest = read_json(checkpoint / "manifest.json", CheckpointError)
-    check_listed(checkpoint, manifest["files"], CheckpointError)
+    check_listed(checkpoint, manifest.get("files"), CheckpointError)

@@ -15,7 +15,7 @@ index_swap  router.index_swap (where there is one, and of every candidate that r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -26,7 +26,7 @@ from bem.config import GatesConfig
 from bem.errors import DataError
 from bem.stats.cache_hits import kv_hit_checks
 from bem.stats.inputs import finite
-from bem.stats.latency import further_rounds, paired_ratio
+from bem.stats.latency import paired_ratio
 from bem.stats.measurement import Measurement
 from bem.stats.monotone import index_swap
 from bem.stats.verdict import Check, Kind
@@ -80,30 +80,6 @@ def cost_checks(
         except DataError as error:
             checks.append(Check(kind, None, f"cannot be computed: {error}"))
     return checks
-
-
-def further_timing_rounds(
-    pairs: Iterable[tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]]],
-    gates: GatesConfig,
-    budget: int,
-) -> int:
-    """Interleaved rounds worth timing for all arms together; 0: every latency gate has its answer, or
-    the budget is spent. See `bem.stats.latency.further_rounds`; ask again after so many rounds.
-
-    Args:
-        pairs: of every candidate its `latency_ms` so far and that of the arm it is compared with.
-        budget: most rounds in all.
-    """
-    return max(
-        (
-            further_rounds(
-                new[phase], old[phase], gates.latency_ratio_max, budget, gates.alpha, gates.power
-            )
-            for new, old in pairs
-            for phase in old
-        ),
-        default=0,
-    )
 
 
 def _budget(baseline: Measurement, candidate: Measurement, gates: GatesConfig) -> list[Check]:

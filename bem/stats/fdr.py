@@ -25,10 +25,6 @@ class Discoveries:
     fcr_level: float
     """Miscoverage level of the intervals of what was selected; alpha itself if nothing was."""
 
-    @property
-    def n_rejected(self) -> int:
-        return int(self.rejected.sum())
-
 
 def benjamini_hochberg_correction(
     p_values: ArrayLike, alpha: float = 0.05, method: Literal["bh", "by"] = "bh"

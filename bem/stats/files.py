@@ -112,8 +112,10 @@ def kind_of(path: Path) -> Literal["json", "jsonl", "csv", "tsv"]:
     """What `save` writes under this name; JSON if the name has no suffix.
 
     Raises:
-        DataError: a suffix that says something else.
+        DataError: a suffix that says something else, or a folder.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name a file.")
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     match suffix:
         case "" | ".json":

@@ -66,8 +66,9 @@ def sign_flip_tests(columns: Floats, n_resamples: int = 10_000, seed: int = 0) -
     tests: list[SignFlip | None] = [_exact(column) for column in columns.T]
     rest = [j for j, test in enumerate(tests) if test is None]
     if rest:
-        scale = np.sqrt((columns[:, rest] ** 2).sum(axis=0))
-        unit = columns[:, rest] / np.where(scale > 0, scale, 1.0)
+        # first at most 1 in size, so that differences of 1e-300 have a square
+        unit = columns[:, rest] / np.abs(columns[:, rest]).max(axis=0)
+        unit /= np.sqrt((unit**2).sum(axis=0))
         observed = unit.sum(axis=0)
         blocks = [signs @ unit.astype(np.float32) for signs in sign_blocks(n, n_resamples, seed)]
         drawn = np.concatenate(blocks).astype(np.float64)

@@ -50,6 +50,12 @@ class Goal:
     hypotheses: int = 1
     """Candidates x primary metrics."""
 
+    def __post_init__(self) -> None:
+        if not -100 < self.gain_points < 100:  # also true for NaN
+            raise ConfigError(
+                f"a gain must lie between -100 and 100 points, got {self.gain_points:g}."
+            )
+
 
 def assumed_spread(
     score: float, shared: float, gain_points: float, seeds_alike: float = 0.5,
@@ -74,7 +80,7 @@ def assumed_spread(
     for name, value, low, high in (
         ("score", score, 0, 1), ("shared", shared, -1e-9, 1), ("seeds_alike", seeds_alike, -1e-9, 1 + 1e-9),
         ("cluster_correlation", cluster_correlation, -1e-9, 1 + 1e-9),
-        ("cluster_size", cluster_size, 1 - 1e-9, 1e9),
+        ("cluster_size", cluster_size, 1 - 1e-9, 1e9), ("gain_points", gain_points, -100, 100),
     ):  # fmt: skip
         if not low < value < high:
             raise ConfigError(f"{name} must lie between {low:.0f} and {high:.0f}, got {value:g}.")

@@ -16,11 +16,16 @@ _MARK = re.compile("\0([0-9]+)\0")
 _SQL = re.compile(
     r"""--[^\n]*|/\*.*?\*/"""
     r"""|"(?:[^"]|"")*"|`[^`]*`"""
+    r"""|\$(?P<tag>(?:[A-Za-z_]\w*)?)\$.*?\$(?P=tag)\$|(?<!\w)[eE]'(?:\\.|''|[^'\\])*'"""
     # an apostrophe within a word opens nothing: `men's doubles` is a column of WikiSQL
     r"""|(?<!\w)[nNeExXbB]?'(?:[^']|'')*'""",
     re.DOTALL,
 )
-_SHELL = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
+_SHELL = re.compile(
+    r"""<<-?[ \t]*(?P<q>['"]?)(?P<end>\w+)(?P=q)[^\n]*\n.*?\n\s*(?P=end)(?=\n|$)"""  # a here-document
+    r"""|\\.|'[^']*'|"(?:\\.|[^"\\])*\"""",
+    re.DOTALL,
+)
 _CODE = re.compile(
     r'''"""(?s:\\.|(?!""").)*"""'''
     r"""|'''(?s:\\.|(?!''').)*'''"""

@@ -23,7 +23,6 @@ import numpy as np
 from bem.adapters.version import base_digest
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
-from bem.files import write_bytes
 from bem.training.data import Encoded, Example, check_fits, data_hash, encode
 from bem.training.metrics import MetricsLog
 from bem.training.state import (
@@ -256,8 +255,3 @@ def _tokens_hash(encoded: dict[int, Encoded]) -> str:
         digest.update(np.array(numbers, np.int64).tobytes())
         digest.update(np.array(row.relevance, np.float64).tobytes())
     return digest.hexdigest()
-
-
-# Old names, until their last callers say `StepResult` and `bem.files.write_bytes`.
-StepMetrics = StepResult
-write_atomically = write_bytes

@@ -146,19 +146,23 @@ def _example(
             values[name] = [values[name]] if values[name] or name == "references" else []
     values["id"] = values["id"] or default_id
     values["task"] = values["task"] or task
-    values["instruction"] = values.get("instruction") or instruction
+    if values.get("instruction") in (None, ""):
+        values["instruction"] = instruction
     return Example(**{name: value for name, value in values.items() if value is not None})
 
 
 def _label(value: Any, name: str) -> str:
-    """A name as text: 0 and "0" are the same document."""
+    """A name as text: 0, 0.0 (pandas' form of it) and "0" are the same document."""
     if value is None:
         return ""
     if isinstance(value, str):
         if name == "id" and not value:
             raise DataError("id is empty: leave it out, or give each row its own.")
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    odd = isinstance(value, float) and not math.isfinite(value)
+    if odd or isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{name} must be text or a number, found {value!r:.40}.")
     return str(value)
 

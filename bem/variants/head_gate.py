@@ -22,7 +22,7 @@ from bem.variants.watch import ComputeCopies, Watch
 
 FEW_ROWS = 8
 """So many are decoded with V as one matrix: on a CPU a batch of small products costs more than the
-zeros, measured for widths of 512 to 4,096 and ranks of 8 to 32."""
+zeros (benchmarks/results/grouped.md)."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def ready_low_rank(v: Tensor, u: Tensor, dtype: torch.dtype) -> Update:
 
     def update(y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None
+        if x.dtype != dtype:  # a residual stream in float32, blocks that compute in bfloat16
+            return masked_low_rank(y, x, v.to(x.dtype), control, slot, u.to(x.dtype))
         return masked_low_rank(y, x, v, control, slot, u)
 
     return update

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import bem
-from bem.adapters.checks import _ids, _logits, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 from bem.config import AdapterConfig
 from bem.errors import AttachError, ConfigError
@@ -57,13 +57,13 @@ def test_the_global_random_state_is_left_alone():
 
 
 def test_state_goes_out_and_in_again():
-    attached = _perturbed(bem.attach(tiny_model("llama"), "v1", rank=4))
-    wanted = _logits(attached.model, _ids())
+    attached = probe.perturbed(bem.attach(tiny_model("llama"), "v1", rank=4))
+    wanted = probe.logits(attached.model, probe.token_ids())
     state = {n: t.clone() for n, t in attached.state_dict().items()}
     other = bem.attach(tiny_model("llama"), "v1", rank=4)
     other.model.eval()
     other.load_state_dict(state)
-    assert torch.equal(_logits(other.model, _ids()), wanted)
+    assert torch.equal(probe.logits(other.model, probe.token_ids()), wanted)
     with pytest.raises(AttachError, match="do not fit"):
         other.load_state_dict({})
 
@@ -80,9 +80,12 @@ def test_a_loaded_checkpoint_is_frozen_unless_it_shall_train(tmp_path):
 def test_attaching_to_a_compiled_model_adapts_the_model_inside():
     model = tiny_model("llama")
     compiled = torch.compile(model, backend="eager")
-    attached = _perturbed(bem.attach(compiled, "v1", rank=4, chunk_size=8))
-    plain = _perturbed(bem.attach(tiny_model("llama"), "v1", rank=4, chunk_size=8))
-    assert torch.equal(_logits(attached.model, _ids()), _logits(plain.model, _ids()))
+    attached = probe.perturbed(bem.attach(compiled, "v1", rank=4, chunk_size=8))
+    plain = probe.perturbed(bem.attach(tiny_model("llama"), "v1", rank=4, chunk_size=8))
+    assert torch.equal(
+        probe.logits(attached.model, probe.token_ids()),
+        probe.logits(plain.model, probe.token_ids()),
+    )
     assert attached.detach() is model
 
 
@@ -94,8 +97,8 @@ def test_an_adapter_per_row_is_refused_unless_it_is_the_one_that_acts(call):
     for model in (attached.model, attached.base):
         run = model if call == "forward" else model.generate
         with pytest.raises(AttachError, match=r"one BEM adapter is active.*bem\.mount"):
-            run(input_ids=_ids(), adapter_names=["__base__", "default"])
-    attached.model(input_ids=_ids(), adapter_names=["default", "default"])
+            run(input_ids=probe.token_ids(), adapter_names=["__base__", "default"])
+    attached.model(input_ids=probe.token_ids(), adapter_names=["default", "default"])
 
 
 def test_what_is_no_model_is_refused():

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import nn
 
 import bem
+from bem.adapters import checks_probe as probe
 from bem.adapters.build import VARIANTS, Variant, at, nearest_divisor
-from bem.adapters.checks import _ids, _logits, check_adapter
+from bem.adapters.checks import check_adapter
 from bem.adapters.checks_models import tiny_model
 from bem.adapters.sites import MLP_DOWN
 from bem.config import KINDS
@@ -72,7 +73,9 @@ def test_a_new_variant_is_a_peft_method_at_once(tmp_path):
     model.save_pretrained(tmp_path)
     again = bem.load(tiny_model("llama"), tmp_path)
     assert again.config == ShiftConfig(bound=0.5) and again.version == attached.version
-    assert torch.equal(_logits(again.model, _ids()), _logits(model, _ids()))
+    assert torch.equal(
+        probe.logits(again.model, probe.token_ids()), probe.logits(model, probe.token_ids())
+    )
 
 
 def test_its_knobs_are_its_own():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import bem
 from bem.adapters import checkpoint
-from bem.adapters.checks import _ids, _logits, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 from bem.adapters.version import Version, base_digest
 from bem.errors import AttachError, BaseMismatch, CheckpointError
@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def saved(folder, variant="v1", model=None, **settings):
-    attached = _perturbed(
+    attached = probe.perturbed(
         bem.attach(
             model or tiny_model("llama"),
             variant,
@@ -57,10 +57,10 @@ def lora(model, **settings):
 @pytest.mark.parametrize("variant", SETTINGS)
 def test_saving_and_loading_changes_no_logit_and_no_version(variant, tmp_path):
     attached = saved(tmp_path / "0", variant)
-    logits, version = _logits(attached.model, _ids()), attached.version
+    logits, version = probe.logits(attached.model, probe.token_ids()), attached.version
     for i in range(3):
         attached = bem.load(tiny_model("llama"), tmp_path / str(i))
-        assert torch.equal(_logits(attached.model, _ids()), logits)
+        assert torch.equal(probe.logits(attached.model, probe.token_ids()), logits)
         assert attached.version == version
         attached.save(tmp_path / str(i + 1))
 
@@ -68,14 +68,14 @@ def test_saving_and_loading_changes_no_logit_and_no_version(variant, tmp_path):
 @pytest.mark.parametrize("variant", SETTINGS)
 def test_a_way_through_peft_changes_no_logit_and_no_version(variant, tmp_path):
     attached = saved(tmp_path / "a", variant)
-    logits, version = _logits(attached.model, _ids()), attached.version
+    logits, version = probe.logits(attached.model, probe.token_ids()), attached.version
     attached.model.save_pretrained(tmp_path / "b")
     for i, folder in enumerate(("a", "b")):
         wrapped = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / folder))
-        assert torch.allclose(_logits(wrapped, _ids()), logits, atol=1e-5)
+        assert torch.allclose(probe.logits(wrapped, probe.token_ids()), logits, atol=1e-5)
         wrapped.save_pretrained(tmp_path / f"c{i}")
         again = bem.load(tiny_model("llama"), tmp_path / f"c{i}")
-        assert torch.equal(_logits(again.model, _ids()), logits)
+        assert torch.equal(probe.logits(again.model, probe.token_ids()), logits)
         assert again.version == version
 
 
@@ -92,15 +92,15 @@ def test_a_way_through_peft_changes_no_logit_and_no_version(variant, tmp_path):
 )
 def test_a_lora_of_others_keeps_its_scales_and_ranks(settings, tmp_path):
     wrapped = lora(tiny_model("llama"), **settings)
-    logits = _logits(wrapped, _ids())
+    logits = probe.logits(wrapped, probe.token_ids())
     wrapped.save_pretrained(tmp_path / "0")
     first = None
     for i in range(3):
         attached = bem.load(tiny_model("llama"), tmp_path / str(i))
-        assert torch.allclose(_logits(attached.model, _ids()), logits, atol=1e-5)
-        first = first or (attached.version, _logits(attached.model, _ids()))
+        assert torch.allclose(probe.logits(attached.model, probe.token_ids()), logits, atol=1e-5)
+        first = first or (attached.version, probe.logits(attached.model, probe.token_ids()))
         assert attached.version == first[0]
-        assert torch.equal(_logits(attached.model, _ids()), first[1])
+        assert torch.equal(probe.logits(attached.model, probe.token_ids()), first[1])
         attached.save(tmp_path / str(i + 1))
 
 
@@ -109,7 +109,11 @@ def test_an_s0_checkpoint_is_a_plain_lora_that_plain_peft_loads(tmp_path):
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["peft_type"] == "LORA"
     wrapped = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "a"))
     assert isinstance(wrapped.base_model, peft.LoraModel)
-    assert torch.allclose(_logits(wrapped, _ids()), _logits(attached.model, _ids()), atol=1e-5)
+    assert torch.allclose(
+        probe.logits(wrapped, probe.token_ids()),
+        probe.logits(attached.model, probe.token_ids()),
+        atol=1e-5,
+    )
 
 
 def test_a_checkpoint_of_trainer_loads(tmp_path):
@@ -117,7 +121,10 @@ def test_a_checkpoint_of_trainer_loads(tmp_path):
     train(attached.model, tmp_path, save_strategy="steps", save_steps=3)
     attached.model.eval()
     again = bem.load(tiny_model("llama"), tmp_path / "checkpoint-3")
-    assert torch.equal(_logits(again.model, _ids()), _logits(attached.model, _ids()))
+    assert torch.equal(
+        probe.logits(again.model, probe.token_ids()),
+        probe.logits(attached.model, probe.token_ids()),
+    )
     assert again.version == attached.version
 
 
@@ -125,11 +132,13 @@ def test_a_peft_model_becomes_attached_and_is_saved_with_a_manifest(tmp_path):
     wrapped = peft.get_peft_model(
         tiny_model("llama"), bem.BemConfig("v1", rank=4, task_type="CAUSAL_LM"), "mine"
     ).eval()
-    attached = _perturbed(bem.from_peft(wrapped))
+    attached = probe.perturbed(bem.from_peft(wrapped))
     assert attached.config.variant == "v1" and attached.price().parameters > 0
     attached.save(tmp_path / "a")
     again = bem.load(tiny_model("llama"), tmp_path / "a")
-    assert torch.equal(_logits(again.model, _ids()), _logits(wrapped, _ids()))
+    assert torch.equal(
+        probe.logits(again.model, probe.token_ids()), probe.logits(wrapped, probe.token_ids())
+    )
     assert again.version == attached.version
     assert attached.detach() is wrapped.base_model.model
 
@@ -172,12 +181,14 @@ def test_other_weights_and_other_shapes_are_told_apart(tmp_path):
 @pytest.mark.parametrize("variant", ["s0", "v1"])
 def test_a_compiled_base_is_the_same_base(variant, tmp_path):
     attached = saved(tmp_path / "a", variant)
-    logits = _logits(attached.model, _ids())
+    logits = probe.logits(attached.model, probe.token_ids())
     compiled = torch.compile(tiny_model("llama"), backend="eager")
     again = bem.load(compiled, tmp_path / "a")
-    assert torch.equal(_logits(again.model, _ids()), logits)
+    assert torch.equal(probe.logits(again.model, probe.token_ids()), logits)
     again.save(tmp_path / "b")
-    assert torch.equal(_logits(bem.load(tiny_model("llama"), tmp_path / "b").model, _ids()), logits)
+    assert torch.equal(
+        probe.logits(bem.load(tiny_model("llama"), tmp_path / "b").model, probe.token_ids()), logits
+    )
 
 
 def test_resized_embeddings_stay_out_of_the_checkpoint(tmp_path):
@@ -345,3 +356,41 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
 def test_a_changing_adapter_is_no_lora(tmp_path):
     with pytest.raises(AttachError, match="only s0 is a plain LoRA"):
         bem.attach(tiny_model("llama"), "v3", rank=1).save_lora(tmp_path / "a")
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"kind": "web app"}', '{"files": {"notes.txt": "0"}}'])
+def test_a_manifest_that_is_somebody_elses_makes_no_file_ours(tmp_path, manifest):
+    attached = saved(tmp_path / "a")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(manifest)
+    (tmp_path / "app" / "README.md").write_text("theirs")
+    with pytest.raises(CheckpointError, match=r"were not written here, as 'README\.md'"):
+        attached.save(tmp_path / "app")
+    assert (tmp_path / "app" / "README.md").read_text() == "theirs"
+
+
+def test_a_file_that_was_added_to_the_manifest_is_not_deleted(tmp_path):
+    attached = saved(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["files"]["notes.txt"] = "0" * 64
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"were not written here, as 'notes\.txt'"):
+        attached.save(tmp_path / "a")
+
+
+@pytest.mark.parametrize("files", [None, [], "x", {"a": 1}, {"../../etc/passwd": "0" * 64}])
+def test_a_manifest_whose_list_of_files_cannot_be_used_is_refused(tmp_path, files):
+    saved(tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+    with pytest.raises(CheckpointError, match="manifest lists"):
+        bem.load(tiny_model("llama"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("folder", ["/", "a\0b", "x" * 300])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, monkeypatch, folder):
+    attached = saved(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"could not write|were not written here"):
+        attached.save(folder)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import bem
-from bem.adapters.checks import _ids, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 
 SETTINGS = {"v1": {"mask": "fixed"}}  # no noise that differs between processes
@@ -24,13 +24,13 @@ def gradients(attached, ids, wrapper=None):
 def worker(rank, port, variant, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    attached = _perturbed(
+    attached = probe.perturbed(
         bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8, **SETTINGS.get(variant, {}))
     )
     wrapped = torch.nn.parallel.DistributedDataParallel(
         attached.model
     )  # an unused parameter would hang or raise
-    found = gradients(attached, _ids()[rank : rank + 1], wrapped)
+    found = gradients(attached, probe.token_ids()[rank : rank + 1], wrapped)
     if rank == 0:
         queue.put({n: g.numpy() for n, g in found.items()})
     dist.barrier()
@@ -53,9 +53,9 @@ def test_two_gloo_processes_equal_one(variant):
     for process in processes:
         process.join(timeout=60)
     assert [p.exitcode for p in processes] == [0, 0]
-    attached = _perturbed(
+    attached = probe.perturbed(
         bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8, **SETTINGS.get(variant, {}))
     )
-    wanted = gradients(attached, _ids())
+    wanted = gradients(attached, probe.token_ids())
     for name, gradient in wanted.items():
         assert torch.allclose(torch.from_numpy(found[name]), gradient, atol=1e-5), name

@@ -4,10 +4,24 @@ import threading
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 import bem
-from bem.adapters.checks import TOLERANCE, _forward, _logits, _perturbed
+from bem.adapters import checks_probe as probe
+from bem.adapters.checks import TOLERANCE
 from bem.adapters.checks_models import VOCAB, tiny_model
 from bem.adapters.hooks import add_last_stage
 from bem.adapters.peft_method import rewire
@@ -17,7 +31,7 @@ VARIANTS = ["pt1", "v1", "v2", "v4"]
 
 
 def attached(variant="v1", arch="llama", **settings):
-    return _perturbed(bem.attach(tiny_model(arch), variant, rank=4, chunk_size=8, **settings))
+    return probe.perturbed(bem.attach(tiny_model(arch), variant, rank=4, chunk_size=8, **settings))
 
 
 def ids(tokens, rows=2, seed=3):
@@ -85,12 +99,14 @@ def test_packed_documents_get_what_each_gets_alone(variant, use_cache):
     """The base isolates them without a cache; control does so always."""
     model, (a, b, c) = attached(variant).model, (ids(n, 1, seed=n) for n in (11, 20, 3))
     positions = torch.cat([torch.arange(x.shape[1]) for x in (a, b, c)])[None]
-    packed = _forward(model, torch.cat([a, b, c], 1), position_ids=positions, use_cache=use_cache)
+    packed = probe.forward(
+        model, torch.cat([a, b, c], 1), position_ids=positions, use_cache=use_cache
+    )
     context = model.get_base_model().bem_runtime.ambient.last
     control = context.control_per_token(0)
     start = 0
     for document in (a, b, c):
-        alone = _forward(model, document, use_cache=False).logits
+        alone = probe.forward(model, document, use_cache=False).logits
         stop = start + document.shape[1]
         own = model.get_base_model().bem_runtime.ambient.last.control_per_token(0)
         if not use_cache:
@@ -102,9 +118,9 @@ def test_packed_documents_get_what_each_gets_alone(variant, use_cache):
 def test_a_cache_that_packed_documents_filled_cannot_be_continued():
     model, x = attached().model, ids(12, 1)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    cache = _forward(model, x, position_ids=positions, use_cache=True).past_key_values
+    cache = probe.forward(model, x, position_ids=positions, use_cache=True).past_key_values
     with pytest.raises(CacheError, match="2 documents are packed into 1 rows"):
-        _forward(model, x[:, :1], past_key_values=cache)
+        probe.forward(model, x[:, :1], past_key_values=cache)
 
 
 def test_a_right_padded_prompt_starts_its_turn_at_its_last_token():
@@ -112,7 +128,7 @@ def test_a_right_padded_prompt_starts_its_turn_at_its_last_token():
     mask = torch.ones_like(prompt)
     mask[1, 9:] = 0
     generate(model, prompt, attention_mask=mask, max_length=None)
-    cache = _forward(model, prompt, attention_mask=mask, use_cache=True).past_key_values
+    cache = probe.forward(model, prompt, attention_mask=mask, use_cache=True).past_key_values
     assert cache.layers[-1].applied()[0][1].max() == 2  # without generate: chunks of 8 alone
     seen = []
     handle = (
@@ -147,43 +163,43 @@ def test_conditioning_is_evidence_by_another_name_and_unknown_names_are_refused(
     model, x = attached("v2").model, ids(12)
     known = torch.rand(2, 8)
     assert torch.equal(
-        _forward(model, x, evidence=known).logits,
-        _forward(model, x, evidence=None, conditioning={"evidence": known}).logits,
+        probe.forward(model, x, evidence=known).logits,
+        probe.forward(model, x, evidence=None, conditioning={"evidence": known}).logits,
     )
     with pytest.raises(AttachError, match="unknown conditioning 'weather'"):
-        _forward(model, x, conditioning={"weather": known})
+        probe.forward(model, x, conditioning={"weather": known})
     with pytest.raises(AttachError, match="given twice"):
-        _forward(model, x, evidence=known, conditioning={"evidence": known})
+        probe.forward(model, x, evidence=known, conditioning={"evidence": known})
 
 
 def test_no_conditioning_is_exactly_conditioning_of_zero():
     model, x = attached("v2").model, ids(30)
-    nothing = _forward(model, x, evidence=None).logits
-    assert torch.equal(nothing, _forward(model, x, evidence=torch.zeros(2, 8)).logits)
+    nothing = probe.forward(model, x, evidence=None).logits
+    assert torch.equal(nothing, probe.forward(model, x, evidence=torch.zeros(2, 8)).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["s0", "v3", *VARIANTS])
 def test_the_dtype_may_change_after_attaching(dtype, variant):
     model = attached(variant).model.to(dtype)
-    logits = _logits(model, ids(20))
+    logits = probe.logits(model, ids(20))
     assert logits.dtype == dtype and torch.isfinite(logits).all()
 
 
 def test_a_cache_filled_under_other_weights_is_refused():
     attached_, x = attached(), ids(20)
-    cache = _forward(attached_.model, x, use_cache=True).past_key_values
+    cache = probe.forward(attached_.model, x, use_cache=True).past_key_values
     with torch.no_grad():
         attached_.parameters()[0].add_(0.1)
     with pytest.raises(CacheError, match="filled under weights"):
-        _forward(attached_.model, x[:, :1], past_key_values=cache)
+        probe.forward(attached_.model, x[:, :1], past_key_values=cache)
 
 
 def test_a_cache_filled_under_an_adapter_is_refused_without_it():
     attached_, x = attached(), ids(20)
-    cache = _forward(attached_.model, x, use_cache=True).past_key_values
+    cache = probe.forward(attached_.model, x, use_cache=True).past_key_values
     with attached_.model.disable_adapter(), pytest.raises(CacheError, match="switched off"):
-        _forward(attached_.model, x[:, :1], past_key_values=cache)
+        probe.forward(attached_.model, x[:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("variant", ["s0", "v4"])
@@ -200,14 +216,14 @@ def test_what_must_be_last_runs_behind_film_and_stays_when_the_adapter_is_off(va
 
     block = 1 if variant == "v4" else 2
     add_last_stage(attached_.base, block, last, rewire)
-    on = _logits(attached_.model, x)
+    on = probe.logits(attached_.model, x)
     assert order == (["film", "last"] if film is not None else ["last"])
     order.clear()
     with attached_.model.disable_adapter():
-        off = _logits(attached_.model, x)
+        off = probe.logits(attached_.model, x)
     assert order == ["last"] and torch.isfinite(on).all() and torch.isfinite(off).all()
     order.clear()
-    _logits(attached_.model, x)
+    probe.logits(attached_.model, x)
     assert order[-1] == "last"
 
 
@@ -245,14 +261,104 @@ def test_a_linear_attention_layer_may_be_the_router_layer():
         linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
         num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
     )  # fmt: skip
-    model = _perturbed(
+    model = probe.perturbed(
         bem.attach(Qwen3NextForCausalLM(config).eval(), "v1", rank=4, chunk_size=8)
     ).model
     x = ids(20)
-    whole = _forward(model, x, use_cache=False).logits
-    first = _forward(model, x[:, :13], use_cache=True)
-    rest = _forward(model, x[:, 13:14], past_key_values=first.past_key_values)
+    whole = probe.forward(model, x, use_cache=False).logits
+    first = probe.forward(model, x[:, :13], use_cache=True)
+    rest = probe.forward(model, x[:, 13:14], past_key_values=first.past_key_values)
     assert (torch.cat([first.logits, rest.logits], 1) - whole[:, :14]).abs().max() < TOLERANCE
+
+
+def bert():
+    """Its decoder is handed a mask that the model has made, of four dimensions."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, is_decoder=True, initializer_range=0.2,
+    )  # fmt: skip
+    return probe.perturbed(
+        bem.attach(BertLMHeadModel(config).eval(), "v1", rank=4, chunk_size=8)
+    ).model
+
+
+def test_a_mask_that_the_model_made_of_nothing_means_no_padding():
+    model, x = bert(), ids(20)
+    whole = probe.forward(model, x, use_cache=False).logits
+    first = probe.forward(model, x[:, :13], use_cache=True)
+    rest = probe.forward(model, x[:, 13:], past_key_values=first.past_key_values).logits
+    assert (torch.cat([first.logits, rest], 1) - whole).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_is_padding_is_told_by_the_mask_of_the_call(by_name):
+    model, x = bert(), ids(20, 1)
+    padded, mask = torch.cat([x[:, :4], x], 1), torch.ones(1, 24, dtype=torch.long)
+    mask[:, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if by_name:
+        given = model(input_ids=padded, attention_mask=mask, position_ids=positions)
+    else:
+        given = model(padded, mask, position_ids=positions)
+    assert (given.logits[:, 4:] - probe.logits(model, x)).abs().max() < TOLERANCE
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused():
+    with pytest.raises(AttachError, match="2-D attention mask"):
+        bert()(input_ids=ids(20), attention_mask=torch.zeros(2, 1, 20, 20))
+
+
+@pytest.mark.parametrize("variant", ["v1", "v4"])
+def test_a_prompt_of_a_model_that_drops_tokens_on_the_way_up_is_adapted_whole(variant):
+    """Gemma 4 runs the layers that share keys on the last token alone, when only that is asked for."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, initializer_range=0.2,
+    )  # fmt: skip
+    model = probe.perturbed(
+        bem.attach(Gemma4ForCausalLM(config).eval(), variant, rank=4, chunk_size=8)
+    ).model
+    x = ids(20)
+    last = probe.forward(model, x, logits_to_keep=1).logits
+    assert last.shape[1] == 1
+    assert (last - probe.logits(model, x)[:, -1:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["v1", "v4"])
+def test_blocks_may_compute_in_bfloat16_under_a_residual_stream_in_float32(variant):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, state_size=8)
+    model = MambaForCausalLM(config).to(torch.bfloat16).eval()
+    attached_ = probe.perturbed(bem.attach(model, variant, rank=4, chunk_size=8))
+    seen = []
+    attached_.base.backbone.layers[2].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].dtype)
+    )
+    prompt = ids(13)
+    logits = generate(attached_.model, prompt)
+    assert set(seen) == {torch.float32}, "this model no longer shows it"
+    whole = torch.cat([prompt, logits.argmax(-1)], 1)
+    turns = torch.zeros_like(whole, dtype=torch.bool)
+    turns[:, 12] = True
+    plain = probe.forward(attached_.model, whole, turn_starts=turns, use_cache=False).logits[
+        :, 12:-1
+    ]
+    assert (logits - plain).abs().max() < 0.1 * plain.abs().max()
+
+
+def test_a_block_may_return_a_list():
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    model = OpenAIGPTLMHeadModel(config).eval()
+    before = probe.logits(model, ids(20))
+    attached_ = bem.attach(model, "v4", rank=4, chunk_size=8)
+    attached_.model.eval()
+    assert torch.equal(probe.logits(attached_.model, ids(20)), before)
+    assert not torch.equal(probe.logits(probe.perturbed(attached_).model, ids(20)), before)
 
 
 def test_memory_of_pooling_grows_with_the_tokens_and_not_with_their_square():

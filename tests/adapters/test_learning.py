@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 import bem
-from bem.adapters.checks import _evidence, _ids, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 from bem.errors import TrainingError
 
@@ -59,7 +59,7 @@ def test_a_trust_radius_holds_after_every_step_of_any_optimiser():
     attached.model.train()
     optimizer = torch.optim.AdamW(attached.parameters(), lr=0.3)
     for _ in range(3):
-        attached.model(input_ids=_ids(), labels=_ids()).loss.backward()
+        attached.model(input_ids=probe.token_ids(), labels=probe.token_ids()).loss.backward()
         optimizer.step()
         norms = [norm_of(m) for m in attached.modules()]
         assert max(norms) > 0.1 and all(n <= 0.2 + 1e-6 for n in norms)
@@ -78,7 +78,7 @@ def test_bounds_hold_in_a_model_that_peft_loaded_and_in_a_copy(tmp_path):
 
 
 def test_another_models_optimiser_moves_nothing_here():
-    attached = _perturbed(bem.attach(tiny_model("llama"), "s0", rank=4, trust_radius=0.01))
+    attached = probe.perturbed(bem.attach(tiny_model("llama"), "s0", rank=4, trust_radius=0.01))
     before = {n: p.clone() for n, p in attached.named_parameters()}
     other = torch.nn.Linear(2, 2)
     other(torch.ones(1, 2)).sum().backward()
@@ -90,7 +90,7 @@ def test_another_models_optimiser_moves_nothing_here():
 
 
 def shaped(**settings):
-    attached = _perturbed(
+    attached = probe.perturbed(
         bem.attach(tiny_model("llama"), "v2", rank=4, chunk_size=8, decorrelation=0.3, **settings)
     )
     attached.model.train()
@@ -98,11 +98,11 @@ def shaped(**settings):
 
 
 def losses(attached, **given):
-    known = _evidence(attached.model, 2)
-    whole = attached.model(input_ids=_ids(), labels=_ids(), **known, **given)
-    bare = attached.model(input_ids=_ids(), **known, **given)
+    known = probe.evidence_for(attached.model, 2)
+    whole = attached.model(input_ids=probe.token_ids(), labels=probe.token_ids(), **known, **given)
+    bare = attached.model(input_ids=probe.token_ids(), **known, **given)
     logits = whole.logits[:, :-1].flatten(0, 1)
-    nll = torch.nn.functional.cross_entropy(logits, _ids()[:, 1:].flatten())
+    nll = torch.nn.functional.cross_entropy(logits, probe.token_ids()[:, 1:].flatten())
     return whole, bare, nll, attached.penalty()
 
 
@@ -113,10 +113,17 @@ def test_the_models_own_loss_holds_the_penalty():
 
 def test_a_penalty_that_a_loss_holds_is_not_handed_out_again():
     attached = shaped()
-    whole = attached.model(input_ids=_ids(), labels=_ids(), **_evidence(attached.model, 2))
+    whole = attached.model(
+        input_ids=probe.token_ids(),
+        labels=probe.token_ids(),
+        **probe.evidence_for(attached.model, 2),
+    )
     assert attached.penalty() == 0
     tuple_out = attached.model(
-        input_ids=_ids(), labels=_ids(), return_dict=False, **_evidence(attached.model, 2)
+        input_ids=probe.token_ids(),
+        labels=probe.token_ids(),
+        return_dict=False,
+        **probe.evidence_for(attached.model, 2),
     )
     assert torch.allclose(tuple_out[0], whole.loss)
 
@@ -124,18 +131,27 @@ def test_a_penalty_that_a_loss_holds_is_not_handed_out_again():
 def test_no_penalty_is_added_while_nothing_is_learned():
     attached = shaped()
     with torch.no_grad():
-        frozen = attached.model(input_ids=_ids(), labels=_ids(), **_evidence(attached.model, 2))
+        frozen = attached.model(
+            input_ids=probe.token_ids(),
+            labels=probe.token_ids(),
+            **probe.evidence_for(attached.model, 2),
+        )
     attached.model.eval()
-    known = _evidence(attached.model, 2)
-    assert torch.equal(attached.model(input_ids=_ids(), labels=_ids(), **known).loss, frozen.loss)
+    known = probe.evidence_for(attached.model, 2)
+    assert torch.equal(
+        attached.model(input_ids=probe.token_ids(), labels=probe.token_ids(), **known).loss,
+        frozen.loss,
+    )
 
 
 def test_the_passes_of_one_step_add_up_to_one_penalty():
     attached = shaped()
-    known = _evidence(attached.model, 2)
-    items = 4 * (_ids().shape[1] - 1)  # two passes of two rows
-    once = attached.model(input_ids=_ids(), labels=_ids(), **known)
-    part = attached.model(input_ids=_ids(), labels=_ids(), num_items_in_batch=items, **known)
+    known = probe.evidence_for(attached.model, 2)
+    items = 4 * (probe.token_ids().shape[1] - 1)  # two passes of two rows
+    once = attached.model(input_ids=probe.token_ids(), labels=probe.token_ids(), **known)
+    part = attached.model(
+        input_ids=probe.token_ids(), labels=probe.token_ids(), num_items_in_batch=items, **known
+    )
     assert torch.allclose(2 * part.loss, once.loss, atol=1e-5)
 
 
@@ -143,11 +159,15 @@ def test_a_step_that_forgot_the_penalty_is_refused_before_it_is_taken():
     attached = shaped()
     optimizer = torch.optim.SGD(attached.parameters(), lr=1.0)
     before = {n: p.clone() for n, p in attached.named_parameters()}
-    attached.model(input_ids=_ids(), **_evidence(attached.model, 2)).logits.sum().backward()
+    attached.model(
+        input_ids=probe.token_ids(), **probe.evidence_for(attached.model, 2)
+    ).logits.sum().backward()
     with pytest.raises(TrainingError, match=r"penalty .* is in no loss"):
         optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in attached.named_parameters())
-    logits = attached.model(input_ids=_ids(), **_evidence(attached.model, 2)).logits
+    logits = attached.model(
+        input_ids=probe.token_ids(), **probe.evidence_for(attached.model, 2)
+    ).logits
     (logits.sum() + attached.penalty()).backward()
     optimizer.step()
 
@@ -155,7 +175,7 @@ def test_a_step_that_forgot_the_penalty_is_refused_before_it_is_taken():
 def test_a_variant_without_penalties_needs_no_labels():
     attached = bem.attach(tiny_model("llama"), "v2", rank=4, alignment=0.0)
     attached.model.train()
-    attached.model(input_ids=_ids()).logits.sum().backward()
+    attached.model(input_ids=probe.token_ids()).logits.sum().backward()
     torch.optim.SGD(attached.parameters(), lr=0.1).step()
 
 
@@ -210,5 +230,23 @@ def test_a_forward_that_was_put_in_place_before_is_called_and_comes_back():
 
     model.forward = before
     attached = bem.attach(model, "s0", rank=2)
-    attached.model(input_ids=_ids())
+    attached.model(input_ids=probe.token_ids())
     assert calls and attached.detach().forward is before
+
+
+# --- frozen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["s0", "v1", "v2"])
+def test_training_what_was_loaded_frozen_names_the_way_out(tmp_path, variant):
+    bem.attach(tiny_model("llama"), variant, rank=2).save(tmp_path / "saved")
+    model = bem.load(tiny_model("llama"), tmp_path / "saved").model
+    with pytest.raises(TrainingError, match="trainable=True"):
+        train(model, tmp_path)
+    batch = {"input_ids": ROW["input_ids"][None], "labels": ROW["labels"][None]}
+    model.train()
+    with pytest.raises(TrainingError, match=r"model\.eval\(\)"):
+        model(**batch)
+    with torch.no_grad():
+        assert model(**batch).loss > 0
+    assert model.eval()(**batch).loss > 0

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import bem
 from bem.adapters.budget import price
@@ -52,3 +52,19 @@ def test_the_price_of_a_config_says_what_the_attached_one_says(variant):
 def test_where_everything_is_adapted_nothing_is_said(caplog):
     attached = bem.attach(tiny_model("llama"), "s0", rank=2, router_layer=0)
     assert not caplog.records and "not adapted" not in repr(attached)
+
+
+def test_a_convolution_is_not_taken_for_experts():
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=4, state_size=8)
+    attached = bem.attach(MambaForCausalLM(config), "s0", rank=2, router_layer=0)
+    assert [e.why for e in attached.plan.left_alone] == ["its attention ends in no linear layer"]
+
+
+def test_layers_that_only_read_another_sequence_are_said():
+    model = make_llama(num_hidden_layers=4)
+    block = model.model.layers[2]
+    block.cross_attn = block.self_attn
+    del block.self_attn
+    alone = bem.attach(model, "s0", rank=2, router_layer=0).plan.left_alone
+    why = "it attends to another sequence alone, and is not run without one"
+    assert [(e.where, e.why, e.by_choice) for e in alone] == [("layer 2 of 4", why, False)]

@@ -8,7 +8,7 @@ import torch
 
 import bem
 from bem import BemConfig
-from bem.adapters.checks import _ids, _logits, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 from bem.errors import AttachError, CheckpointError, ConfigError
 from tests.conftest import make_llama
@@ -49,9 +49,9 @@ def test_layers_to_transform_choose_layers():
 
 def test_v1_keeps_its_controller_when_its_lowest_sites_are_left_out():
     model = wrap(variant="v1", layers_to_transform=[3], chunk_size=8)
-    before = _logits(model, _ids())
-    _perturbed(bem.from_peft(model))
-    assert not torch.allclose(_logits(model, _ids()), before, atol=1e-2)
+    before = probe.logits(model, probe.token_ids())
+    probe.perturbed(bem.from_peft(model))
+    assert not torch.allclose(probe.logits(model, probe.token_ids()), before, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_a_knob_of_another_variant_says_whose_it_is():
 def test_many_sites_are_adapted_saved_and_loaded(variant, tmp_path):
     """From 20 target modules on PEFT shortens their names to suffixes."""
     deep = {"num_hidden_layers": 24}
-    attached = _perturbed(bem.attach(make_llama(**deep), variant, rank=2, router_layer=0))
+    attached = probe.perturbed(bem.attach(make_llama(**deep), variant, rank=2, router_layer=0))
     assert len(attached.sizes()) >= 24
-    logits = _logits(attached.model, _ids())
+    logits = probe.logits(attached.model, probe.token_ids())
     attached.model.save_pretrained(tmp_path / "peft")
     attached.save(tmp_path / "ours")
     for folder in ("peft", "ours"):
         again = bem.load(make_llama(**deep), tmp_path / folder)
-        assert torch.equal(_logits(again.model, _ids()), logits)
+        assert torch.equal(probe.logits(again.model, probe.token_ids()), logits)
         assert again.version == attached.version
 
 
@@ -119,21 +119,23 @@ def test_what_is_saved_holds_the_knobs_of_its_variant_alone_and_every_size(tmp_p
 
 def test_a_choice_of_sites_survives_saving(tmp_path):
     model = wrap(variant="v1", target_modules=["o_proj"], layers_to_transform=[2, 3])
-    _perturbed(bem.from_peft(model))
+    probe.perturbed(bem.from_peft(model))
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
     assert sites(loaded) == sites(model)
-    assert torch.equal(_logits(loaded, _ids()), _logits(model, _ids()))
+    assert torch.equal(
+        probe.logits(loaded, probe.token_ids()), probe.logits(model, probe.token_ids())
+    )
 
 
 def test_a_scale_that_was_changed_after_attaching_is_saved(tmp_path):
     model = wrap(variant="v3")
-    attached = _perturbed(bem.from_peft(model))
+    attached = probe.perturbed(bem.from_peft(model))
     attached.modules()[1].scale = 0.3
-    logits = _logits(model, _ids())
+    logits = probe.logits(model, probe.token_ids())
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
-    assert torch.equal(_logits(loaded, _ids()), logits)
+    assert torch.equal(probe.logits(loaded, probe.token_ids()), logits)
 
 
 def test_sites_of_another_model_are_refused(tmp_path):

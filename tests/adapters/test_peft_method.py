@@ -9,7 +9,7 @@ import torch
 
 import bem
 from bem import BemConfig
-from bem.adapters.checks import _ids, _logits
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import VOCAB, tiny_model
 from bem.errors import AttachError
 from tests.conftest import make_llama
@@ -35,22 +35,22 @@ def test_get_peft_model_reports_what_trains():
 
 def test_two_adapters_side_by_side_and_switched():
     model = peft.get_peft_model(tiny_model("llama"), config()).eval()
-    base = _logits(model, _ids())
+    base = probe.logits(model, probe.token_ids())
     perturb(model, "default")
-    first = _logits(model, _ids())
+    first = probe.logits(model, probe.token_ids())
     model.add_adapter("other", config("v4"))
     perturb(model, "other")
-    assert torch.equal(_logits(model, _ids()), first)
+    assert torch.equal(probe.logits(model, probe.token_ids()), first)
     model.set_adapter("other")
-    second = _logits(model, _ids())
+    second = probe.logits(model, probe.token_ids())
     assert not torch.allclose(second, first, atol=1e-2) and not torch.allclose(
         second, base, atol=1e-2
     )
     model.set_adapter("default")
-    assert torch.equal(_logits(model, _ids()), first)
+    assert torch.equal(probe.logits(model, probe.token_ids()), first)
     model.delete_adapter("default")
     model.set_adapter("other")
-    assert torch.equal(_logits(model, _ids()), second)
+    assert torch.equal(probe.logits(model, probe.token_ids()), second)
 
 
 def test_two_adapters_at_once_are_refused():
@@ -75,36 +75,36 @@ def test_transformers_saves_and_loads_it(tmp_path):
             pytest.skip(f"this transformers and this PEFT do not work together: {error}")
         raise
     perturb(model, "default")
-    wanted = _logits(model, _ids())
+    wanted = probe.logits(model, probe.token_ids())
     model.save_pretrained(tmp_path)
     other = tiny_model("llama")
     other.load_adapter(str(tmp_path))
-    assert torch.equal(_logits(other, _ids()), wanted)
+    assert torch.equal(probe.logits(other, probe.token_ids()), wanted)
 
 
 def test_loading_with_low_cpu_memory(tmp_path):
     model = peft.get_peft_model(tiny_model("llama"), config()).eval()
     perturb(model, "default")
-    wanted = _logits(model, _ids())
+    wanted = probe.logits(model, probe.token_ids())
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(
         tiny_model("llama"), str(tmp_path), low_cpu_mem_usage=True
     )
-    assert torch.equal(_logits(loaded, _ids()), wanted)
+    assert torch.equal(probe.logits(loaded, probe.token_ids()), wanted)
 
 
 COMPILED = """
 import peft, torch, bem
-from bem.adapters.checks import _ids, _logits, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 model = tiny_model("llama")
 before = torch.compile(model, fullgraph=True, backend="eager")
 config = bem.BemConfig("v1", rank=4, chunk_size=8, task_type="CAUSAL_LM")
-attached = _perturbed(bem.from_peft(peft.get_peft_model(model, config)))
-logits = _logits(attached.model, _ids())
+attached = probe.perturbed(bem.from_peft(peft.get_peft_model(model, config)))
+logits = probe.logits(attached.model, probe.token_ids())
 after = torch.compile(attached.model, fullgraph=True, backend="eager")
 for compiled in (before, after):
-    assert torch.allclose(_logits(compiled, _ids()), logits, atol=1e-5)
+    assert torch.allclose(probe.logits(compiled, probe.token_ids()), logits, atol=1e-5)
 """
 
 
@@ -155,7 +155,7 @@ def test_two_forwards_before_one_backward_under_checkpointing_are_exact():
         model.zero_grad()
         return values
 
-    rows = [_ids(), _ids().flip(1)]
+    rows = [probe.token_ids(), probe.token_ids().flip(1)]
     both = [loss(ids) for ids in rows]
     (both[0] + both[1]).backward()
     together = gradients()

@@ -6,8 +6,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 import bem
+from bem.adapters import checks_probe as probe
 from bem.adapters import peft_method
-from bem.adapters.checks import _ids, _logits, _perturbed
 from bem.adapters.checks_models import tiny_model
 from bem.adapters.rollback import rolled_back
 from bem.errors import AttachError
@@ -28,13 +28,13 @@ def look(model):
 
 def test_a_refused_variant_leaves_nothing_and_the_next_one_works():
     model = bloom()
-    before, logits = look(model), _logits(model, _ids())
+    before, logits = look(model), probe.logits(model, probe.token_ids())
     with pytest.raises(AttachError, match="ALiBi"):
         bem.attach(model, "v2", rank=4)
     assert look(model) == before
-    assert torch.equal(_logits(model, _ids()), logits)
-    attached = _perturbed(bem.attach(model, "v4", rank=4))
-    assert not torch.equal(_logits(attached.model, _ids()), logits)
+    assert torch.equal(probe.logits(model, probe.token_ids()), logits)
+    attached = probe.perturbed(bem.attach(model, "v4", rank=4))
+    assert not torch.equal(probe.logits(attached.model, probe.token_ids()), logits)
 
 
 def test_a_failure_in_the_middle_of_peft_leaves_nothing(monkeypatch):
@@ -64,12 +64,12 @@ def test_a_refused_peft_config_leaves_nothing():
 
 def test_a_refused_second_adapter_leaves_the_first_acting():
     model = bloom()
-    attached = _perturbed(bem.attach(model, "v4", rank=4))
-    logits, before = _logits(attached.model, _ids()), look(model)
+    attached = probe.perturbed(bem.attach(model, "v4", rank=4))
+    logits, before = probe.logits(attached.model, probe.token_ids()), look(model)
     with pytest.raises(AttachError, match="ALiBi"):
         attached.model.add_adapter("other", bem.BemConfig("v2", rank=4))
     assert look(model) == before
-    assert torch.equal(_logits(attached.model, _ids()), logits)
+    assert torch.equal(probe.logits(attached.model, probe.token_ids()), logits)
     assert attached.detach() is model and look(model)[1] == 0
 
 
@@ -100,9 +100,9 @@ def test_hooks_that_were_there_stay_and_can_be_removed():
     with pytest.raises(ZeroDivisionError):
         spoil(model)
     assert not model.training and isinstance(model.lm_head, torch.nn.Linear)
-    _logits(model, _ids())
+    probe.logits(model, probe.token_ids())
     handle.remove()
-    _logits(model, _ids())
+    probe.logits(model, probe.token_ids())
     assert calls == [1] and not model._forward_hooks
 
 

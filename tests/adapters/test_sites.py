@@ -83,3 +83,36 @@ def test_a_mixture_of_experts_asks_which_expert():
         )
     with pytest.raises(AttachError, match="several candidates for mlp_down"):
         find_sites(model)
+
+
+def test_the_way_back_from_another_sequence_is_no_site():
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.encoder_attn = nn.ModuleDict({"out_proj": nn.Linear(32, 32)})
+    names = [s.name for s in find_sites(model).above(3)]
+    assert names == ["model.layers.3.self_attn.o_proj", "model.layers.3.mlp.down_proj"]
+
+
+def test_a_block_that_reads_another_sequence_alone_has_no_site():
+    model = tiny_model("llama")
+    block = model.model.layers[2]
+    block.cross_attn = block.self_attn
+    del block.self_attn
+    assert {s.layer for s in find_sites(model).found} == {0, 1, 3}
+
+
+@pytest.mark.parametrize("beside", ["input_layernorm", "gate", "router_mlp"])
+def test_a_small_mlp_inside_a_norm_or_a_router_is_no_site(beside):
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.add_module(beside, nn.ModuleDict({"fc2": nn.Linear(4, 32)}))
+    names = [s.name for s in find_sites(model).found if s.role == MLP_DOWN]
+    assert names == [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
+
+
+@pytest.mark.parametrize("tower", ["vision_tower", "audio_encoder", "visual"])
+def test_the_blocks_are_those_that_read_text(tower):
+    model = tiny_model("llama")
+    text, other = model.model, tiny_model("llama").model
+    model.model = nn.ModuleDict({tower: other, "language_model": text})
+    assert find_sites(model).blocks[0] == "model.language_model.layers.0"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import bem
+from bem.adapters import checks_probe as probe
 from bem.adapters import version as module
-from bem.adapters.checks import _ids, _logits, _perturbed
 from bem.adapters.checks_models import tiny_model
 from bem.adapters.version import SiteSize, Version, base_digest, base_identity
 from bem.errors import CheckpointError
@@ -97,7 +97,7 @@ def test_the_base_digest_is_that_of_another_load():
 def test_the_base_digest_does_not_see_what_is_attached(variant):
     model = tiny_model("llama")
     before = base_digest(tiny_model("llama"))
-    attached = _perturbed(bem.attach(model, variant, rank=4))
+    attached = probe.perturbed(bem.attach(model, variant, rank=4))
     assert base_digest(attached.model) == base_digest(model) == before
     assert base_digest(attached.detach()) == before
 
@@ -151,7 +151,7 @@ def test_values_count_and_not_the_dtype_that_holds_them():
 
 
 def test_an_adapters_version_is_kept_until_a_weight_or_a_scale_changes(hashed):
-    attached = _perturbed(bem.attach(tiny_model("llama"), "s0", rank=4))
+    attached = probe.perturbed(bem.attach(tiny_model("llama"), "s0", rank=4))
     first = attached.version
     assert attached.version is first and len(hashed) == 2  # the base and the adapter
     with torch.no_grad():
@@ -176,11 +176,13 @@ def test_settings_that_only_shape_the_training_are_not_part_of_a_version():
 
 
 def test_a_version_names_no_adapter():
-    one = _perturbed(bem.attach(tiny_model("llama"), "v1", rank=4))
+    one = probe.perturbed(bem.attach(tiny_model("llama"), "v1", rank=4))
     wrapped = peft.get_peft_model(tiny_model("llama"), bem.BemConfig("v1", rank=4), "mine")
     other = bem.from_peft(wrapped)
     other.load_state_dict(
         {n.replace(".default.", ".mine."): t for n, t in one.state_dict().items()}
     )
     assert other.version == one.version
-    assert torch.equal(_logits(wrapped.eval(), _ids()), _logits(one.model, _ids()))
+    assert torch.equal(
+        probe.logits(wrapped.eval(), probe.token_ids()), probe.logits(one.model, probe.token_ids())
+    )

@@ -78,3 +78,17 @@ def test_what_cannot_be_planned_is_one_message_and_exit_code_3(capsys, arguments
 def test_a_folder_without_measurements_is_refused(capsys, tmp_path):
     code, text = plan(capsys, "--gain", 3, "--baseline", tmp_path, "--candidate", tmp_path)
     assert code == 3 and "seed-*/measurement.json" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--gain", "nan"), ("--gain", "1e9"), ("--gain", "100"), ("--gain", "-inf"),
+        ("--gain", 2, "--latency", "nan"), ("--gain", 2, "--latency", "inf"),
+        ("--gain", 2, "--noise", "nan"), ("--gain", 2, "--noise", "inf"), ("--gain", 2, "--score", "nan"),
+        ("--gain", 2, "--shared", "nan"), ("--gain", 2, "--cluster-size", "inf"),
+    ],
+)  # fmt: skip
+def test_numbers_with_which_nothing_can_be_planned_are_refused(capsys, arguments):
+    code, text = plan(capsys, *arguments)
+    assert code == 3 and "Traceback" not in text and "Error: " in text

@@ -124,3 +124,25 @@ def test_a_task_that_says_nothing_of_its_length_keeps_its_own_through_a_stored_c
     config = load(path, ["data.tasks.0.metric=f1"])
     again = parse(ExperimentConfig, config.model_dump(mode="json"), "stored")
     assert again == config and again.data.tasks[0].max_new_tokens is None  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("seeds=[-1]", "seeds[0]: Input should be greater than or equal to 0"),
+        ("seeds=[99999999999999999999]", "seeds: must be a finite number, at most 1e+12"),
+        ("seeds=[3, 3]", "seeds [3, 3]: each one counts once"),
+        ("data.seed=-2", "data.seed: Input should be greater than or equal to 0"),
+        ("training.learning_rate=.inf", "training.learning_rate: must be a finite number"),
+        ("training.clip=1e300", "training.clip: must be a finite number"),
+        ("training.steps=10000000000000", "training.steps: must be a finite number"),
+        ("adapters.alpha=1e300", "alpha: must be a finite number"),
+        ("adapters.chunk_size=1000000000000000000000", "chunk_size: must be a finite number"),
+        ("adapters.rank=100000000", "rank: Input should be less than or equal to 65536"),
+        ("adapters.k_active=9", "k_active 9 exceeds the rank 8"),
+    ],
+)
+def test_numbers_with_which_nothing_can_be_computed_are_refused_before_anything_runs(
+    path, change, said
+):
+    assert said in message(path, change)

@@ -7,14 +7,17 @@ import torch
 from transformers import DynamicCache
 
 import bem
-from bem.adapters.checks import TOLERANCE, _crop, _forward, _logits, _perturbed, _piece
+from bem.adapters import checks_probe as probe
+from bem.adapters.checks import TOLERANCE
 from bem.adapters.checks_models import VOCAB, tiny_model
 from bem.control.cache import ControlLayer
 from bem.errors import CacheError
 
 
 def attached(variant="v1", **settings):
-    return _perturbed(bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8, **settings))
+    return probe.perturbed(
+        bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8, **settings)
+    )
 
 
 def ids(tokens, rows=2):
@@ -26,20 +29,20 @@ def close(a, b):
 
 
 def test_there_is_one_control_layer_behind_the_key_value_layers():
-    _, cache = _piece(attached().model, ids(20), None)
+    _, cache = probe.piece(attached().model, ids(20), None)
     assert [isinstance(layer, ControlLayer) for layer in cache.layers] == [False] * 4 + [True]
     assert cache.get_seq_length() == 20 and cache.layers[-1].get_seq_length() == 20
 
 
 def test_a_lazily_grown_cache_works_too():
     model, cache = attached().model, DynamicCache()
-    first, cache = _piece(model, ids(30)[:, :17], cache)
-    rest, _ = _piece(model, ids(30)[:, 17:], cache)
-    assert close(torch.cat([first, rest], 1), _logits(model, ids(30)))
+    first, cache = probe.piece(model, ids(30)[:, :17], cache)
+    rest, _ = probe.piece(model, ids(30)[:, 17:], cache)
+    assert close(torch.cat([first, rest], 1), probe.logits(model, ids(30)))
 
 
 def test_a_static_adapter_adds_nothing_to_the_cache():
-    _, cache = _piece(attached("s0").model, ids(20), None)
+    _, cache = probe.piece(attached("s0").model, ids(20), None)
     assert not any(isinstance(layer, ControlLayer) for layer in cache.layers)
 
 
@@ -49,15 +52,15 @@ def test_a_cropped_cache_continues_as_if_never_longer(variant, keep):
     model, tokens = attached(variant).model, ids(200)
     cache = None
     for a, b in ((0, 60), (60, 61), (61, 62), (62, 180), *((t, t + 1) for t in range(180, 200))):
-        _, cache = _piece(model, tokens[:, a:b], cache)
-    _crop(cache, 200, keep)
-    rest, _ = _piece(model, tokens[:, keep:], cache)
-    assert close(rest, _logits(model, tokens)[:, keep:])
+        _, cache = probe.piece(model, tokens[:, a:b], cache)
+    probe.crop(cache, 200, keep)
+    rest, _ = probe.piece(model, tokens[:, keep:], cache)
+    assert close(rest, probe.logits(model, tokens)[:, keep:])
 
 
 def test_a_crop_that_cannot_be_exact_is_refused_and_says_where_it_can():
     model = attached().model
-    _, cache = _piece(model, ids(300), None)
+    _, cache = probe.piece(model, ids(300), None)
     with pytest.raises(
         CacheError, match=r"cannot crop to 11 tokens.*chunk boundary \(row 0: \[8, 16"
     ):
@@ -66,40 +69,40 @@ def test_a_crop_that_cannot_be_exact_is_refused_and_says_where_it_can():
 
 def test_rows_can_be_selected_and_repeated():
     model, tokens = attached().model, ids(40, rows=3)
-    full = _logits(model, tokens)
-    _, cache = _piece(model, tokens[:, :21], None)
-    _, cache = _piece(model, tokens[:, 21:22], cache)
+    full = probe.logits(model, tokens)
+    _, cache = probe.piece(model, tokens[:, :21], None)
+    _, cache = probe.piece(model, tokens[:, 21:22], cache)
     picked = copy.deepcopy(cache)
     picked.batch_select_indices(torch.tensor([2, 0]))
-    rest, _ = _piece(model, tokens[[2, 0], 22:], picked)
+    rest, _ = probe.piece(model, tokens[[2, 0], 22:], picked)
     assert close(rest, full[[2, 0], 22:])
     cache.batch_repeat_interleave(2)
-    rest, _ = _piece(model, tokens.repeat_interleave(2, 0)[:, 22:], cache)
+    rest, _ = probe.piece(model, tokens.repeat_interleave(2, 0)[:, 22:], cache)
     assert close(rest, full.repeat_interleave(2, 0)[:, 22:])
 
 
 def test_a_reset_cache_starts_anew():
     model, tokens = attached().model, ids(30)
-    _, cache = _piece(model, ids(20), None)
+    _, cache = probe.piece(model, ids(20), None)
     cache.reset()
-    again, _ = _piece(model, tokens, cache)
-    assert close(again, _logits(model, tokens))
+    again, _ = probe.piece(model, tokens, cache)
+    assert close(again, probe.logits(model, tokens))
 
 
 def test_a_cache_filled_without_the_adapter_is_refused():
     one = attached()
     with one.model.disable_adapter():
-        _, cache = _piece(one.model, ids(10), None)
+        _, cache = probe.piece(one.model, ids(10), None)
     with pytest.raises(CacheError, match="holds 10 tokens of which adapter 'default' has seen 0"):
-        _piece(one.model, ids(5), cache)
+        probe.piece(one.model, ids(5), cache)
 
 
 def test_past_control_is_never_revised():
     model, tokens = attached().model, ids(60)
-    _, cache = _piece(model, tokens[:, :30], None)
+    _, cache = probe.piece(model, tokens[:, :30], None)
     number, controls = cache.layers[-1].applied()
     for t in range(30, 60):
-        _, cache = _piece(model, tokens[:, t : t + 1], cache)
+        _, cache = probe.piece(model, tokens[:, t : t + 1], cache)
     later_number, later = cache.layers[-1].applied()
     assert (
         torch.equal(later_number[:, :30], number) and later_number.max() == 8
@@ -127,7 +130,7 @@ def test_a_conversation_continues_behind_its_cache():
         )
     turns = torch.zeros_like(two.sequences, dtype=torch.bool)
     turns[:, [12, second.shape[1] - 1]] = True
-    plain = _forward(model, two.sequences, turn_starts=turns, use_cache=False).logits
+    plain = probe.forward(model, two.sequences, turn_starts=turns, use_cache=False).logits
     got = torch.stack(two.logits, 1)
     assert close(got, plain[:, second.shape[1] - 1 : -1])
 
@@ -153,7 +156,7 @@ def test_generate_takes_earlier_turn_starts():
         )
     marked = torch.zeros_like(out.sequences, dtype=torch.bool)
     marked[:, [9, 21, 39]] = True
-    plain = _forward(model, out.sequences, turn_starts=marked, use_cache=False).logits
+    plain = probe.forward(model, out.sequences, turn_starts=marked, use_cache=False).logits
     wanted = plain[:, 39:-1].log_softmax(-1).gather(-1, out.sequences[:, 40:, None])[..., 0]
     got = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices)
     assert close(got, wanted)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bem
-from bem.adapters.checks import _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import VOCAB, tiny_model
 from tests.conftest import make_llama
 from tests.host_reads import noted
@@ -28,7 +28,7 @@ def decode(model, steps):
 
 @pytest.mark.parametrize("variant", ["s0", "pt1", "v1", "v2", "v3", "v4"])
 def test_decoding_reads_nothing_back_inside_chunks_and_at_their_ends(variant):
-    attached = _perturbed(bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8))
+    attached = probe.perturbed(bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8))
     decode(attached.model, 3)
     assert decode(attached.model, 24) == []  # three chunks of 8
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bem
-from bem.adapters.checks import _forward, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import VOCAB, tiny_model
 from bem.config import EVIDENCE_FEATURES
 from bem.control.keys import ChunkKey, chunk_keys
@@ -15,7 +15,7 @@ ROOT = ChunkKey.root("base", torch.float32, 8, "tokenizer")
 
 
 def attached(variant="v2"):
-    return _perturbed(bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8))
+    return probe.perturbed(bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8))
 
 
 def keys(evidence=0.5, ids=IDS, weights="w", root=ROOT, **extra):
@@ -90,7 +90,9 @@ def test_names_are_the_same_alone_in_a_batch_and_through_the_cache(variant):
         given = {k: v[rows] for k, v in evidence.items()}
         cache = None
         for a, b in zip([0, *cuts], [*cuts, size], strict=True):
-            out = _forward(model, ids[rows, a:b], past_key_values=cache, use_cache=True, **given)
+            out = probe.forward(
+                model, ids[rows, a:b], past_key_values=cache, use_cache=True, **given
+            )
             cache = out.past_key_values
         return chunk_keys(cache.layers[-1], ids[rows], ROOT, "w")
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bem
-from bem.adapters.checks import _ids, _logits, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 from bem.errors import AttachError, BaseMismatch, CheckpointError
 from bem.experts.expert import Update, expert_of, from_updates, read_expert, write_lora
@@ -38,7 +38,7 @@ def peft_lora(architecture="llama", targets=("o_proj", "down_proj"), **settings)
 
 
 def s0(architecture="llama", **settings):
-    return _perturbed(bem.attach(tiny_model(architecture), "s0", **settings))
+    return probe.perturbed(bem.attach(tiny_model(architecture), "s0", **settings))
 
 
 def change_config(folder, **values):
@@ -62,7 +62,9 @@ def test_a_peft_lora_is_read_as_what_peft_computes(tmp_path, settings):
     wrapped.save_pretrained(tmp_path)
     expert = read_expert(tmp_path, tiny_model("llama"))
     assert torch.allclose(
-        _logits(merged("llama", expert.updates), _ids()), _logits(wrapped, _ids()), atol=1e-5
+        probe.logits(merged("llama", expert.updates), probe.token_ids()),
+        probe.logits(wrapped, probe.token_ids()),
+        atol=1e-5,
     )
 
 
@@ -71,7 +73,9 @@ def test_a_lora_of_gpt2_whose_layers_are_transposed_is_read(tmp_path):
     wrapped.save_pretrained(tmp_path)
     expert = read_expert(tmp_path, tiny_model("gpt2"))
     assert torch.allclose(
-        _logits(merged("gpt2", expert.updates), _ids()), _logits(wrapped, _ids()), atol=1e-5
+        probe.logits(merged("gpt2", expert.updates), probe.token_ids()),
+        probe.logits(wrapped, probe.token_ids()),
+        atol=1e-5,
     )
 
 
@@ -83,8 +87,8 @@ def test_our_s0_is_read_from_its_checkpoint_and_from_the_live_model_alike(tmp_pa
     live = expert_of(attached, "sql")
     assert read.name == "sql" and read.digest == live.digest
     assert torch.allclose(
-        _logits(merged(architecture, read.updates), _ids()),
-        _logits(attached.model, _ids()),
+        probe.logits(merged(architecture, read.updates), probe.token_ids()),
+        probe.logits(attached.model, probe.token_ids()),
         atol=1e-5,
     )
 
@@ -95,7 +99,9 @@ def test_a_written_lora_gives_the_same_logits_in_peft(tmp_path, architecture):
     write_lora(updates, tmp_path, base_name="some/base")
     wrapped = peft.PeftModel.from_pretrained(tiny_model(architecture), str(tmp_path))
     assert torch.allclose(
-        _logits(wrapped, _ids()), _logits(merged(architecture, updates), _ids()), atol=1e-5
+        probe.logits(wrapped, probe.token_ids()),
+        probe.logits(merged(architecture, updates), probe.token_ids()),
+        atol=1e-5,
     )
     assert (
         read_expert(tmp_path, tiny_model(architecture)).digest == from_updates("", updates).digest

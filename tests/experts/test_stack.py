@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bem
+from bem.adapters import checks_probe as probe
 from bem.adapters.budget import price_of
 from bem.adapters.build import Parts
-from bem.adapters.checks import _ids, _logits, _perturbed
 from bem.adapters.checks_models import tiny_model
 from bem.errors import AttachError, CheckpointError
 from bem.experts.compose import Decision, TrustRegion
@@ -476,7 +476,7 @@ def test_bases_that_do_not_fit_or_overlap_are_refused():
 
 def stacks_of_two(model):
     """Two experts of different ranks on every site but the first, and an s0 that one comes from."""
-    attached = _perturbed(bem.attach(tiny_model("llama"), "s0", rank=3, router_layer=1))
+    attached = probe.perturbed(bem.attach(tiny_model("llama"), "s0", rank=3, router_layer=1))
     expert = expert_of(attached, "one")
     stacks = {}
     for site, update in expert.updates.items():
@@ -502,14 +502,22 @@ def test_a_fixed_gate_is_served_by_peft_with_the_same_logits(tmp_path, region):
     write_lora(updates, tmp_path)
     served = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
     with torch.no_grad():
-        assert torch.allclose(_logits(served, _ids()), _logits(live, _ids()), atol=1e-5)
+        assert torch.allclose(
+            probe.logits(served, probe.token_ids()),
+            probe.logits(live, probe.token_ids()),
+            atol=1e-5,
+        )
 
 
 def test_one_expert_alone_is_exported_as_itself(tmp_path):
     attached, stacks = stacks_of_two(tiny_model("llama"))
     write_lora(fixed_updates(stacks, torch.tensor([1.0, 0.0])), tmp_path)
     served = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
-    assert torch.allclose(_logits(served, _ids()), _logits(attached.model, _ids()), atol=1e-5)
+    assert torch.allclose(
+        probe.logits(served, probe.token_ids()),
+        probe.logits(attached.model, probe.token_ids()),
+        atol=1e-5,
+    )
 
 
 def test_a_gate_that_is_off_exports_nothing(tmp_path):

@@ -63,3 +63,19 @@ def test_kronecker_is_the_dense_product():
     x, y = torch.randn(6, 8, generator=g, dtype=torch.float64), torch.zeros(6, 15).double()
     dense = sum(torch.kron(p, q) for p, q in zip(a, b, strict=True))
     assert torch.allclose(kronecker(y, x, a, b, 0.5), 0.5 * x @ dense.t())
+
+
+def test_a_table_in_float32_leaves_an_update_in_bfloat16():
+    y, x, v, c, u = (t.to(torch.bfloat16) for t in operands())
+    out = masked_low_rank(y, x, v, c[:1].float(), None, u)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out, masked_low_rank(y, x, v, c[:1], None, u), atol=0.25, rtol=0.05)
+
+
+def test_the_last_bit_does_not_depend_on_whether_weights_train():
+    y, x, v, c, u = (t.float() for t in operands())
+    x = x.repeat(2, 9, 1).transpose(0, 1).contiguous().transpose(0, 1)  # as it leaves a scan
+    y, slot = y.repeat(2, 9, 1), torch.zeros(x.shape[0] * x.shape[1], dtype=torch.long)
+    frozen = masked_low_rank(y, x, v, c, slot, u)
+    v.requires_grad = u.requires_grad = True
+    assert torch.equal(masked_low_rank(y, x, v, c, slot, u), frozen)

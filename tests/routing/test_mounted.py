@@ -307,3 +307,18 @@ def test_a_single_adapter_has_a_shadow_too(variant):
         for parameter in shadow.parameters():
             parameter.add_(0.1)
     assert torch.equal(logits(live), expected) and not torch.equal(logits(shadow), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_mounted_model_may_be_cast_and_decides_in_float32_still(dtype):
+    model = mounted(make_llama())
+    before, path = logits(model), chosen(model)
+    policy = {n: p.clone() for n, p in model.router.policy.state_dict().items()}
+    model.model.to(dtype)
+    assert logits(model).dtype == dtype and chosen(model) == path
+    out = model.model.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert out.shape == (2, 52)
+    assert all(torch.equal(p, policy[n]) for n, p in model.router.policy.state_dict().items())
+    model.model.float()
+    tolerance = 1e-4 if dtype == torch.float64 else 0.2
+    assert (logits(model) - before).abs().max() < tolerance

@@ -48,11 +48,29 @@ def test_a_second_command_on_a_folder_is_refused_while_the_first_works(tmp_path)
         pass
 
 
-def test_a_cell_is_finished_under_one_key_alone(tmp_path):
-    cell = RunFolder(tmp_path).cell("v1", 0)
+def test_a_cell_is_finished_under_one_key_alone_and_while_its_results_are_there(tmp_path):
+    cell = RunFolder(tmp_path).cell("s0", 0)
     assert not cell.is_finished("key")
     cell.finish("key")
+    assert not cell.is_finished("key")
+    for path in (cell.measurement, cell.predictions):
+        path.write_text("{}")
     assert cell.is_finished("key") and not cell.is_finished("other")
+    for broken in ('{"key": "k', "", "[]", '{"a": 1}', "null"):
+        (cell.path / "cell.json").write_text(broken)
+        assert not cell.is_finished("key")  # so that `bem run` makes it again
+
+
+def test_a_damaged_record_of_a_run_is_a_readable_error(tmp_path):
+    config, folder = make_config(tmp_path), RunFolder(tmp_path / "finished")
+    folder.claim(config, INPUTS)
+    (folder.path / "environment.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match=r"base_sha256: None -> 1+"):
+        folder.claim(config, INPUTS)
+    for broken in (b"name: [", b"\xff\xfe", b"- 1", b""):
+        (folder.path / "config.yaml").write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"config\.yaml"):
+            _ = folder.config
 
 
 def test_a_missing_file_says_how_to_go_on(tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bem.config import GatesConfig
-from bem.stats.costs import cost_checks, costs_not_measured, further_timing_rounds
+from bem.stats.costs import cost_checks, costs_not_measured
 from bem.stats.measurement import RouterFacts
 from bem.stats.monotone import index_swap
 from tests.stats.arms import arm, pair
@@ -213,14 +213,3 @@ def test_costs_that_no_side_measured_are_named_and_those_of_one_side_are_not():
     assert costs_not_measured([bare, bare]) == ("budget", "latency", "memory", "kv_hit")
     half = arm("v1", np.zeros(30), **{**free, "latency_ms": {"decode": [1.0] * 9}})
     assert costs_not_measured([bare, half]) == ("budget", "memory", "kv_hit")
-
-
-def test_timing_goes_on_while_any_arm_in_any_phase_is_open():
-    rng = np.random.default_rng(0)
-    base = {"prefill": rng.lognormal(2, 0.1, 20), "decode": rng.lognormal(1, 0.1, 20)}
-    fast = {phase: 1.01 * t * rng.lognormal(0, 0.01, 20) for phase, t in base.items()}
-    near = {**fast, "decode": 1.145 * base["decode"] * rng.lognormal(0, 0.05, 20)}
-    assert further_timing_rounds([(fast, base)], GATES, 100) == 0
-    assert further_timing_rounds([(fast, base), (near, base)], GATES, 100) == 20
-    assert further_timing_rounds([(fast, base), (near, base)], GATES, 20) == 0
-    assert further_timing_rounds([], GATES, 20) == 0

@@ -309,3 +309,14 @@ def test_many_small_gains_against_few_large_losses_are_not_believed():
     assert "few large losses" in verdict.check("quality").reason
     assert verdict.decision == "INCONCLUSIVE"
     assert verdict.n_more > 60
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-9, 1 / 3, 10.0])
+def test_another_unit_of_the_scores_changes_no_decision(unit):
+    baseline, candidate = scores(400, 60, 10)
+    declared = {"x": Metric(higher_is_better=True, points_per_unit=100 / unit)}
+    arms = [
+        arm(name, em, metrics={"x": em * unit}, declared=declared)
+        for name, em in (("s0", baseline), ("v1", candidate))
+    ]
+    assert one(*arms).decision == "PROMOTE"

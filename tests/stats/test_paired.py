@@ -94,3 +94,10 @@ def test_variance_components_by_hand():
 def test_nan_is_refused():
     with pytest.raises(DataError, match=r"differences\[1\]"):
         sign_flip_test([0.0, np.nan])
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-9, 1 / 3, 1e140])
+def test_another_unit_of_the_scores_changes_no_p_value(unit):
+    rng = np.random.default_rng(0)
+    for d in (rng.normal(0.3, 1, 50), rng.normal(0.3, 1, 10), rng.integers(-1, 3, 40) * 1.0):
+        assert sign_flip_test(d * unit) == sign_flip_test(d)

@@ -291,3 +291,22 @@ def test_an_empty_answer_is_right_where_an_empty_one_is_asked_for(form, referenc
     for metric in ("em", "f1", "chrf", "bleu"):
         assert score(metric, form, "jqk", references) == 0
         assert score(metric, form, "", ["something"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "reference"),
+    [
+        ("sql", "SELECT $$A b$$", "select $$a b$$"),
+        ("sql", "SELECT $t$A  b$t$", "SELECT $t$A b$t$"),
+        ("sql", r"SELECT E'\'A'", r"select E'\'a'"),
+        ("shell", "cat <<E\na  b\nE", "cat <<E\na b\nE"),
+        ("shell", "cat <<-'END'\na\n\nb\nEND", "cat <<-'END'\na\nb\nEND"),
+    ],
+)
+def test_what_is_quoted_in_other_ways_is_data_too(form, answer, reference):
+    assert score("em", form, answer, [reference]) == 0.0
+    assert score("em", form, answer, [answer]) == 1.0
+    assert (
+        score("em", form, answer.replace("SELECT", "select ").replace("cat", "cat "), [answer])
+        == 1.0
+    )

@@ -99,6 +99,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
         ([{**ROW, "evidence": [None]}], r"t\.jsonl:1: evidence must be a list of texts"),
         ([{**ROW, "evidence": {"a": 1}}], r"t\.jsonl:1: evidence must be a list of texts"),
         ([{**ROW, "instruction": 5}], r"t\.jsonl:1: instruction must be text, found int 5"),
+        ([{**ROW, "instruction": 0}], r"t\.jsonl:1: instruction must be text, found int 0"),
         ([{**ROW, "system": ["x"]}], r"t\.jsonl:1: system must be text, found list"),
         ([{**ROW, "meta": 0}], r"t\.jsonl:1: meta must be an object, found int"),
         ([{**ROW, "meta": []}], r"t\.jsonl:1: meta must be an object, found list"),
@@ -345,3 +346,9 @@ def test_the_hash_of_rows_without_a_system_message_is_the_one_it_always_was():
     assert data_hash([Example("1", "a", ("b",))]) == hashlib.sha256(row.encode()).hexdigest()
     with pytest.raises(DataError, match=r"Row '1': meta cannot be written as JSON"):
         data_hash([Example("1", "a", ("b",), meta={"at": object()})])
+
+
+def test_a_document_is_the_same_whether_its_number_is_written_whole_or_not(tmp_path):
+    rows = [{**ROW, "group": group} for group in (7, 7.0, "7", 7.5, 10**400)]
+    groups = [e.group for e in read_jsonl(write(tmp_path / "t.jsonl", *rows))]
+    assert groups == ["7", "7", "7", "7.5", str(10**400)]

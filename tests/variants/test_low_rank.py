@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bem
-from bem.adapters.checks import _ids, _logits, _perturbed
+from bem.adapters import checks_probe as probe
 from bem.adapters.checks_models import tiny_model
 from bem.errors import AttachError, CheckpointError
 
@@ -31,28 +31,30 @@ def lora(model, **settings):
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}}])
 def test_a_peft_lora_loads_as_s0_with_the_same_logits(tmp_path, settings):
     wrapped = lora(tiny_model("llama"), **settings)
-    wanted = _logits(wrapped, _ids())
+    wanted = probe.logits(wrapped, probe.token_ids())
     wrapped.save_pretrained(tmp_path)
     attached = bem.load(tiny_model("llama"), tmp_path)
     assert attached.config.variant == "s0"
-    assert torch.allclose(_logits(attached.model, _ids()), wanted, atol=1e-5)
+    assert torch.allclose(probe.logits(attached.model, probe.token_ids()), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_s0_loads_in_peft_with_the_same_logits(tmp_path, architecture):
-    attached = _perturbed(bem.attach(tiny_model(architecture), "s0", rank=4, rank_mlp=2))
-    wanted = _logits(attached.model, _ids())
+    attached = probe.perturbed(bem.attach(tiny_model(architecture), "s0", rank=4, rank_mlp=2))
+    wanted = probe.logits(attached.model, probe.token_ids())
     attached.save_lora(tmp_path)
     wrapped = peft.PeftModel.from_pretrained(tiny_model(architecture), str(tmp_path))
-    assert torch.allclose(_logits(wrapped, _ids()), wanted, atol=1e-5)
+    assert torch.allclose(probe.logits(wrapped, probe.token_ids()), wanted, atol=1e-5)
 
 
 def test_a_lora_that_leaves_layers_out_leaves_them_out(tmp_path):
     wrapped = lora(tiny_model("llama"), layers_to_transform=[1, 3])
-    wanted = _logits(wrapped, _ids())
+    wanted = probe.logits(wrapped, probe.token_ids())
     wrapped.save_pretrained(tmp_path)
     assert torch.allclose(
-        _logits(bem.load(tiny_model("llama"), tmp_path).model, _ids()), wanted, atol=1e-5
+        probe.logits(bem.load(tiny_model("llama"), tmp_path).model, probe.token_ids()),
+        wanted,
+        atol=1e-5,
     )
 
 
@@ -87,7 +89,9 @@ def test_gradients_equal_those_of_peft():
         )
         parameter.data.copy_(theirs[f"base_model.model.{key}"])
     for model in (wrapped, attached.model):
-        model(input_ids=_ids(), labels=_ids(), use_cache=False).loss.backward()
+        model(
+            input_ids=probe.token_ids(), labels=probe.token_ids(), use_cache=False
+        ).loss.backward()
     for name, parameter in ours.items():
         key = name.replace("bem_update.default.v", "lora_A").replace(
             "bem_update.default.u", "lora_B"
@@ -96,7 +100,7 @@ def test_gradients_equal_those_of_peft():
 
 
 def test_the_trust_radius_holds_after_a_step():
-    attached = _perturbed(bem.attach(tiny_model("llama"), "s0", rank=4, trust_radius=0.5))
+    attached = probe.perturbed(bem.attach(tiny_model("llama"), "s0", rank=4, trust_radius=0.5))
     attached.after_step()
     for module in attached.modules():
         assert torch.linalg.matrix_norm(module.scale * module.u @ module.v) <= 0.5 + 1e-5

@@ -179,7 +179,7 @@ def load_peer(
             f"{folder} was made for a base with hash {manifest['base'][:12]}, this one has {actual[:12]}."
         )
     config = parse(PeerConfig, manifest["peer"], str(folder))
-    check_listed(folder, manifest["files"], CheckpointError)
+    check_listed(folder, manifest.get("files"), CheckpointError)
     for name, digest in config.experts.items():
         check_listed(experts / name, {WEIGHTS: digest}, CheckpointError)
     folders = {name: experts / name for name in config.experts}

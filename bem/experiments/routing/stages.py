@@ -25,14 +25,14 @@ import numpy as np
 import torch
 
 from bem.config import RouterConfig
-from bem.errors import CheckpointError, DataError
+from bem.errors import DataError
 from bem.experiments.adapted import put_on, routed_by
 from bem.experiments.inputs import RunInputs
 from bem.experiments.measuring.answers import context_length, quality
 from bem.experiments.routing.skills import routed, skills_of
 from bem.experts.expert import read_expert, write_lora
 from bem.experts.stack import fixed_updates
-from bem.files import locked, read_json, sha256_json, write_json, write_text
+from bem.files import locked, made_under, sha256_json, write_json, write_text
 from bem.routing.mount import blank_expert, mount
 from bem.routing.mounted import Mounted
 from bem.tasks.scoring import score
@@ -134,8 +134,7 @@ class RoutingArtifacts:
 
     @staticmethod
     def _is_made(folder: Path, mark: Path, key: str) -> bool:
-        is_there = mark.is_file() and folder.is_dir()
-        return is_there and read_json(mark, CheckpointError)["key"] == key
+        return folder.is_dir() and made_under(mark, key)
 
     def _train_experts(self, folder: Path) -> None:
         layer = self.routing.router.router_layer
