@@ -27,7 +27,7 @@ from bem.adapters.peft_config import BemConfig, ReadyConfig
 from bem.adapters.peft_method import BEM, adapters_of
 from bem.adapters.plan import Plan
 from bem.adapters.rollback import rolled_back
-from bem.adapters.sites import find_sites
+from bem.adapters.sites import find_linears
 from bem.adapters.version import SiteSize
 from bem.config import AdapterConfig, parse_adapter
 from bem.config.adapters import StaticConfig
@@ -67,12 +67,12 @@ def attach_parts(model: Any, parts: Mapping[str, Parts], router_layer: int) -> P
     If that fails, the model is as it was before.
 
     Args:
-        parts: site name, as in `find_sites` -> what it carries.
+        parts: site name, as in `find_linears` -> what it carries.
         router_layer: the block whose input the controller reads.
     Raises:
         AttachError: something is attached already.
     """
-    plan = Plan(find_sites(model), router_layer, parts)
+    plan = Plan(find_linears(model), router_layer, parts)
     return _inject(model, ReadyConfig(plan, task_type="CAUSAL_LM"))
 
 

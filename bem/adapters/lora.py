@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bem.adapters.names import clean_name
-from bem.adapters.sites import FORBIDDEN, find_sites
+from bem.adapters.sites import find_linears, find_sites
 from bem.errors import CheckpointError
 from bem.files import read_json as _read_json
 from bem.files import write_bytes
@@ -71,7 +71,10 @@ class Lora:
 
 
 def read_lora(
-    model: Any, folder: Path, overrides: dict[str, str | list[str]] | None = None
+    model: Any,
+    folder: Path,
+    overrides: dict[str, str | list[str]] | None = None,
+    anywhere: bool = False,
 ) -> dict[str, Lora]:
     """Every adapted site of a PEFT LoRA folder.
 
@@ -80,9 +83,9 @@ def read_lora(
             that a LoRA made for other weights of the same shape cannot be told.
         folder: holds adapter_config.json and adapter_model.safetensors.
         overrides: of the site search, see `find_sites`.
+        anywhere: on any linear layer of the decoder blocks, not on W_O and W_down alone.
     Raises:
-        CheckpointError: not a plain LoRA, other sites than W_O and W_down, shapes that do not fit,
-            NaN or inf.
+        CheckpointError: not a plain LoRA, on other layers, shapes that do not fit, NaN or inf.
     """
     config = read_json(folder / CONFIG)
     _refuse_other_features(config, folder)
@@ -96,7 +99,7 @@ def read_lora(
             )
         loras[site] = Lora(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
     shapes = {site: (len(x.b), x.a.shape[1]) for site, x in loras.items()}
-    check_sites(model, shapes, str(folder), overrides)
+    check_sites(model, shapes, str(folder), overrides, anywhere)
     for site, lora in loras.items():
         check_finite(Update(lora.b, lora.a), f"{folder}: {site}")
     return loras
@@ -196,33 +199,48 @@ def write_lora(
 
 
 def check_sites(
-    model: Any, shapes: dict[str, tuple[int, int]], where: str, overrides: Any = None
+    model: Any,
+    shapes: dict[str, tuple[int, int]],
+    where: str,
+    overrides: Any = None,
+    anywhere: bool = False,
 ) -> None:
-    """Are these sites of the model, with these (d_out, d_in)?
+    """Are these layers of the model that may be adapted, with these (d_out, d_in)?
 
+    Args:
+        anywhere: see `read_lora`.
     Raises:
-        CheckpointError: names the layers that are no sites, or whose shape is another.
+        CheckpointError: names the layers that may not, or whose shape is another.
     """
-    modules = dict(model.named_modules())
-    of_model = {site.name: (site.d_out, site.d_in) for site in find_sites(model, overrides).found}
-    foreign = sorted(shapes.keys() - of_model.keys())
-    absent = [name for name in foreign if name not in modules]
-    if foreign and len(absent) == len(foreign):
-        raise CheckpointError(
-            f"{where} adapts {_few(foreign)}, which {type(model).__name__} does not have: made for another "
-            "architecture or size."
-        )
-    if foreign:
-        keys = any(FORBIDDEN.search(name) for name in foreign)
-        raise CheckpointError(
-            f"{where} adapts {_few(foreign)}: only attention output and MLP down projections can be adapted "
-            f"{'without touching keys and values' if keys else 'here'}. Train it with target_modules={_targets(of_model)}."
-        )
+    sites = find_linears(model) if anywhere else find_sites(model, overrides)
+    of_model = {site.name: (site.d_out, site.d_in) for site in sites.found}
+    if foreign := sorted(shapes.keys() - of_model.keys()):
+        modules = dict(model.named_modules())
+        absent = [name for name in foreign if name not in modules]
+        if len(absent) == len(foreign):
+            raise CheckpointError(
+                f"{where} adapts {_few(foreign)}, which {type(model).__name__} does not have: made for another "
+                "architecture or size."
+            )
+        raise CheckpointError(f"{where} adapts {_few(foreign)}: {_why_not(of_model, anywhere)}")
     for site, shape in shapes.items():
         if shape != of_model[site]:
             raise CheckpointError(
                 f"{where}: {site} is {of_model[site]} (out, in) in this model, the update {shape}: made for another base."
             )
+
+
+def _why_not(of_model: dict[str, tuple[int, int]], anywhere: bool) -> str:
+    targets = f"Train it with target_modules={_targets(of_model)}"
+    if anywhere:
+        return (
+            "an expert acts on linear layers of the decoder blocks through which every token passes. "
+            f"{targets}, or fewer of them."
+        )
+    return (
+        "s0 acts on attention output and MLP down projections. A LoRA on other layers can be mounted as an "
+        f"expert (bem.mount). {targets}."
+    )
 
 
 def check_finite(update: Update, where: str) -> None:
@@ -281,7 +299,11 @@ def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, 
             key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
         )
         if kind not in ("lora_A", "lora_B"):
-            raise CheckpointError(f"{folder}: {key} is not part of a plain LoRA.")
+            head = "lm_head" in key or "embed" in key
+            hint = (
+                " Train it without output head and embeddings among target_modules." if head else ""
+            )
+            raise CheckpointError(f"{folder}: {key} is not part of a plain LoRA.{hint}")
         factors.setdefault(name, {})[kind] = tensor
     for name, pair in factors.items():
         if len(pair) != 2:

@@ -1,15 +1,17 @@
 """Where a module may be attached: found by structure and name in any causal language model.
 
-Two sites per decoder block: the attention output projection (W_O) and the MLP down projection
-(W_down). Never q, k or v: keys and values of a token must not depend on what a later chunk decides,
-and an adapter there would also change the frozen cache of the layers below the router layer.
+What we train ourselves acts on two sites per decoder block, the attention output projection (W_O) and
+the MLP down projection (W_down): few and cheap, and what is cached for the base below them stays the
+base's own. Experts that others have trained act wherever they were trained to, on any linear layer
+of the blocks: a chunk's control is never revised, so its keys and values stay what they were, and its
+key says what was applied.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 from bem.adapters.names import clean_name
 from bem.errors import AttachError
 
-ATTN_OUT, MLP_DOWN = "attn_out", "mlp_down"
+ATTN_OUT, MLP_DOWN, OTHER = "attn_out", "mlp_down", "other"
 ATTN_OUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out")
 MLP_DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo", "lin2")
 TOWER = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
@@ -40,7 +42,7 @@ class Site:
 
     name: str  # full module name
     layer: int  # index of its decoder block
-    role: str  # ATTN_OUT or MLP_DOWN
+    role: str  # ATTN_OUT, MLP_DOWN or OTHER
     d_in: int
     d_out: int
 
@@ -105,6 +107,36 @@ def find_sites(model: nn.Module, overrides: dict[str, str | list[str]] | None = 
     d_model = next((s.d_out for s in found), 0)
     n_heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     return Sites(tuple(blocks), tuple(found), d_model, n_heads or 1)
+
+
+def find_linears(model: nn.Module) -> Sites:
+    """Every linear layer of the decoder blocks through which each token passes once: where an expert may
+    act. Left out: attention to another sequence, and experts of the base, which see a part of the tokens.
+
+    Raises:
+        AttachError: see `find_sites`.
+    """
+    sites = find_sites(model)
+    roles = {site.name: site.role for site in sites.found}
+    modules = {clean_name(n): m for n, m in model.named_modules() if ".bem_" not in n}
+    found: list[Site] = []
+    for index, block in enumerate(sites.blocks):
+        inside = {n: m for n, m in modules.items() if n.startswith(block + ".") and is_linear(m)}
+        if reads_another(block, inside):
+            continue
+        for name, module in inside.items():
+            if not CROSS.search(name[len(block) :]) and not _one_of_many(name, block, modules):
+                found.append(Site(name, index, roles.get(name, OTHER), *linear_shape(module)))
+    return replace(sites, found=tuple(found))
+
+
+def _one_of_many(name: str, block: str, modules: dict[str, nn.Module]) -> bool:
+    """Does a module lie in a list of modules inside its block: one of the base's experts?"""
+    above = name
+    while len(above := above.rpartition(".")[0]) > len(block):
+        if isinstance(modules[above], nn.ModuleList):
+            return True
+    return False
 
 
 def reads_another(block: str, inside: Iterable[str]) -> bool:

@@ -37,7 +37,7 @@ class Expert:
     """A static adapter that can be stacked with others."""
 
     name: str
-    updates: dict[str, Update]  # site name, as in `find_sites` -> update
+    updates: dict[str, Update]  # site name, as in `find_linears` -> update
     digest: str  # see `weights_digest`
     source: str  # where it was read from
     about: str = ""
@@ -48,7 +48,7 @@ def read_expert(source: str | Path, model: Any, name: str | None = None) -> Expe
 
     Args:
         source: a folder, or the hub id of a PEFT LoRA. Of our own checkpoints only s0, with its
-            manifest and the hash of its base checked; any plain PEFT LoRA on W_O and W_down.
+            manifest and the hash of its base checked; any plain PEFT LoRA on linear layers of the blocks.
         model: the base that it will act on.
         name: what to call it; None: the folder's name.
     Raises:
@@ -58,16 +58,17 @@ def read_expert(source: str | Path, model: Any, name: str | None = None) -> Expe
     folder = _folder(source)
     if hasattr(model, "get_base_model"):  # a PeftModel: site names are those of the model inside
         model = model.get_base_model()
-    overrides = None
+    overrides, ours = None, False
     if (folder / checkpoint.MANIFEST).is_file():  # one of ours
         saved = checkpoint.read(folder)
         if saved.config.variant != "s0":
             raise CheckpointError(_not_static(saved.config.variant, str(folder)))
         checkpoint.check_base(saved.base, model, str(folder))
-        overrides = saved.config.sites
+        overrides, ours = saved.config.sites, True
     elif read_json(folder / CONFIG).get("peft_type") != "LORA":
         raise CheckpointError(f"{folder} holds no LoRA: an expert is static and low-rank.")
-    updates = {site: lora.update() for site, lora in read_lora(model, folder, overrides).items()}
+    loras = read_lora(model, folder, overrides, anywhere=not ours)
+    updates = {site: lora.update() for site, lora in loras.items()}
     return from_updates(name or Path(str(source)).name, updates, str(source))
 
 

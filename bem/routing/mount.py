@@ -21,7 +21,7 @@ from torch import Tensor
 from bem.adapters import checkpoint
 from bem.adapters.build import Parts
 from bem.adapters.rollback import rolled_back
-from bem.adapters.sites import Site, Sites, find_sites
+from bem.adapters.sites import Site, Sites, find_linears, find_sites
 from bem.adapters.version import BaseIdentity, Version
 from bem.config import EVIDENCE_FEATURES, RouterConfig, parse
 from bem.errors import AttachError, CheckpointError
@@ -71,7 +71,7 @@ def _mount(
     loaded = [e if isinstance(e, Expert) else read_expert(e, model) for e in experts]
     loaded.sort(key=lambda e: e.name == config.shared)  # the shared one stands last
     _check_names([e.name for e in loaded], config)
-    sites = find_sites(model)
+    sites = find_linears(model)
     layer = _router_layer(sites, loaded, config)
     config = config.model_copy(update={"router_layer": layer})
     rules = _rules(loaded, config)

@@ -143,13 +143,24 @@ def test_a_start_that_changes_the_base_is_refused(tmp_path):
         read_expert(tmp_path, tiny_model("llama"))
 
 
-def test_queries_and_other_layers_are_refused_by_name(tmp_path):
-    peft_lora(targets=["q_proj", "v_proj", "down_proj"]).save_pretrained(tmp_path / "keys")
-    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj.*keys and values"):
-        read_expert(tmp_path / "keys", tiny_model("llama"))
-    peft_lora(targets=["up_proj"]).save_pretrained(tmp_path / "up")
-    with pytest.raises(CheckpointError, match=r"up_proj.*target_modules=\['down_proj', 'o_proj'\]"):
-        read_expert(tmp_path / "up", tiny_model("llama"))
+def test_any_linear_layer_of_the_blocks_is_read_and_no_other(tmp_path):
+    peft_lora(targets=["q_proj", "v_proj", "up_proj"]).save_pretrained(tmp_path / "keys")
+    ends = {
+        site.rpartition(".")[2]
+        for site in read_expert(tmp_path / "keys", tiny_model("llama")).updates
+    }
+    assert ends == {"q_proj", "v_proj", "up_proj"}
+    peft_lora(targets=["lm_head", "o_proj"]).save_pretrained(tmp_path / "head")
+    with pytest.raises(CheckpointError, match=r"Train it without output head"):
+        read_expert(tmp_path / "head", tiny_model("llama"))
+
+
+def test_s0_stays_on_its_two_sites_and_says_how_to_use_other_loras(tmp_path):
+    peft_lora(targets=["up_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"can be mounted as an expert .*\['down_proj', 'o_proj'\]"
+    ):
+        bem.load(tiny_model("llama"), tmp_path)
 
 
 def test_a_lora_for_another_model_is_refused(tmp_path):

@@ -18,11 +18,13 @@ def expert(model, name: str, rank: int, seed: int, layer: int | None = None) -> 
     return from_updates(name, updates, "test")
 
 
+FREE = {"chunk_size": 8, "switch_cost": 0.0, "hysteresis": 0.0, "spans": (1, 2)}
+
+
 def mounted(model, trained=True, **overrides):
     """Three experts of ranks 4, 4 and 2, chunks of 8 tokens, few rules in the way; the router's random
     weights count as trained ones."""
     names = (("a", 4, 0), ("b", 4, 1), ("c", 2, 2))
-    free = {"chunk_size": 8, "switch_cost": 0.0, "hysteresis": 0.0, "spans": (1, 2)}
-    made = bem.mount(model, [expert(model, *each) for each in names], **{**free, **overrides})
+    made = bem.mount(model, [expert(model, *each) for each in names], **{**FREE, **overrides})
     made.router.trained = trained
     return made
