@@ -165,7 +165,8 @@ class Runtime:
         if wiring is not None and block in wiring.films:
             index = wiring.films[block]
             context = self.ambient.current()
-            film = context.updates[index] if context.updates else wiring.members[index].modulate
+            film = context.updates[index] if context.updates else None
+            film = film or wiring.members[index].modulate
             hidden = self._streams.each(hidden, film, *context.control(index))
         for stage in self.last.get(block, ()):
             hidden = stage(block, hidden)
