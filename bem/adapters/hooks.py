@@ -58,10 +58,6 @@ class Runtime:
         self._of_call = list(inspect.signature(model.forward).parameters)
         self._arguments = list(inspect.signature(decoder.forward).parameters)
         self._streams = streams_of(model)
-        self.handles = [
-            model.register_forward_pre_hook(self._call_begins, with_kwargs=True),
-            model.register_forward_hook(self._call_ends, always_call=True),
-        ]
         if wirings:
             stack = [modules[name] for name in blocks]
             begins = partial(self._pass_begins, stack)
@@ -99,8 +95,8 @@ class Runtime:
 
     # --- a call, and the decoder's pass inside it -------------------------------------------------
 
-    def _call_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Take out what is ours; the decoder's hook finds it."""
+    def call_begins(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take out of a call's arguments what is ours; the decoder's hook finds it."""
         given = taken_from(kwargs)
         if self.wiring is not None:
             named = dict(zip(self._of_call, args, strict=False)) | kwargs
@@ -108,9 +104,9 @@ class Runtime:
                 given.turns = turns_from_labels(named["labels"])
             given.mask = _mask(named.get("attention_mask"), self.ambient.generating is not None)
             self.ambient.given = given
-        return args, kwargs
 
-    def _call_ends(self, *_: Any) -> None:
+    def call_ends(self) -> None:
+        """Whatever was given held for one call."""
         self.ambient.given = None
 
     def _pass_begins(
@@ -168,8 +164,10 @@ class Runtime:
         wiring = self.wiring
         if wiring is not None and block in wiring.films:
             index = wiring.films[block]
-            film, control = wiring.members[index], self.ambient.current().control(index)
-            hidden = self._streams.each(hidden, lambda h: film.modulate(h, *control))
+            context = self.ambient.current()
+            film = context.updates[index] if context.updates else None
+            film = film or wiring.members[index].modulate
+            hidden = self._streams.each(hidden, film, *context.control(index))
         for stage in self.last.get(block, ()):
             hidden = stage(block, hidden)
         return type(output)((hidden, *output[1:])) if several else hidden

@@ -82,7 +82,8 @@ _learners: WeakKeyDictionary[nn.Module, Lesson] = WeakKeyDictionary()
 
 
 def teach(model: nn.Module, modules: Modules) -> None:
-    """Give a base that carries an adapter a forward pass that names `COLUMNS` and adds the penalty."""
+    """Give a base that carries an adapter a forward pass that names `COLUMNS`, takes them out for the
+    adapter (see `Runtime.call_begins`) and adds the penalty."""
     _watch_optimisers()
     lesson = model.__dict__.setdefault("bem_lesson", Lesson(modules))
     _enrol(model, lesson)
@@ -93,7 +94,11 @@ def teach(model: nn.Module, modules: Modules) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = run(self, *args, **kwargs)
+        self.bem_runtime.call_begins(args, kwargs)
+        try:
+            output = run(self, *args, **kwargs)
+        finally:
+            self.bem_runtime.call_ends()
         if self.training and torch.is_grad_enabled():
             _refuse_frozen(output, kwargs.get("labels"))
             _enrol(self, self.bem_lesson)  # a copy of a model has modules of its own

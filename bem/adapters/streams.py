@@ -29,11 +29,11 @@ class Streams:
             return hidden
         return self._apart(hidden).mean(self.dim)
 
-    def each(self, hidden: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def each(self, hidden: Tensor, change: Callable[..., Tensor], *control: Any) -> Tensor:
         """Every stream changed in the same way."""
         if hidden.dim() == 3 and self.side_by_side == 1:
-            return change(hidden)
-        streams = [change(stream) for stream in self._apart(hidden).unbind(self.dim)]
+            return change(hidden, *control)
+        streams = [change(stream, *control) for stream in self._apart(hidden).unbind(self.dim)]
         return torch.stack(streams, self.dim).view(hidden.shape)
 
     def _apart(self, hidden: Tensor) -> Tensor:

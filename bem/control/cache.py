@@ -109,7 +109,6 @@ class ControlLayer(CacheLayerMixin):
             return self.tables, ()
         if not self.updates:
             rows = len(self.state)
-            # FiLM has no update: its hook asks it
             self.updates = [
                 m.ready(dtype, rows) if hasattr(m, "ready") else None for m in self.acting.members
             ]

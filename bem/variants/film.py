@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bem.variants.base import Code, Flops, linear64
+from bem.variants.base import Code, Flops, Update, linear64
 
 
 class ResidualFiLMModule(nn.Module):
@@ -49,6 +49,17 @@ class ResidualFiLMModule(nn.Module):
         )
         gamma_less_one, beta = spread.chunk(2, -1)
         return torch.addcmul(h + beta, gamma_less_one, h)
+
+    def ready(self, dtype: torch.dtype, rows: int) -> Update:
+        """`modulate` for one decoded token of so many rows; see `Adapter.ready`."""
+        held: list[Tensor] = []  # a control, and its halves: the same for every token of a chunk
+
+        def modulate(h: Tensor, control: Tensor, slot: Tensor | None) -> Tensor:
+            if not held or held[0] is not control:
+                held[:] = [control, *control.view(rows, 1, -1).chunk(2, -1)]
+            return torch.addcmul(h + held[2], held[1], h)
+
+        return modulate
 
     def flops(self) -> Flops:
         return Flops(per_chunk=2 * self.head.weight.numel())
