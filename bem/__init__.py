@@ -17,14 +17,20 @@ if TYPE_CHECKING:
     from bem.experts.expert import read_expert
     from bem.routing.mount import load_router, mount
     from bem.routing.mounted import Mounted
+    from bem.routing.router import AgenticRouter
     from bem.stats import bca_bootstrap, benjamini_hochberg_correction, judge
+    from bem.system import BEMv13System, PerformanceTracker, StatisticalValidator
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AgenticRouter": "bem.routing.router",
     "Attached": "bem.adapters.attach",
+    "BEMv13System": "bem.system",
     "BemConfig": "bem.adapters.peft_method",
     "Mounted": "bem.routing.mounted",
+    "PerformanceTracker": "bem.system",
+    "StatisticalValidator": "bem.system",
     "attach": "bem.adapters.attach",
     "bca_bootstrap": "bem.stats",
     "benjamini_hochberg_correction": "bem.stats",
@@ -39,9 +45,13 @@ _WHERE = {
 }
 
 __all__ = [
+    "AgenticRouter",
     "Attached",
+    "BEMv13System",
     "BemConfig",
     "Mounted",
+    "PerformanceTracker",
+    "StatisticalValidator",
     "attach",
     "bca_bootstrap",
     "benjamini_hochberg_correction",

@@ -9,9 +9,13 @@ import pytest
 import bem
 
 PROMISED = {
+    "AgenticRouter",
     "Attached",
+    "BEMv13System",
     "BemConfig",
     "Mounted",
+    "PerformanceTracker",
+    "StatisticalValidator",
     "attach",
     "bca_bootstrap",
     "benjamini_hochberg_correction",

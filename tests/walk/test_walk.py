@@ -7,7 +7,7 @@ import torch
 
 import bem
 from bem import config as configuration
-from bem.errors import NotAccepted
+from bem.errors import ConfigError, MeasurementError, NotAccepted
 from bem.experiments import run as runner
 from bem.runs import promotion
 
@@ -74,3 +74,46 @@ def test_a_second_run_stands_on_the_first(walked):
     config, result = walked
     again = runner.run(config)
     assert again.verdicts["learning"].to_dict() == result.verdicts["learning"].to_dict()
+
+
+def test_the_names_of_the_source_document_go_the_same_way(walked):
+    config, result = walked
+    system = bem.BEMv13System(config)
+    with pytest.raises(MeasurementError, match="nothing was validated yet"):
+        system.deploy_production(["learning"])
+    results = system.run_experiments()  # everything is finished: nothing is trained again
+    assert results.folder == result.folder
+    verdicts = system.validate_statistical_significance(results)
+    assert {name: v.decision for name, v in verdicts.items()} == {
+        name: v.decision for name, v in result.verdicts.items()
+    }
+    (pointer,) = system.deploy_production([n for n, v in verdicts.items() if v.accepted])
+    assert promotion.current(result.folder.parent) == pointer
+    with pytest.raises(NotAccepted):
+        system.deploy_production(["same"])
+    with pytest.raises(ConfigError, match=r"No arm 'lerning'. Arms: frozen, learning, same"):
+        system.run_experiments(["lerning"])
+
+
+def test_a_tracker_measures_each_variant_once_and_compares_it_with_one_of_them(walked):
+    config, result = walked
+    folders = {
+        arm: result.folder / "arms" / arm / "seed-0" / "checkpoint"
+        for arm in ("frozen", "learning")
+    }
+    tracker = bem.PerformanceTracker(folders, config)
+    measured = tracker.run_variant("learning")
+    assert tracker.run_variant("learning") is measured
+    gates = config.gates.model_copy(update={"waived": ("budget", "latency", "memory", "kv_hit")})
+    verdict = tracker.compare_with_baseline("frozen", gates)["learning"]
+    again = result.verdicts["learning"].effect("loss").gain
+    assert verdict.effect("loss").gain == pytest.approx(again, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"No variant 'v9'. Variants: frozen, learning"):
+        tracker.run_variant("v9")
+
+
+def test_a_validator_keeps_its_settings():
+    validator = bem.StatisticalValidator(bootstrap_samples=500, alpha=0.1, seed=3)
+    scores = [0.1, 0.4, -0.2, 0.3, 0.5, 0.2, 0.0, 0.1]
+    assert validator.bca_bootstrap(scores) == bem.bca_bootstrap(scores, 500, 0.1, 3)
+    assert validator.fdr_correction([0.01, 0.5]).rejected.tolist() == [True, False]

@@ -1,0 +1,18 @@
+"""The three calls of the whole system: run experiments, validate, deploy.
+
+python examples/system.py [CONFIG]      # default: configs/quickstart.yaml, minutes on a CPU
+"""
+
+import sys
+
+import bem
+
+system = bem.BEMv13System(sys.argv[1] if len(sys.argv) > 1 else "configs/quickstart.yaml")
+results = system.run_experiments()
+verdicts = system.validate_statistical_significance(results)
+for name, verdict in verdicts.items():
+    print(f"{name}: {verdict.decision}")
+accepted = [name for name, verdict in verdicts.items() if verdict.accepted]
+for pointer in system.deploy_production(accepted):
+    print(f"in use: {pointer.checkpoint}")
+print(f"report: {results.report}")
