@@ -349,7 +349,7 @@ def page(result: dict[str, Any], command: str) -> str:
             "share of a question's gold passages among the first 10. The difference is that of MRR "
             "against `BEM bm25` over all questions, BCa 95 % interval, questions of one gold passage "
             "clustered.\n\nBEM's k1 = 0.9 and b = 0.4 were taken from four pairs tried on all held-out "
-            "questions of these three sets (1.5 and 0.75 gave .50 .77 .85), so its lead over engines "
+            "questions of these three sets (retrieval_choices.md), so its lead over engines "
             "with other constants is a little flattered; rank_bm25 and `bm25s by itself` have their "
             "defaults (1.5, 0.75).\n",
         ]

@@ -39,11 +39,10 @@ class Encoder(Protocol):
 class PooledStates:
     """Mean over a text's tokens of the hidden states that enter one layer of a base model.
 
-    Needs no download. Layer 0, the token embeddings, is the default because it found most: on
-    7,033 passages with bem-tiny, whitened, MRR@10 over three question sets was .23 .34 .60 from
-    layer 0, .11 .24 .45 from layer 2 and .07 .16 .31 from layer 4. BM25 finds far more than that, and
-    a hybrid of the two less than BM25 alone (benchmarks/results/retrieval.md): where words do not
-    decide, give a sentence-transformers model instead.
+    Needs no download. Layer 0, the token embeddings, is the default because it found most
+    (benchmarks/results/retrieval_choices.md). BM25 finds far more than that, and a hybrid of the two
+    less than BM25 alone (benchmarks/results/retrieval.md): where words do not decide, give a
+    sentence-transformers model instead.
 
     Args:
         base: `bem-tiny`, a folder or a Hugging Face id.
