@@ -186,7 +186,7 @@ def _convert_gguf(file: Path, into: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # of many kinds: whatever transformers says of a foreign file
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise BaseError(f"transformers cannot read {file}: {why[0]}") from error

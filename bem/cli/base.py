@@ -21,13 +21,13 @@ Name = Annotated[str, typer.Argument(help="A name of `list`, a folder, a .gguf f
 def show_all() -> int:
     """Show the models that have a name here."""
     from bem.bases.cache import cache_folder, is_here
-    from bem.bases.named import NAMED
+    from bem.bases.named import NAMED, Package
 
     table = Table(box=None, pad_edge=False)
     for column in ("name", "kind", "licence", "download", "here", "what it is"):
         table.add_column(column, no_wrap=column != "what it is")
     for model in NAMED.values():
-        size = f"{model.source.megabytes} MB" if hasattr(model.source, "megabytes") else "-"
+        size = f"{model.source.megabytes} MB" if isinstance(model.source, Package) else "-"
         here = "yes" if is_here(model) else "no"
         table.add_row(model.name, model.kind, model.licence, size, here, model.about)
     console = Terminal()
