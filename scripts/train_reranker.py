@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bem.bases import SHIPPED
+from bem.bases.load import find_base
 from bem.evidence.pairs import Pairs, make_pairs, table_bm25
 from bem.evidence.reading import BUCKETS, MAX_PIECES, Words, query_words, read_passage
 from bem.evidence.tiny_reranker import Shape, TinyReranker
 
-BASE = SHIPPED["bem-tiny"]
+BASE = Path(find_base("bem-tiny"))
 EMPTY_LISTS = 0.1  # share of lists without a right passage: they teach what "nothing here" is
 TABLE_LEXICAL = (
     0.2  # share of lists whose BM25 comes from the shipped frequencies, as without index

@@ -217,7 +217,7 @@ class TrainingConfig(Section):
     batch_size: int = Field(default=16, ge=1)
     """Examples per optimiser step, over all accumulated micro-batches."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches per optimiser step at least; more are made where that saves padding."""
+    """Micro-batches per optimiser step."""
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
 from bem.routing.modes import mode, seeded
-from bem.training.batches import micro_batches
 from bem.training.data import Encoded, check_fits, collate
 from bem.training.losses import answer_logits, answer_nll, labelled_tokens
 from bem.training.optimizer import adamw, learning_rate, trained
@@ -98,8 +97,6 @@ class StepResult:
     learning_rate: float
     tokens: int
     """Tokens of the step that were not padding."""
-    padding: float
-    """Share of the step's computed tokens that were."""
     seconds: float
 
 
@@ -139,8 +136,8 @@ class Trainer:
     def step(self, batch: Sequence[Encoded]) -> StepResult:
         """One optimiser step over `batch`.
 
-        The examples are cut into micro-batches of like length, `config.accumulation` at least: the
-        gradient is the same, the padding less (see `micro_batches`). Beyond `config.steps` the
+        The examples are sorted by length before they are cut into `config.accumulation`
+        micro-batches: the gradient is the same, the padding less. Beyond `config.steps` the
         learning rate stays at its last value.
 
         Raises:
@@ -155,36 +152,37 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # of whoever called backward before
         try:
             with seeded(int(noise), self.device), self._in_training():
-                groups = micro_batches(list(map(len, batch)), self.config.accumulation)
-                loss, penalty = self._backward([[batch[i] for i in group] for group in groups])
+                loss, penalty = self._backward(batch)
                 norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
                 self._check_finite("gradient norm", float(norm))
                 self._update(rate)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(encoded) for encoded in batch)
-        padding = 1 - tokens / sum(len(g) * len(batch[g[-1]]) for g in groups)
         seconds = time.perf_counter() - started
-        return StepResult(self.steps, loss, penalty, float(norm), rate, tokens, padding, seconds)
+        return StepResult(self.steps, loss, penalty, float(norm), rate, tokens, seconds)
 
     def _in_training(self) -> AbstractContextManager[None]:
         """Training mode for one step; a loop that is in it already saves the walk over all modules."""
         model = self.attached.model
         return nullcontext() if model.training else mode(model, training=True)
 
-    def _backward(self, micros: Sequence[Sequence[Encoded]]) -> tuple[float, float]:
+    def _backward(self, batch: Sequence[Encoded]) -> tuple[float, float]:
         """Gradients of all micro-batches; (loss, penalty)."""
-        pad_id, rows = self.tokenizer.pad_token_id or 0, sum(map(len, micros))
+        ordered = sorted(batch, key=len)
+        size = max(1, -(-len(ordered) // self.config.accumulation))
+        micros = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        pad_id = self.tokenizer.pad_token_id or 0
         batches = [collate(micro, pad_id) for micro in micros]
         count = sum(labelled_tokens(b["labels"]) for b in batches)
         if not count:
             raise TrainingError(
-                f"{self.label}: step {self.steps + 1} has {rows} rows without a single answer token: "
+                f"{self.label}: step {self.steps + 1} has {len(batch)} rows without a single answer token: "
                 "encode them with their answers."
             )
         total_loss = total_penalty = 0.0
         for micro in batches:
-            loss, penalty = self._losses(micro, count, len(micro["labels"]) / rows)
+            loss, penalty = self._losses(micro, count, len(micro["labels"]) / len(batch))
             total = loss + penalty
             self._check_finite("loss", float(total.detach()))
             self._check_reaches(total)
