@@ -21,7 +21,8 @@ TOLERANCE = 1e-4  # largest |difference| of float32 logits
 def token_ids() -> Int[Tensor, "2 tokens"]:
     """Two rows of TOKENS tokens, always the same."""
     generator = torch.Generator().manual_seed(7)
-    return torch.randint(1, VOCAB, (2, TOKENS), generator=generator)
+    drawn = torch.randint(1, VOCAB, (2, TOKENS), generator=generator, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def in_eval(attached: Attached) -> Attached:

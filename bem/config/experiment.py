@@ -71,13 +71,24 @@ class GatesConfig(Section):
     swap); every verdict lists them."""
 
 
+KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.model_fields))
+"""Of all variants."""
+
+
 class ArmConfig(Section):
     """One arm of an experiment: a name and what it changes in `adapters` (or no adapter at all)."""
+
+    open_keys: ClassVar[Mapping[str, Sequence[str]]] = {
+        "adapters": KNOBS,
+        "training": tuple(TrainingConfig.model_fields),
+    }
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name in the report and on disk."""
     adapters: dict[str, Any] = {}
     """Changes to the experiment's `adapters` section: the variant, and knobs of that variant."""
+    training: dict[str, Any] = {}
+    """Changes to the experiment's `training` section: {learning_rate: 1.0e-3}."""
     route: (
         Literal[
             "ar0", "ar1", "oracle", "gold", "linear", "single", "random", "wrong", "xlora", "arrow"
@@ -94,10 +105,6 @@ class ArmConfig(Section):
     """Controls are measured and shown, never promoted."""
     compare_to: str | None = None
     """Arm that this one is judged against; None: the baseline."""
-
-
-KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.model_fields))
-"""Of all variants."""
 
 
 class ExperimentConfig(Section):
@@ -161,7 +168,13 @@ class ExperimentConfig(Section):
         for arm in self.arms:
             _refuse_without_effect(arm)
         self._adapters_make_sense()
+        self._training_makes_sense()
         return self
+
+    def _training_makes_sense(self) -> None:
+        for arm in self.arms:
+            self.training_of(arm)
+        _ = self.expert_training
 
     def _adapters_make_sense(self) -> None:
         parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")
@@ -203,6 +216,17 @@ class ExperimentConfig(Section):
         where = f"arms.{arm.name}.adapters" if arm.adapters else "adapters"
         return parse_adapter({**shared, **arm.adapters}, where)
 
+    def training_of(self, arm: ArmConfig) -> TrainingConfig:
+        """How one arm's adapter is fitted: `training` with the arm's changes. Raises ConfigError."""
+        changed = {**self.training.model_dump(), **arm.training}
+        return parse(TrainingConfig, changed, f"arms.{arm.name}.training")
+
+    @property
+    def expert_training(self) -> TrainingConfig:
+        """How the experts of `routing` are fitted: `training` with its changes. Raises ConfigError."""
+        changes = {} if self.routing is None else self.routing.training
+        return parse(TrainingConfig, {**self.training.model_dump(), **changes}, "routing.training")
+
     def variant_of(self, arm: ArmConfig) -> str:
         """Kind of the arm's adapter, or `routed`."""
         return "routed" if arm.route else self.adapter_of(arm).variant
@@ -214,6 +238,11 @@ def _refuse_without_effect(arm: ArmConfig) -> None:
         raise ValueError(
             f"arms.{arm.name}: {', '.join(arm.adapters)} has no effect with a route: its experts are those of "
             "`routing`. Remove it"
+        )
+    if arm.route and arm.training:
+        raise ValueError(
+            f"arms.{arm.name}: training has no effect with a route: its experts are trained as "
+            "`routing.training` says. Remove it"
         )
     if arm.role != "baseline" and arm.match != "none" and "rank" in arm.adapters:
         raise ValueError(

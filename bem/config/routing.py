@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from bem.config.adapters import TrainingConfig
 from bem.config.section import Section, Seed
 
 
@@ -204,14 +206,18 @@ class PolicyGradientConfig(Section):
 class RoutingConfig(Section):
     """Experts of an experiment and the routers over them, shared by all arms with a `route`."""
 
+    open_keys: ClassVar[Mapping[str, Sequence[str]]] = {
+        "training": tuple(TrainingConfig.model_fields)
+    }
+
     experts: dict[str, list[str]] = {}
     """Expert -> skills that it is trained on; {}: one expert per skill (a task, or "task/ask")."""
     expert_rank: int = Field(default=8, ge=1)
     """Rank of each expert at each site."""
     shared_rank: int = Field(default=0, ge=0)
     """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
-    steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps for all experts together; None: `training.steps`."""
+    training: dict[str, Any] = {}
+    """Changes to the experiment's `training` for the experts, which are trained together: {steps: 400}."""
     router: RouterConfig = RouterConfig()
     cloning: CloningConfig = CloningConfig()
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()

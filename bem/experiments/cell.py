@@ -68,7 +68,7 @@ class CellRunner:
 
     def _trained_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
         """Train, save and measure an arm without a route; returns what to say of it."""
-        inputs, training = self.inputs, self.inputs.config.training
+        inputs, training = self.inputs, self.inputs.config.training_of(plan.arm)
         with adapted(inputs.model, seeded(plan, seed)) as attached:
             result = fit(
                 attached,
@@ -129,7 +129,7 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
     config = inputs.config
     facts: dict[str, Any] = {
         "bem": bem.__version__,
-        "training": config.training.model_dump(mode="json"),
+        "training": config.training_of(plan.arm).model_dump(mode="json"),
         "seed": seed,
         "data": inputs.data,
         "answers": {t.name: [t.max_new_tokens, t.metrics, t.form] for t in inputs.tasks},
@@ -138,6 +138,7 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
     if plan.adapter is not None:
         facts["adapter"] = seeded(plan, seed).model_dump(mode="json")
     elif config.routing is not None:
+        facts["training"] = config.expert_training.model_dump(mode="json")
         facts["route"] = [plan.arm.route, config.routing.model_dump(mode="json")]
     return sha256_json(facts)
 

@@ -34,7 +34,9 @@ def singular_form(
 def _orthogonal_rows(v: Float[Tensor, "rank in"], count: int) -> Float[Tensor, "count in"]:
     """Unit rows orthogonal to those of v and to each other; random ones where there is no room left."""
     generator = torch.Generator().manual_seed(len(v))
-    rows = torch.randn(count, v.shape[1], generator=generator, dtype=v.dtype).to(v.device)
+    rows = torch.randn(count, v.shape[1], generator=generator, dtype=v.dtype, device="cpu").to(
+        v.device
+    )
     free = min(count, v.shape[1] - len(v))
     inside = rows[:free]
     for _ in range(2):  # twice: what rounding leaves of the first time

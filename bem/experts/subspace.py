@@ -35,7 +35,7 @@ def reserve(d_out: int, dims: Sequence[int], seed: int) -> list[Float[Tensor, "o
             f"has {d_out}. Lower the ranks or the number of experts, or share directions."
         )
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(d_out, sum(dims), generator=generator, dtype=torch.float64)
+    random = torch.randn(d_out, sum(dims), generator=generator, dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr(random).Q.float()
     return [part.contiguous() for part in basis.split(list(dims), dim=1)]
 

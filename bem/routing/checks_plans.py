@@ -24,19 +24,26 @@ def lively(mounted: Mounted) -> Mounted:
     with torch.no_grad():
         for stack in mounted.stacks.values():
             for u in stack.u.values():
-                u.add_(0.05 * torch.randn(u.shape, generator=generator))
+                u.add_(0.05 * drawn(u, generator))
             stack.canonicalise()
         actor, critic = mounted.router.policy.actor, mounted.router.policy.critic
         reader = mounted.router.policy.reader
         for layer in (reader.token, actor.net.out, critic.net.out):
-            layer.weight.copy_(1.5 * torch.randn(layer.weight.shape, generator=generator))
+            layer.weight.copy_(1.5 * drawn(layer.weight, generator))
     mounted.router.trained = True
     mounted.model.eval()
     return mounted
 
 
+def drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers of its shape: the same on every device."""
+    return torch.randn(like.shape, generator=generator, device="cpu").to(like.device)
+
+
 def token_ids() -> Tensor:
-    return torch.randint(3, VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(11))
+    generator = torch.Generator().manual_seed(11)
+    drawn = torch.randint(3, VOCAB, (ROWS, TOKENS), generator=generator, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def turn_starts(ids: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def turn_starts(ids: Tensor) -> Tensor:
 
 
 def drawing(seed: int) -> Chooser:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return lambda distribution: distribution.sample(generator)
 
 

@@ -155,7 +155,7 @@ def blank_expert(
 
 def _born(site: Site, rank: int, generator: torch.Generator) -> Tensor:
     bound = site.d_in**-0.5  # kaiming_uniform(a=sqrt(5)), as PEFT's lora_A
-    return (torch.rand(rank, site.d_in, generator=generator) * 2 - 1) * bound
+    return (torch.rand(rank, site.d_in, generator=generator, device="cpu") * 2 - 1) * bound
 
 
 def _router_layer(sites: Sites, experts: Sequence[Expert], config: RouterConfig) -> int:

@@ -79,7 +79,7 @@ def fit_value(
     saved = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5)
     for _ in range(epochs):
-        for rows in torch.randperm(len(obs), generator=generator).split(batch_size):
+        for rows in torch.randperm(len(obs), generator=generator, device="cpu").split(batch_size):
             rows = rows.to(obs.device)
             loss = (value(obs[rows]) - targets[rows]).square().mean()
             optimizer.zero_grad(set_to_none=True)

@@ -58,7 +58,9 @@ class KroneckerFactorization(Adapter):
             return 0.0
         a, b = self.a.double(), self.b.double()
         generator = torch.Generator().manual_seed(self.d_in)
-        fresh = torch.randn(self.d_in, generator=generator, dtype=torch.float64).to(a.device)
+        fresh = torch.randn(self.d_in, generator=generator, dtype=torch.float64, device="cpu").to(
+            a.device
+        )
         x, last, sigma = self.probe.double() + 0.1 * fresh / self.d_in**0.5, 0.0, 0.0
         zero = a.new_zeros(self.d_out)
         for _ in range(iterations):

@@ -151,7 +151,7 @@ class _Stopwatch:
         first = next(iter(self.models.values()))
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.work.batch_size, self.work.prompt_tokens)
-        ids = torch.randint(first.config.vocab_size, shape, generator=generator)
+        ids = torch.randint(first.config.vocab_size, shape, generator=generator, device="cpu")
         self.ids = ids.to(first.device)
         self.samples = {name: {phase: [] for phase in PHASES} for name in self.models}
 

@@ -99,8 +99,8 @@ class RoutingArtifacts:
             "base": self.inputs.base,
             "data": self.inputs.data["train"],
             "seed": self.seed,
-            "training": self.config.training.model_dump(mode="json"),
-            "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank", "steps")],
+            "training": self.config.expert_training.model_dump(mode="json"),
+            "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank")],
             "stack": [routing["router"][key] for key in OF_THE_STACK],
         }
         if stage in ("ar0", "ar1"):
@@ -142,7 +142,7 @@ class RoutingArtifacts:
             blank_expert(self.model, name, self._rank(name), layer, about)
             for name, about in self._names().items()
         ]
-        steps = self.routing.steps or self.config.training.steps
+        training = self.config.expert_training
         rows = self.inputs.examples
         work = self.folder / "experts-training"
         with put_on(self.model, lambda base: mount(base, blanks, self._router_config())) as mounted:
@@ -151,11 +151,11 @@ class RoutingArtifacts:
                     mounted,
                     self.inputs.tokenizer,
                     routed(rows, [self.skills.route(row) for row in rows]),
-                    self.config.training.model_copy(update={"steps": steps}),
+                    training,
                     work,
                     self.seed,
                     lambda step: self.say(
-                        "training experts", step.step, steps, f"loss {step.loss:.3f}"
+                        "training experts", step.step, training.steps, f"loss {step.loss:.3f}"
                     ),
                     f"experts seed {self.seed}",
                 )

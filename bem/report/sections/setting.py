@@ -27,7 +27,7 @@ def _training(config: ExperimentConfig) -> str:
     steps = f"{config.training.steps} training steps"
     if config.routing is None or not any(arm.route for arm in config.arms):
         return f"{steps} each"
-    together = config.routing.steps or config.training.steps
+    together = config.expert_training.steps
     return f"{steps} for each adapter, {together} for all experts together"
 
 
