@@ -87,6 +87,7 @@ def _hint(section: type[Section], loc: Sequence[Any]) -> str:
     key, own = str(loc[-1]), list(_section_at(section, loc[:-1]).model_fields)
     paths = list(_paths(section))
     elsewhere = [path for path in paths if path.rpartition(".")[2] == key]
+    elsewhere.sort(key=lambda path: path.startswith("arms."))  # what holds for all arms first
     nearest = elsewhere or difflib.get_close_matches(key, own, n=1, cutoff=0.5)
     if not nearest:
         last = {path.rpartition(".")[2]: path for path in reversed(paths)}

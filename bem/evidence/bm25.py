@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import Stemmer
 from numpy.typing import NDArray
+
+from bem.evidence.without_jax import bm25s
 
 K1, B = 0.9, 0.4  # for passages of a paragraph (Trotman et al., "Improvements to BM25", 2014)
 

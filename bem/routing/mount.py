@@ -147,7 +147,7 @@ def blank_expert(
     sites = find_sites(model)
     generator = torch.Generator().manual_seed(int(hashlib.md5(name.encode()).hexdigest()[:8], 16))
     updates = {
-        site.name: Update(torch.zeros(site.d_out, rank), _born(site, rank, generator))
+        site.name: Update(torch.zeros(site.d_out, rank, device="cpu"), _born(site, rank, generator))
         for site in sites.above(sites.router_layer(layer))
     }
     return from_updates(name, updates, source="blank", about=about)

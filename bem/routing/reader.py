@@ -31,6 +31,12 @@ class Reader(nn.Module):
         self.gru = nn.GRU(d_read, memory, batch_first=True)
         self.reset()
 
+    def train(self, mode: bool = True) -> Reader:
+        """The GRU stays in training mode: it has no dropout, and cuDNN's has no backward pass without."""
+        super().train(mode)
+        self.gru.train()
+        return self
+
     @torch.no_grad()
     def reset(self) -> None:
         """Draw new weights from torch's generator."""

@@ -12,7 +12,10 @@ def expert(model, name: str, rank: int, seed: int, layer: int | None = None) -> 
     generator = torch.Generator().manual_seed(seed)
     born = blank_expert(model, name, rank, layer)
     updates = {
-        site: Update(0.05 * torch.randn(update.u.shape, generator=generator), update.v)
+        site: Update(
+            0.05 * torch.randn(update.u.shape, generator=generator, device="cpu").to(update.u),
+            update.v,
+        )
         for site, update in born.updates.items()
     }
     return from_updates(name, updates, "test")
