@@ -22,4 +22,4 @@ for name, scores in {"better": better, "other": other}.items():
     p_values.append(interval.p_value)
 
 corrected = benjamini_hochberg_correction(p_values, alpha=0.05)
-print("kept after the false discovery rate:", list(corrected.rejected))
+print("kept after the false discovery rate:", corrected.rejected.tolist())

@@ -1,6 +1,9 @@
 """The whole way: a config, a trained and measured run, a verdict, a promoted adapter, its answers."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +96,15 @@ def test_the_names_of_the_source_document_go_the_same_way(walked):
         system.deploy_production(["same"])
     with pytest.raises(ConfigError, match=r"No arm 'lerning'. Arms: frozen, learning, same"):
         system.run_experiments(["lerning"])
+
+
+def test_the_example_of_the_three_calls_runs(walked):
+    _, result = walked
+    example = Path(bem.__file__).parent.parent / "examples" / "system.py"
+    command = [sys.executable, str(example), str(result.folder / "config.yaml")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "learning: PROMOTE" in said and "same: PROMOTE" not in said
+    assert "in use:" in said and str(result.report) in said
 
 
 def test_a_tracker_measures_each_variant_once_and_compares_it_with_one_of_them(walked):
