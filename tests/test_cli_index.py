@@ -37,7 +37,7 @@ def call(*arguments) -> str:
 
 def test_build_search_and_info_with_the_states_of_a_base(corpus, tmp_path, micro_base):
     out = tmp_path / "ix"
-    said = call("build", corpus, "--out", out, "--base", micro_base)
+    said = call("build", corpus, "--out", out, "--encoder", "base", "--base", micro_base)
     assert "2 (1 copies left out)" in said and f"base:{micro_base}, 32 dimensions" in said
     found = call("search", out, "first program", "-k", "1", "--method", "hybrid")
     assert "1 ada hybrid" in found
@@ -45,9 +45,16 @@ def test_build_search_and_info_with_the_states_of_a_base(corpus, tmp_path, micro
     assert "files are as the manifest says" in call("info", out)
 
 
+def test_bm25_alone_is_the_default_and_a_base_without_its_encoder_is_refused(corpus, tmp_path):
+    assert "none: BM25 alone" in call("build", corpus, "--out", tmp_path / "ix")
+    with pytest.raises(ConfigError, match="Add `--encoder base`, or leave --base out"):
+        call("build", corpus, "--out", tmp_path / "other", "--base", "bem-tiny")
+    assert not (tmp_path / "other").exists()
+
+
 def test_vectors_are_deleted_by_force_alone(corpus, tmp_path, micro_base):
     out = tmp_path / "ix"
-    call("build", corpus, "--out", out, "--base", micro_base)
+    call("build", corpus, "--out", out, "--encoder", "base", "--base", micro_base)
     with pytest.raises(DataError, match=f"holds vectors by encoder base:{micro_base};.*`--force`"):
         call("build", corpus, "--out", out, "--encoder", "none")
     assert "32 dimensions" in call("info", out)
@@ -79,7 +86,7 @@ def test_problems_say_what_to_do(corpus, tmp_path):
     call("build", corpus, "--out", tmp_path / "ix", "--encoder", "none")
     with pytest.raises(ConfigError, match="bm25, dense, hybrid"):
         call("search", tmp_path / "ix", "x", "--method", "magic")
-    with pytest.raises(DataError, match="--encoder base"):
+    with pytest.raises(DataError, match="--encoder minilm"):
         call("search", tmp_path / "ix", "x", "--method", "dense")
     with pytest.raises(DataError, match="bem index build"):
         call("info", tmp_path)

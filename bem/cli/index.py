@@ -38,14 +38,18 @@ def build(
         str,
         typer.Option(
             "--encoder",
-            help="base: the base model's own states; none: BM25 alone; minilm, or any "
-            "sentence-transformers folder or hub id.",
+            help="What makes vectors. none: BM25 alone; minilm, or any sentence-transformers folder or hub id; "
+            "base: the base model's own states, which find less than BM25.",
         ),
-    ] = "base",
+    ] = "none",
     base: Annotated[
-        str,
-        typer.Option("--base", help="Whose states: a name of `bem base list`, a folder, a hub id."),
-    ] = "bem-tiny",
+        str | None,
+        typer.Option(
+            "--base",
+            help="With `--encoder base`, whose states: a name of `bem base list`, a folder, a hub id. "
+            "[default: bem-tiny]",
+        ),
+    ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Look at every vector, however many there are.")
     ] = False,
@@ -145,13 +149,18 @@ def info(folder: Folder) -> int:
     return 0
 
 
-def _encoder(name: str, base: str) -> Encoder | None:
+def _encoder(name: str, base: str | None) -> Encoder | None:
+    if base is not None and name != "base":
+        raise ConfigError(
+            f"--base {base} names whose states become vectors, but --encoder is {name}. Add `--encoder base`, or "
+            "leave --base out."
+        )
     if name == "none":
         return None
     from bem.evidence.encoders import OWN, load_encoder
 
     _quiet()
-    return load_encoder(f"{OWN}{base}" if name == "base" else name)
+    return load_encoder(f"{OWN}{base or 'bem-tiny'}" if name == "base" else name)
 
 
 def _quiet() -> None:

@@ -42,7 +42,7 @@ class PooledStates:
     Needs no download. Layer 0, the token embeddings, is the default because it found most
     (benchmarks/results/retrieval_choices.md). BM25 finds far more than that, and a hybrid of the two
     less than BM25 alone (benchmarks/results/retrieval.md): where words do not decide, give a
-    sentence-transformers model instead.
+    sentence-transformers model instead (`minilm`; benchmarks/results/retrieval_encoders.md).
 
     Args:
         base: `bem-tiny`, a folder or a Hugging Face id.

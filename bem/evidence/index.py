@@ -125,7 +125,7 @@ class Index:
         if self._dense is None:
             raise DataError(
                 "This index holds no vectors, so it answers method bm25 alone. Build it with an "
-                "encoder: `bem index build CORPUS.jsonl --out DIR --encoder base`."
+                "encoder: `bem index build CORPUS.jsonl --out DIR --encoder minilm`."
             )
         return self._dense
 
