@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bem.experiments.routing.linear import fit_linear, turn_features
 from bem.training.data import Encoded
+from bem.training.linear import fit_linear, turn_features
 from tests.conftest import make_llama
 
 
