@@ -105,8 +105,8 @@ def _show(console: Terminal, found: RouterFit) -> None:
         listed = ", ".join(f"{name} {n}" for name, n in counts.items())
         console.print(Text(f"{side.replace('_', ' ')}: {sum(counts.values())} rows ({listed})"))
     measured = any(score.regret for score in found.scores)
-    columns = ["", "reads", "accuracy", *(["regret, nats"] if measured else []), "flip rate"]
-    table = Table(*columns, "router minus this", box=None, pad_edge=False)
+    columns = ["", "reads", "accuracy", *(["regret"] if measured else []), "flips"]
+    table = Table(*columns, "router is better by", box=None, pad_edge=False)
     for score in found.scores:
         table.add_row(*_row(score, measured))
     console.print(table)
@@ -131,8 +131,9 @@ def _row(score: Score, measured: bool) -> list[str]:
 
 
 def _share(found: Estimate, sign: str = "") -> str:
-    return f"{found.value:{sign}.1%} [{found.low:{sign}.1%}, {found.high:{sign}.1%}]"
+    low, high = (f"{100 * end:{sign}.0f}" for end in (found.low, found.high))
+    return f"{found.value:{sign}.1%} [{low}, {high}]"
 
 
 def _nats(found: Estimate) -> str:
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.value:.3f} [{found.low:.2f}, {found.high:.2f}]"
