@@ -75,22 +75,22 @@ def main() -> None:
         )
         for name, task in tasks.items()
     }
-    results = []
-    for size in options.sizes:
-        for by in ("labels", "answers") if size in options.answers else ("labels",):
-            for seed in range(options.seeds):
-                rows = [
-                    row_of(row, name, by)
-                    for name in names
-                    for row in shown(tasks[name].train, size, seed)
-                ]
-                test = [
-                    row_of(row, name, "both" if by == "labels" else by)
-                    for name in names
-                    for row in tasks[name].dev
-                ]
-                results.append(fitted(model, tokenizer, loras, rows, test, (size, by, seed)))
-                options.out.write_text(page(options, names, model, results), encoding="utf-8")
+    kept, results = options.work / options.base / "losses", []
+    jobs = [(n, "labels") for n in options.sizes] + [(n, "answers") for n in options.answers]
+    for size, by in jobs:
+        for seed in range(options.seeds):
+            rows = [
+                row_of(row, name, by)
+                for name in names
+                for row in shown(tasks[name].train, size, seed)
+            ]
+            test = [
+                row_of(row, name, "both" if by == "labels" else by)
+                for name in names
+                for row in tasks[name].dev
+            ]
+            results.append(fitted(model, tokenizer, loras, rows, test, kept, (size, by, seed)))
+            options.out.write_text(page(options, names, results), encoding="utf-8")
     print(options.out.read_text(encoding="utf-8"))
 
 
@@ -177,12 +177,13 @@ def fitted(
     loras: dict[str, Path],
     rows: list,
     test: list,
+    cache: Path,
     what: tuple[int, str, int],
 ) -> Result:
-    """One fit, timed without the held-out rows' own losses."""
+    """One fit; what the experts lose on the held-out rows is read once for all."""
     started = time.process_time()
     fit = bem.fit_router(
-        model, tokenizer, loras, rows, test, seed=what[2],
+        model, tokenizer, loras, rows, test, seed=what[2], cache=cache,
         on_progress=lambda stage, done, of: print(what, stage, done, of, file=sys.stderr),
     )  # fmt: skip
     seconds = time.process_time() - started
@@ -193,7 +194,7 @@ def fitted(
 # --- the page -------------------------------------------------------------------------------------
 
 
-def page(options: Any, names: list[str], model: Any, results: list[Result]) -> str:
+def page(options: Any, names: list[str], results: list[Result]) -> str:
     """The results as Markdown."""
     given = [f"--base {options.base}"] if options.base != "bem-tiny" else []
     given += [f"--dtype {options.dtype}"] if options.dtype != "float32" else []

@@ -112,6 +112,7 @@ def fit_router(
     seed: int = 0,
     max_length: int = 1024,
     batch_size: int = 16,
+    cache: str | Path | None = None,
     on_progress: Progress | None = None,
     **rules: Any,
 ) -> RouterFit:
@@ -124,6 +125,7 @@ def fit_router(
         seed: of the split and of the weights that are drawn.
         max_length: tokens of a conversation that are read, the last ones; at most the model's positions.
         batch_size: rows of one forward pass.
+        cache: folder that keeps what the experts lose on the answers, for another fit to the same rows.
         on_progress: called with (stage, done, of).
         **rules: fields of `RouterConfig`; what the router may choose beside the expert cannot be learned
             from few rows and is not free.
@@ -140,7 +142,8 @@ def fit_router(
     test = [] if isinstance(held_out, float) else read_routing_rows(held_out, names)
     mounted = mount(model, loaded, RouterConfig(**_rules(loaded, rules.get("shared"))), **rules)
     try:
-        job = _Job(mounted, tokenizer, max_length, batch_size, seed, on_progress)
+        kept = None if cache is None else Path(cache)
+        job = _Job(mounted, tokenizer, max_length, batch_size, seed, kept, on_progress)
         return job.fit(rows, test, share)
     except BaseException:
         mounted.detach()
@@ -192,9 +195,10 @@ class _Job:
         max_length: int,
         batch_size: int,
         seed: int,
+        cache: Path | None,
         tell: Progress | None,
     ):
-        self.mounted, self.tokenizer, self.seed = mounted, tokenizer, seed
+        self.mounted, self.tokenizer, self.seed, self.cache = mounted, tokenizer, seed, cache
         self.max_length = min(max_length, context_length(mounted.base) or max_length)
         self.batch_size, self.tell = batch_size, tell or (lambda stage, done, of: None)
         self.pad_id = tokenizer.pad_token_id or 0
@@ -215,7 +219,7 @@ class _Job:
         if share is not None:
             out = split_rows(examples, _last(targets, range(len(examples))), share, self.seed)
         train, held = ((side).nonzero()[0].tolist() for side in (~out, out))
-        self._check(examples, targets, rows)
+        self._check(targets, rows)
         self._measure(
             examples, [i for i in held if examples[i].labels and examples[i].answered], losses
         )
@@ -244,31 +248,33 @@ class _Job:
         found = turn_losses(
             self.mounted, rows, self.pad_id, self.batch_size,
             lambda done, of: self.tell("reading the answers under every expert", done, of),
+            self._kept(rows),
         )  # fmt: skip
         for i, loss in zip(chosen, found, strict=True):
             losses[i] = loss
         spent = self.seconds.get("tracing", 0.0)
         self.seconds["tracing"] = spent + time.monotonic() - started
 
+    def _kept(self, rows: list[Encoded]) -> Path | None:
+        if self.cache is None:
+            return None
+        return self.cache / f"{files.sha256_json([row.input_ids for row in rows])[:16]}.npz"
+
     def _targets(self, examples: Any, prompts: Any, losses: Any) -> Targets:
         chunk_size = self.mounted.router.chunk_size
         return targets_of(examples, prompts, losses, self.experts, self.pad_id, chunk_size)
 
-    def _check(self, examples: Any, targets: Targets, rows: list[RoutingExample]) -> None:
+    def _check(self, targets: Targets, rows: list[RoutingExample]) -> None:
         best = _last(targets, range(len(rows)))
-        labelled = [b for b, e in zip(best, examples, strict=False) if e.labels]
-        if len(labelled) == len(rows):
-            named = {label for e in rows for label in e.labels}
-            if missing := [name for name in self.experts if name not in named]:
-                raise DataError(
-                    f"no row is labelled {', '.join(map(repr, missing))}: label some, or leave the expert out. "
-                    f"Labels: {', '.join(sorted(n for n in named if n))}."
-                )
-        check_enough(labelled, self.options, FEWEST, "with its label")
-        if len(set(best)) < 2:
+        named = {label for e in rows for label in e.labels if label is not None}
+        missing = [name for name in self.experts if name not in named]
+        if missing and all(e.labels for e in rows):
             raise DataError(
-                f"{self.options[best[0]]!r} is the best for all {len(best)} rows: there is nothing to choose."
+                f"no row is labelled {', '.join(map(repr, missing))}: label some, or leave the expert out. "
+                f"Labels: {', '.join(sorted(named))}."
             )
+        asked = [o for o, name in enumerate(self.options) if name in named]
+        check_enough(best, asked, self.options, FEWEST)
 
     def _counts(self, targets: Targets, side: Sequence[int]) -> dict[str, int]:
         last = _last(targets, side)

@@ -32,7 +32,7 @@ DECAYS = (0.9, 0.5, 0.0)
 FORMS = ("mean", "sum")
 TOKEN, CHUNK = 0.3, 0.5
 """Largest input of the tanh of a token and of a chunk, but for the one in a hundred that is larger."""
-TEMPERATURES = tuple(2.0**p for p in range(-4, 7))
+TEMPERATURES = tuple(2.0**p for p in range(-2, 7))
 NEVER = -30.0
 """Logit of an option that no training row wants."""
 

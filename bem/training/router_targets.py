@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,10 +80,16 @@ def turn_losses(
     pad_id: int,
     batch_size: int,
     on_progress: Callable[[int, int], None],
+    cache: Path | None = None,
 ) -> list[Floats]:
-    """Nats per answer token of each turn under each option, of each row (turns, options)."""
-    config = CloningConfig()
-    traces = trace(mounted, rows, pad_id, config, batch_size, None, on_progress, experts_alone=True)
+    """Nats per answer token of each turn under each option, of each row (turns, options).
+
+    Args:
+        cache: file that keeps them, for the same base, experts and rows.
+    """
+    traces = trace(
+        mounted, rows, pad_id, CloningConfig(), batch_size, cache, on_progress, experts_alone=True
+    )
     return [per_turn(traces.experts[i], traces.turns[i]) for i in range(len(rows))]
 
 
@@ -197,22 +204,25 @@ def folds_of(rows: Sequence[int], best: Sequence[int], most: int, seed: int) -> 
     return torch.tensor([of_row[row] for row in rows])
 
 
-def check_enough(best: Sequence[int], names: Sequence[str], fewest: int, what: str) -> None:
-    """Every option that somebody wants has rows enough, and there are two of them.
+def check_enough(
+    best: Sequence[int], asked: Sequence[int], names: Sequence[str], fewest: int
+) -> None:
+    """Every option that labels ask for has rows enough, and more than one is wanted.
 
     Args:
         best: option of each row's last turn.
+        asked: options that a label names; what the oracle alone finds may be rare.
         names: of the options.
     Raises:
         DataError: names the option, its rows and the least number.
     """
-    counts = {names[o]: list(best).count(o) for o in sorted(set(best))}
-    listed = ", ".join(f"{name}: {n}" for name, n in counts.items())
-    for name, n in counts.items():
-        if n < fewest:
+    counts = {option: list(best).count(option) for option in {*best, *asked}}
+    listed = ", ".join(f"{names[o]} {n}" for o, n in sorted(counts.items()))
+    for option in asked:
+        if counts[option] < fewest:
             raise DataError(
-                f"{name!r} has {n} rows {what}, fewer than {fewest}. Rows: {listed}. Some 20 of a skill are "
-                "enough to begin with: add rows, or leave the expert out."
+                f"{names[option]!r} is right for {counts[option]} rows, fewer than {fewest}. Rows: {listed}. Some 20 "
+                "of a skill are enough to begin with: add rows, or leave the expert out."
             )
-    if len(counts) < 2:
-        raise DataError(f"all rows {what} go to one expert ({listed}): there is nothing to choose.")
+    if len(set(best)) < 2:
+        raise DataError(f"all rows go to one expert ({listed}): there is nothing to choose.")

@@ -28,7 +28,9 @@ def targets(examples, losses, chunk_size=8):
 
 
 def test_a_prompt_ends_with_the_start_of_the_turn_to_come():
-    (prompt,) = prompts_of([RoutingExample(Example("e", "hi", (), history=TALK))], make_tokenizer(), 400)
+    (prompt,) = prompts_of(
+        [RoutingExample(Example("e", "hi", (), history=TALK))], make_tokenizer(), 400
+    )
     assert prompt.turn_starts[-1] and sum(prompt.turn_starts) == 2
 
 
@@ -57,7 +59,9 @@ def test_of_a_row_with_both_the_label_decides_and_the_losses_stay_known():
 
 def test_rows_of_fewer_turns_are_padded():
     rows = [Example("e", "hi", (), history=TALK), Example("f", "hi", ())]
-    found = targets([RoutingExample(r, (*[None] * len(r.history), "a")) for r in rows], [None, None])
+    found = targets(
+        [RoutingExample(r, (*[None] * len(r.history), "a")) for r in rows], [None, None]
+    )
     assert found.best.tolist() == [[UNKNOWN, 1], [1, UNKNOWN]]
     assert found.starts[1, 1] == 0 and (found.starts[:, 0] > 1).all()
 
@@ -112,6 +116,11 @@ def test_folds_hold_every_option_and_whole_rows():
 
 def test_too_few_rows_are_named_with_their_number():
     names = ("base", "sql", "chat")
-    check_enough([1] * 8 + [2] * 9, names, 8, "labelled")
-    with pytest.raises(DataError, match=r"'chat' has 3 rows labelled, fewer than 8. Rows: sql: 9, chat: 3"):
-        check_enough([1] * 9 + [2] * 3, names, 8, "labelled")
+    check_enough([1] * 8 + [2] * 9, [1, 2], names, 8)
+    check_enough([1] * 9 + [2] * 3, [1], names, 8)  # what the oracle alone finds may be rare
+    with pytest.raises(
+        DataError, match=r"'chat' is right for 3 rows, fewer than 8\. Rows: sql 9, chat 3"
+    ):
+        check_enough([1] * 9 + [2] * 3, [1, 2], names, 8)
+    with pytest.raises(DataError, match=r"all rows go to one expert \(sql 9\)"):
+        check_enough([1] * 9, [1], names, 8)
