@@ -105,8 +105,10 @@ def _show(console: Terminal, found: RouterFit) -> None:
         listed = ", ".join(f"{name} {n}" for name, n in counts.items())
         console.print(Text(f"{side.replace('_', ' ')}: {sum(counts.values())} rows ({listed})"))
     measured = any(score.regret for score in found.scores)
-    columns = ["", "reads", "accuracy", *(["regret"] if measured else []), "flips"]
-    table = Table(*columns, "router is better by", box=None, pad_edge=False)
+    columns = ["layer", "accuracy, %", *(["regret"] if measured else []), "flips"]
+    table = Table(box=None, pad_edge=False)
+    for name in ("", *columns, "router better by"):
+        table.add_column(name, no_wrap=True)
     for score in found.scores:
         table.add_row(*_row(score, measured))
     console.print(table)
@@ -132,8 +134,8 @@ def _row(score: Score, measured: bool) -> list[str]:
 
 def _share(found: Estimate, sign: str = "") -> str:
     low, high = (f"{100 * end:{sign}.0f}" for end in (found.low, found.high))
-    return f"{found.value:{sign}.1%} [{low}, {high}]"
+    return f"{100 * found.value:{sign}.1f} [{low}, {high}]"
 
 
 def _nats(found: Estimate) -> str:
-    return f"{found.value:.3f} [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

@@ -162,18 +162,19 @@ def plain_choices(
     rows, turns = (targets.best != UNKNOWN).nonzero()
     kept = np.isin(rows, train)
     rows, turns = rows[kept], turns[kept]
-    wanted = torch.from_numpy(targets.wanted[rows, turns])
-    options = (wanted.sum(0) > 0).nonzero()[:, 0]
-    wanted = wanted[:, options]
-    folds = folds_of(rows.tolist(), targets.best[rows, turns].tolist(), FOLDS, seed)
+    best = torch.from_numpy(targets.best[rows, turns])
+    options = best.unique()
+    wanted = torch.from_numpy(targets.wanted[rows, turns])[:, options]
+    right = (best[:, None] == options).float()
+    folds = folds_of(rows.tolist(), best.tolist(), FOLDS, seed)
     found = {}
     for depth in sorted({layer, last}):
         tell(f"baselines on layer {depth}", 0, 0)
         features = turn_features(mounted.base, prompts, depth, pad_id, batch_size)
         seen = torch.stack([features[r][t] for r, t in zip(rows, turns, strict=True)])
         fitted = {
-            "nearest centroid": fit_centroids(seen, wanted),
-            "linear": best_linear(seen, wanted, folds),
+            "nearest centroid": fit_centroids(seen, right),
+            "linear": best_linear(seen, wanted / wanted.sum(-1, keepdim=True), folds),
         }
         for name, classify in fitted.items():
             chosen = np.full(targets.best.shape, UNKNOWN)

@@ -167,10 +167,13 @@ def as_traces(targets: Targets) -> Traces:
 def split_rows(
     examples: Sequence[RoutingExample], best: Sequence[int], share: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Which rows are held out: of every option a seeded share of its documents, at least one.
+    """Which rows are held out: of every option a seeded share of its documents, at least one of two.
 
     Rows of one document (`group`, else the same words) are on one side; a document counts for its first
     row's option.
+
+    Raises:
+        DataError: every option's rows are one document, so that nothing can be held out.
     """
     documents: dict[Any, list[int]] = {}
     for i, example in enumerate(examples):
@@ -181,8 +184,14 @@ def split_rows(
     out = np.zeros(len(examples), bool)
     for option in sorted(set(best)):
         own = [rows for rows in documents.values() if best[rows[0]] == option]
-        for at in rng.permutation(len(own))[: max(1, round(share * len(own))) if own else 0]:
+        taken = max(1, round(share * len(own))) if len(own) > 1 else 0
+        for at in rng.permutation(len(own))[: min(taken, len(own) - 1)]:
             out[own[at]] = True
+    if not out.any():
+        raise DataError(
+            f"nothing can be held out: the {len(examples)} rows are {len(documents)} documents (by `group`, or "
+            "by the same words), one for each expert. Add rows that differ."
+        )
     return out
 
 

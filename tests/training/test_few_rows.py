@@ -1,6 +1,5 @@
 """The reader is trained on from its start only as far as left-out folds of the training rows say."""
 
-import bem
 from bem.config import CloningConfig, ReadingConfig
 from bem.training import few_rows
 from bem.training.fit_router import fit_router
@@ -18,9 +17,13 @@ def test_training_that_does_not_help_is_left_out(tmp_path, monkeypatch):
 
 
 def test_training_that_helps_is_kept(tmp_path, monkeypatch):
+    """The label hangs on a word that stands two chunks before the question."""
     loras = write_loras(tmp_path)
-    monkeypatch.setattr(few_rows, "GAIN", -10.0)  # any change is good enough
-    fit = fit_router(make_llama(), make_tokenizer(), loras, labelled(12))
+    monkeypatch.setattr(few_rows, "GAIN", 0.0)
+    rows = [
+        row | {"prompt": row["prompt"] + f" return the value {i}" * 6}
+        for i, row in enumerate(labelled(12))
+    ]
+    fit = fit_router(make_llama(), make_tokenizer(), loras, rows, chunk_size=8)
     curve = fit.learned.left_out
-    assert fit.learned.epochs == curve.index(min(curve))
-    assert isinstance(fit, bem.RouterFit)
+    assert fit.learned.epochs == curve.index(min(curve)) > 0

@@ -104,6 +104,14 @@ def test_a_document_and_equal_texts_are_on_one_side():
     assert 0 < out[:40].sum() < 40 and 0 < out[40:].sum() < 40
 
 
+def test_the_only_document_of_an_expert_teaches_and_one_of_each_is_an_error():
+    same = [RoutingExample(Example(f"s{i}", "again", ())) for i in range(8)]
+    out = split_rows([*same, *rows(8)], [0] * 8 + [1] * 8, 0.25, 0)
+    assert not out[:8].any() and out[8:].sum() == 2
+    with pytest.raises(DataError, match="nothing can be held out: the 8 rows are 1 documents"):
+        split_rows(same, [0] * 8, 0.25, 0)
+
+
 def test_folds_hold_every_option_and_whole_rows():
     turn_rows, best = [0, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 0, 0, 0, 1, 1, 1, 1]
     folds = folds_of(turn_rows, best, 4, seed=0)
