@@ -42,8 +42,8 @@ def test_a_router_is_fitted_and_asked(capsys, command, micro_base, tmp_path):
     ):
         assert what in out
     for what in (
-        "nearest centroid 0",
-        "nearest centroid 3",
+        "nearest centroid 0 ",
+        "nearest centroid 3 ",
         "linear",
         "regret",
         "router better by",
