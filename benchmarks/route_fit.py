@@ -146,7 +146,7 @@ def made_lora(model: Any, tokenizer: Any, rows: list[Example], folder: Path, ste
         optimizer.step()
         optimizer.zero_grad()
     peft.save_pretrained(folder)
-    del peft.unload().peft_config
+    peft.unload()
     return folder
 
 

@@ -19,38 +19,46 @@ if TYPE_CHECKING:
     from bem.training.router_scores import Estimate, Score
 
 
+Experts = Annotated[
+    list[str],
+    typer.Option("--expert", metavar="NAME=LORA", help="A PEFT LoRA: folder or hub id. Repeat it."),
+]
+Examples = Annotated[
+    Path,
+    typer.Option(
+        "--examples",
+        help='A .jsonl file; a row has an answer, or "label": NAME. From 20 rows of a skill.',
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the router.")]
+Model = Annotated[
+    str, typer.Option("--base", help="A name of `bem base list`, a folder or a hub id.")
+]
+HeldOut = Annotated[
+    float, typer.Option("--held-out", help="Share of the rows that the numbers are stated on.")
+]
+Test = Annotated[
+    Path | None, typer.Option("--test", help="State them on the rows of this file instead.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same router.")]
+MaxLength = Annotated[
+    int, typer.Option("--max-length", min=16, help="Tokens of a conversation that are read.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of one forward pass.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+
 def fit(
-    expert: Annotated[
-        list[str],
-        typer.Option(
-            "--expert", metavar="NAME=LORA", help="A PEFT LoRA: folder or hub id. Repeat it."
-        ),
-    ],
-    examples: Annotated[
-        Path,
-        typer.Option(
-            "--examples",
-            help='A .jsonl file; a row has an answer, or "label": NAME. From 20 rows of a skill.',
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the router.")],
-    base: Annotated[
-        str, typer.Option("--base", help="A name of `bem base list`, a folder or a hub id.")
-    ] = "bem-tiny",
-    held_out: Annotated[
-        float, typer.Option("--held-out", help="Share of the rows that the numbers are stated on.")
-    ] = 0.25,
-    test: Annotated[
-        Path | None, typer.Option("--test", help="State them on the rows of this file instead.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same router.")] = 0,
-    max_length: Annotated[
-        int, typer.Option("--max-length", min=16, help="Tokens of a conversation that are read.")
-    ] = 1024,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Rows of one forward pass.")
-    ] = 16,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    expert: Experts,
+    examples: Examples,
+    out: Out,
+    base: Model = "bem-tiny",
+    held_out: HeldOut = 0.25,
+    test: Test = None,
+    seed: Seed = 0,
+    max_length: MaxLength = 1024,
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
 ) -> int:
     """Fit a router to LoRAs that exist: which of them should answer, from a few rows of each skill.
 

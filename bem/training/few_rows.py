@@ -137,8 +137,10 @@ class _Trainee:
 
     def _trainer(self, train: Sequence[int], validation: Sequence[int]) -> ReaderTrainer:
         size, policy = TUNING.reading.batch_size, self.policy
-        sides = [self.read.batches(side, self.traces, size) for side in (train, validation)]
-        return ReaderTrainer(policy.reader, policy.actor.expert_bias, *sides, TUNING)
+        taught, judged = (
+            self.read.batches(rows, self.traces, size) for rows in (train, validation)
+        )
+        return ReaderTrainer(policy.reader, policy.actor.expert_bias, taught, judged, TUNING)
 
 
 def plain_choices(

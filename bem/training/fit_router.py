@@ -138,8 +138,8 @@ def fit_router(
     loaded = _loaded(model, experts)
     names = [e.name for e in loaded if e.name != rules.get("shared")]
     rows = read_routing_rows(examples, names)
-    share = held_out if isinstance(held_out, float) else None
-    test = [] if isinstance(held_out, float) else read_routing_rows(held_out, names)
+    share = float(held_out) if isinstance(held_out, int | float) else None
+    test = [] if isinstance(held_out, int | float) else read_routing_rows(held_out, names)
     mounted = mount(model, loaded, RouterConfig(**_rules(loaded, rules.get("shared"))), **rules)
     try:
         kept = None if cache is None else Path(cache)

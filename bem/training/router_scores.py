@@ -122,7 +122,7 @@ def score(
     known = targets.best != UNKNOWN
     right = (choices == targets.best)[known].astype(float)
     best, row = targets.best[known], known.nonzero()[0]
-    of_skill = {options[o]: float(right[best == o].mean()) for o in sorted(set(best.tolist()))}
+    of_skill = {str(options[o]): float(right[best == o].mean()) for o in sorted(set(best.tolist()))}
     accuracy = Estimate(float(right.mean()), *wilson(float(right.sum()), len(right)))
     lost, measured = _lost(choices, targets)
     flips = sum(int((path[1:] != path[:-1]).sum()) for path in paths)

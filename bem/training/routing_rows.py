@@ -108,8 +108,8 @@ def _labels(given: Any, experts: Sequence[str]) -> Labels:
 
 def _with_answer(values: dict[str, Any], labelled: bool) -> dict[str, Any]:
     """A row without an answer in the form of one whose answer is empty."""
-    messages = values.get("messages")
-    prompt = values.get("prompt")
+    messages: Any = values.get("messages")
+    prompt: Any = values.get("prompt")
     if "input" in values:
         open_ended = not values.get("references")
         turned = {**values, "references": values.get("references") or []}
