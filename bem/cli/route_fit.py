@@ -86,8 +86,8 @@ def fit(
     _show(console, found)
     where = escape(str(folder))
     console.print(f"\nRouter: [bold]{where}[/] (the numbers: {where}/fit.json)", soft_wrap=True)
-    also = "" if base == "bem-tiny" else f" --base {escape(base)}"
-    console.print(f"Ask it: bem route explain TEXT --router {where}{also}", soft_wrap=True)
+    ask = f"bem route explain TEXT --router {where} --base {escape(base)}"
+    console.print(f"Ask it: {ask}", soft_wrap=True)
     return 0
 
 
@@ -115,7 +115,7 @@ def _show(console: Terminal, found: RouterFit) -> None:
     measured = any(score.regret for score in found.scores)
     columns = ["layer", "accuracy, %", *(["regret"] if measured else []), "flips"]
     table = Table(box=None, pad_edge=False)
-    for name in ("", *columns, "router better by"):
+    for name in ("", *columns, "router leads by"):
         table.add_column(name, no_wrap=True)
     for score in found.scores:
         table.add_row(*_row(score, measured))
@@ -130,9 +130,10 @@ def _show(console: Terminal, found: RouterFit) -> None:
 def _row(score: Score, measured: bool) -> list[str]:
     regret = [] if not measured else ["-" if score.regret is None else _nats(score.regret)]
     lead = "" if score.lead is None else _share(score.lead, sign="+")
+    layer = score.reads.removeprefix("layer ")
     return [
-        score.name,
-        score.reads,
+        score.name.removeprefix("nearest "),
+        layer,
         _share(score.accuracy),
         *regret,
         f"{score.flip_rate:.2f}",
