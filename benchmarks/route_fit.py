@@ -6,7 +6,8 @@
 DATA holds the public sets as JSONL. Of each skill one LoRA is made (q_proj, v_proj, o_proj and down_proj of
 all layers, rank 8, a few dozen short steps) and kept in --work; without instructions in the prompts, which
 would give the skill away. Then routers are fitted from 20, 50 and 200 rows of a skill, by labels, and for the
-sizes of --answers by what the oracle says of their answers, and judged on the same held-out rows.
+sizes of --answers by what the oracle says of their answers, for those of --conversations by two labels
+each, and judged on the same held-out rows.
 
 Seconds are CPU seconds of this process, one thread: other programs on the machine hardly disturb them.
 """
@@ -77,18 +78,15 @@ def main() -> None:
     }
     kept, results = options.work / options.base / "losses", []
     jobs = [(n, "labels") for n in options.sizes] + [(n, "answers") for n in options.answers]
+    jobs += [(n, "labels of conversations") for n in options.conversations]
     for size, by in jobs:
         for seed in range(options.seeds):
-            rows = [
-                row_of(row, name, by)
-                for name in names
-                for row in shown(tasks[name].train, size, seed)
-            ]
-            test = [
-                row_of(row, name, "both" if by == "labels" else by)
-                for name in names
-                for row in tasks[name].dev
-            ]
+            train = {name: shown(tasks[name].train, size, seed) for name in names}
+            dev = {name: tasks[name].dev for name in names}
+            if by == "labels of conversations":
+                rows, test = conversations(train), conversations(dev)
+            else:
+                rows, test = rows_of(train, by), rows_of(dev, "both" if by == "labels" else by)
             results.append(fitted(model, tokenizer, loras, rows, test, kept, (size, by, seed)))
             options.out.write_text(page(options, names, results), encoding="utf-8")
     print(options.out.read_text(encoding="utf-8"))
@@ -111,6 +109,13 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--answers", type=int, nargs="*", default=[20, 50, 200], help="sizes for the oracle too"
+    )
+    parser.add_argument(
+        "--conversations",
+        type=int,
+        nargs="*",
+        default=[50],
+        help="sizes for conversations of two turns",
     )
     parser.add_argument("--test", type=int, default=100, help="held-out rows of a skill")
     parser.add_argument("--seeds", type=int, default=1)
@@ -161,6 +166,27 @@ def shown(rows: list[Example], size: int, seed: int) -> list[Example]:
     return [rows[i] for i in chosen]
 
 
+def rows_of(rows: dict[str, list[Example]], by: str) -> list[dict[str, Any]]:
+    """All rows of all skills."""
+    return [row_of(row, skill, by) for skill, own in rows.items() for row in own]
+
+
+def conversations(rows: dict[str, list[Example]]) -> list[dict[str, Any]]:
+    """Two turns of different skills, a label for each; every row stands in two of them."""
+    names, found = list(rows), []
+    for first, second in zip(names, [*names[1:], names[0]], strict=True):
+        for one, two in zip(rows[first], rows[second], strict=True):
+            turns = [
+                ("user", bare(one).prompt),
+                ("assistant", one.answer),
+                ("user", bare(two).prompt),
+            ]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            name = f"{first}/{one.id} {second}/{two.id}"
+            found.append({"id": name, "messages": messages, "label": [first, second]})
+    return found
+
+
 def row_of(row: Example, skill: str, by: str) -> dict[str, Any]:
     """A row as users give it."""
     found: dict[str, Any] = {"id": f"{skill}/{row.id}", "input": bare(row).prompt}
@@ -198,9 +224,11 @@ def page(options: Any, names: list[str], results: list[Result]) -> str:
     """The results as Markdown."""
     given = [f"--base {options.base}"] if options.base != "bem-tiny" else []
     given += [f"--dtype {options.dtype}"] if options.dtype != "float32" else []
+    given += [f"--steps {options.steps}"]
     given += [f"--skills {','.join(names)}"] if options.skills else []
     given += [
         f"--answers {' '.join(map(str, options.answers))}",
+        f"--conversations {' '.join(map(str, options.conversations))}",
         f"--test {options.test}",
         f"--seeds {options.seeds}",
     ]
@@ -217,7 +245,8 @@ def page(options: Any, names: list[str], results: list[Result]) -> str:
         f"{RANK}, {options.steps} steps of {BATCH} rows): {', '.join(names)}, without instructions in the prompts. As they "
         f"adapt the lowest layer, the router reads the embeddings (layer 0); the last layer is known only after a forward "
         f"pass of its own. {n} held-out rows, the same for all; 95 % intervals. Regret: nats per answer token beyond the "
-        "best of the experts and the bare base, whoever is chosen answering throughout.",
+        "best of the experts and the bare base, whoever is chosen answering throughout. Flip rate: changes of expert per "
+        "chunk boundary behind the first answer's start; in conversations the skill changes in every second turn.",
     ]
     for result in results:
         lines += ["", *_table(result)]
@@ -256,7 +285,7 @@ def _line(score: Score) -> str:
         score.reads,
         _share(score.accuracy),
         "" if score.regret is None else _nats(score.regret),
-        f"{score.flip_rate:.2f}",
+        "-" if score.flip_rate is None else f"{score.flip_rate:.2f}",
         "" if score.lead is None else _share(score.lead, "+"),
         "" if score.regret_lead is None else _nats(score.regret_lead, "+"),
     ]

@@ -131,14 +131,9 @@ def _row(score: Score, measured: bool) -> list[str]:
     regret = [] if not measured else ["-" if score.regret is None else _nats(score.regret)]
     lead = "" if score.lead is None else _share(score.lead, sign="+")
     layer = score.reads.removeprefix("layer ")
-    return [
-        score.name.removeprefix("nearest "),
-        layer,
-        _share(score.accuracy),
-        *regret,
-        f"{score.flip_rate:.2f}",
-        lead,
-    ]
+    name, flips = score.name.removeprefix("nearest "), score.flip_rate
+    shown = "-" if flips is None else f"{flips:.2f}"
+    return [name, layer, _share(score.accuracy), *regret, shown, lead]
 
 
 def _share(found: Estimate, sign: str = "") -> str:

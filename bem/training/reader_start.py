@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from bem.routing.reader import Reader
 from bem.training.linear import PENALTIES, Linear, fit_linear, left_out
 
-DECAYS = (0.9, 0.5, 0.0)
+DECAYS, UNTAUGHT = (0.9, 0.5, 0.0), 0.5
+"""What is tried; and what is taken where no row has several chunks to read, so that rows cannot tell: in a
+conversation the newest words then count most, and a sentence that two chunks share is not lost."""
 FORMS = ("mean", "sum")
 TOKEN, CHUNK = 0.3, 0.5
 """Largest input of the tanh of a token and of a chunk, but for the one in a hundred that is larger."""
@@ -113,9 +115,9 @@ def _best_recipe(
     sums: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn], wanted: Tensor, folds: Tensor
 ) -> tuple[Recipe, Tensor]:
     """The recipe with the least cross-entropy on left-out folds, and their logits."""
-    several = any(turn.chunk > 2 for turn in turns)  # else there is nothing to decay
+    several = any(turn.chunk > 2 for turn in turns)
     best, found = math.inf, None
-    for decay, form in itertools.product(DECAYS if several else DECAYS[:1], FORMS):
+    for decay, form in itertools.product(DECAYS if several else (UNTAUGHT,), FORMS):
         features, length = _features(sums, turns, decay, form)
         share = length / length.mean() if form == "mean" else torch.ones(())
         for penalty in PENALTIES:

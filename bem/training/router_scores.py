@@ -46,8 +46,8 @@ class Score:
     regret: Estimate | None
     """Nats per answer token beyond the best expert's of each turn, whoever answers throughout (BCa, rows as
     units). None: no row has an answer."""
-    flip_rate: float
-    """Changes of expert per chunk boundary; the bare base reads the first turn."""
+    flip_rate: float | None
+    """Changes of expert per chunk boundary behind the first answer's start. None: no row goes on."""
     lead: Estimate | None = None
     """Accuracy of the fitted router minus this one's (BCa, rows as units); None: it is the router."""
     regret_lead: Estimate | None = None
@@ -125,12 +125,13 @@ def score(
     of_skill = {str(options[o]): float(right[best == o].mean()) for o in sorted(set(best.tolist()))}
     accuracy = Estimate(float(right.mean()), *wilson(float(right.sum()), len(right)))
     lost, measured = _lost(choices, targets)
-    flips = sum(int((path[1:] != path[:-1]).sum()) for path in paths)
-    boundaries = sum(len(path) - 1 for path in paths)
+    routed = [path[start[0] - 1 :] for path, start in zip(paths, targets.starts, strict=True)]
+    flips = sum(int((path[1:] != path[:-1]).sum()) for path in routed)
+    boundaries = sum(len(path) - 1 for path in routed)
     found = Score(
         name, reads, accuracy, of_skill,
         _mean(lost, measured.nonzero()[0]) if len(lost) else None,
-        flips / max(1, boundaries),
+        flips / boundaries if boundaries else None,
     )  # fmt: skip
     if router is None:
         return found

@@ -5,7 +5,7 @@ import torch
 
 from bem.routing.reader import Reader
 from bem.training.linear import fit_linear
-from bem.training.reader_start import NEVER, Recipe, Turn, start_reader
+from bem.training.reader_start import NEVER, UNTAUGHT, Recipe, Turn, start_reader
 
 D, CLASSES = 12, 3
 
@@ -66,6 +66,13 @@ def test_the_recipe_is_chosen_on_left_out_folds_and_its_logits_are_theirs():
     loss = torch.nn.functional.cross_entropy(start.logits, wanted)
     for factor in (0.5, 2.0):  # another temperature fits worse
         assert torch.nn.functional.cross_entropy(start.logits * factor, wanted) >= loss - 1e-6
+
+
+def test_where_no_row_has_two_chunks_to_read_the_memory_is_the_untaught_one():
+    hidden, numbers, turns = texts(chunks=1)
+    reader, bias = Reader(D, 8, 10), torch.nn.Linear(10, CLASSES + 2)
+    start = start_reader(reader, bias, hidden, numbers, turns, torch.arange(60) % 5)
+    assert start.recipe.decay == UNTAUGHT
 
 
 def test_where_the_last_chunk_alone_tells_the_memory_is_short():

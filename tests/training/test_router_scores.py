@@ -39,7 +39,13 @@ def test_shares_are_of_turns_that_somebody_judged():
     choices = np.array([[1, UNKNOWN], [2, 2], [2, UNKNOWN], [2, UNKNOWN]])
     found = score("x", "layer 0", choices, path_of(choices, STARTS), made(), NAMES)
     assert found.accuracy.value == 3 / 5 and found.of_skill == {"a": 1 / 3, "b": 1.0}
-    assert found.flip_rate == 4 / 7  # 1 of 1, 1 of 3, 1 of 2, 1 of 1
+    assert found.flip_rate == 0  # of the two boundaries of row 1; no other row goes on
+    choices[1, 1] = 1
+    found = score("x", "layer 0", choices, path_of(choices, STARTS), made(), NAMES)
+    assert found.flip_rate == 1 / 2
+    single = made().select([0, 2])
+    found = score("x", "", choices[[0, 2]], path_of(choices[[0, 2]], single.starts), single, NAMES)
+    assert found.flip_rate is None
     assert found.regret is None and found.lead is None
 
 
