@@ -10,14 +10,14 @@ from bem.training.reader_start import NEVER, UNTAUGHT, Recipe, Turn, start_reade
 D, CLASSES = 12, 3
 
 
-def texts(n=60, chunks=3):
+def texts(n=60, chunks=3, signal=0.4):
     """Rows of `chunks` chunks of five tokens; the class shows in the mean of the tokens."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CLASSES, D, generator=generator)
     hidden, numbers, turns = [], [], []
     for i in range(n):
         noise = torch.randn(5 * chunks + 1, D, generator=generator)
-        hidden.append(0.4 * centres[i % CLASSES] + noise)
+        hidden.append(signal * centres[i % CLASSES] + noise)
         numbers.append(torch.arange(5 * chunks + 1) // 5 + 1)  # the last chunk begins the answer
         wanted = torch.zeros(CLASSES + 2)
         wanted[1 + i % CLASSES] = 1.0
@@ -57,12 +57,12 @@ def test_the_reader_says_what_the_classifier_says(form, decay):
 
 
 def test_the_recipe_is_chosen_on_left_out_folds_and_its_logits_are_theirs():
-    hidden, numbers, turns = texts()
+    hidden, numbers, turns = texts(signal=0.15)
     reader, bias = Reader(D, 8, 10), torch.nn.Linear(10, CLASSES + 2)
     start = start_reader(reader, bias, hidden, numbers, turns, torch.arange(60) % 5)
     wanted = torch.tensor([t.wanted[1:4].argmax() for t in turns])
     assert start.recipe.decay == 0.9  # every chunk tells as much: the longer the memory the better
-    assert (start.logits.argmax(-1) == wanted).float().mean() > 0.8
+    assert (start.logits.argmax(-1) == wanted).float().mean() > 0.6
     loss = torch.nn.functional.cross_entropy(start.logits, wanted)
     for factor in (0.5, 2.0):  # another temperature fits worse
         assert torch.nn.functional.cross_entropy(start.logits * factor, wanted) >= loss - 1e-6
