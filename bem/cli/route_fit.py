@@ -72,6 +72,7 @@ def fit(
     from bem.training.fit_router import fit_router
     from bem.training.routing_rows import read_routing_rows
 
+    _check_out(out)
     read_routing_rows(examples, list(experts))  # broken rows are known before the base is loaded
     console = Terminal()
     with Display(console) as display:
@@ -106,6 +107,18 @@ def _experts(given: list[str]) -> dict[str, str]:
             raise ConfigError(f"--expert {name} was given twice: {experts[name]} and {source}.")
         experts[name] = source
     return experts
+
+
+def _check_out(out: Path) -> None:
+    """Known before minutes are spent.
+
+    Raises:
+        ConfigError: the folder holds something that is not a router.
+    """
+    from bem.routing.mounted import is_router
+
+    if out.exists() and not (out.is_dir() and (is_router(out) or not any(out.iterdir()))):
+        raise ConfigError(f"{out} exists already and holds no router: name a new folder.")
 
 
 def _show(console: Terminal, found: RouterFit) -> None:

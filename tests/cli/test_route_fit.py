@@ -64,6 +64,7 @@ def test_what_cannot_be_fitted_is_one_message(capsys, command, tmp_path):
         (("--held-out", "1.5"), "held_out must be a share between 0 and 1, or rows; got 1.5"),
         (("--test", tmp_path / "none.jsonl"), "No examples at"),
         (("--device", "tpu"), "No device 'tpu' here"),
+        (("--out", tmp_path), "exists already and holds no router"),
     ):
         assert message in problem(capsys, *command(rows, *options))
     rows[4]["label"] = "jason"
