@@ -357,7 +357,7 @@ def _better(other: Score, router: Score) -> str:
     assert other.lead is not None
     text = (
         f"{other.name} on {other.reads} is better than the router: accuracy {other.accuracy.value:.1%} against "
-        f"{router.accuracy.value:.1%}, a difference of {-other.lead.value:.1%} [{-other.lead.high:.1%}, "
+        f"{router.accuracy.value:.1%}, a difference of {0.0 - other.lead.value:.1%} [{-other.lead.high:.1%}, "
         f"{-other.lead.low:.1%}]"
     )
     if other.regret_lead is not None:
