@@ -224,7 +224,7 @@ def page(options: Any, names: list[str], results: list[Result]) -> str:
     """The results as Markdown."""
     given = [f"--base {options.base}"] if options.base != "bem-tiny" else []
     given += [f"--dtype {options.dtype}"] if options.dtype != "float32" else []
-    given += [f"--steps {options.steps}"]
+    given += [f"--steps {options.steps}", f"--sizes {' '.join(map(str, options.sizes))}"]
     given += [f"--skills {','.join(names)}"] if options.skills else []
     given += [
         f"--answers {' '.join(map(str, options.answers))}",
