@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bem.routing.router import AgenticRouter
     from bem.stats import bca_bootstrap, benjamini_hochberg_correction, judge
     from bem.system import BEMv13System, PerformanceTracker, StatisticalValidator
+    from bem.training.fit_router import RouterFit, fit_router
 
 __version__ = "0.1.0"
 
@@ -30,11 +31,13 @@ _WHERE = {
     "BemConfig": "bem.adapters.peft_method",
     "Mounted": "bem.routing.mounted",
     "PerformanceTracker": "bem.system",
+    "RouterFit": "bem.training.fit_router",
     "StatisticalValidator": "bem.system",
     "attach": "bem.adapters.attach",
     "bca_bootstrap": "bem.stats",
     "benjamini_hochberg_correction": "bem.stats",
     "check_adapter": "bem.adapters.checks",
+    "fit_router": "bem.training.fit_router",
     "from_peft": "bem.adapters.attach",
     "judge": "bem.stats",
     "load": "bem.adapters.attach",
@@ -51,11 +54,13 @@ __all__ = [
     "BemConfig",
     "Mounted",
     "PerformanceTracker",
+    "RouterFit",
     "StatisticalValidator",
     "attach",
     "bca_bootstrap",
     "benjamini_hochberg_correction",
     "check_adapter",
+    "fit_router",
     "from_peft",
     "judge",
     "load",

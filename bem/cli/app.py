@@ -11,6 +11,7 @@ from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
+from bem.cli.route_fit import fit
 from bem.cli.verdict import promote, validate
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 for command in (run, evaluate, plan, validate, promote, report, doctor):
     app.command()(command)
 app.add_typer(train_app, name="train")
+route_app.command()(fit)
 app.add_typer(route_app, name="route")
 app.add_typer(index_app, name="index")
 app.add_typer(base_app, name="base")

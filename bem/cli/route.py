@@ -1,4 +1,5 @@
-"""`bem route explain | export | distill`: what a router does, and static LoRAs made of its experts."""
+"""`bem route fit | explain | export | distill`: a router for LoRAs that exist, what it does, and static LoRAs
+made of its experts."""
 
 from __future__ import annotations
 
@@ -32,11 +33,13 @@ ROLES = ("user", "assistant")
 TURN = re.compile(r"(user|assistant):", re.IGNORECASE)
 
 route_app = typer.Typer(
-    help="Ask a router what it does and why; make static LoRAs of its experts.",
+    help="Fit a router to LoRAs that exist; ask it what it does and why; make static LoRAs of its experts.",
     no_args_is_help=True,
 )
 
-Router = Annotated[Path, typer.Argument(help="Folder of a router: see `bem train router`.")]
+Router = Annotated[
+    Path, typer.Argument(help="Folder of a router: see `bem route fit` and `bem train router`.")
+]
 Model = Annotated[str, typer.Option("--base", help="bem-tiny, a folder or a Hugging Face id.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
@@ -228,16 +231,23 @@ def _read(mounted: Mounted, tokenizer: Any, row: Example, answered: bool, new_to
 
 def _mounted(folder: Path, base: str, device: str) -> tuple[Mounted, Any]:
     if not folder.is_dir():
-        raise ConfigError(f"No router at {folder}. `bem train router CONFIG` trains one.")
+        raise ConfigError(
+            f"No router at {folder}. `bem route fit` or `bem train router CONFIG` makes one."
+        )
     quiet()
     from bem.bases.load import load_base
     from bem.routing.mount import load_router
 
-    model, tokenizer = load_base(base, _device(device))
+    model, tokenizer = load_base(base, device_of(device))
     return load_router(model, folder), tokenizer
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The device that an option names.
+
+    Raises:
+        ConfigError: there is none of that name here.
+    """
     import torch
 
     gpu = torch.cuda.is_available()

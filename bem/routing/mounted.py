@@ -32,6 +32,8 @@ from bem.routing.router import AgenticRouter
 
 MANIFEST = "manifest.json"
 WEIGHTS = "router.safetensors"
+FIT = "fit.json"
+"""How a fitted router was fitted, for people; nothing reads it."""
 FORMAT = 2
 KIND = "router"
 
@@ -327,7 +329,7 @@ def written_here(folder: Path) -> list[str]:
     """Files of a folder that `Mounted.save` wrote."""
     if not is_router(folder):
         return []
-    written = (WEIGHTS, MANIFEST, f"experts/*/{CONFIG}", f"experts/*/{EXPERT}")
+    written = (WEIGHTS, MANIFEST, FIT, f"experts/*/{CONFIG}", f"experts/*/{EXPERT}")
     return [p.relative_to(folder).as_posix() for name in written for p in folder.glob(name)]
 
 

@@ -71,23 +71,56 @@ def train_reader(
         TrainingError: no answer on one side, or the loss was not finite.
     """
     router, device = mounted.router, mounted.base.device
-    chosen = [*train, *validation]
-    states = _states(mounted, rows, chosen, pad_id)
-    seen = torch.cat([states[i] for i in train]).float()
-    centre, spread = seen.mean(0), seen.std(0).clamp(min=1e-3)
-    states = {i: ((h.float() - centre) / spread).to(h.dtype) for i, h in states.items()}
-    numbers = {i: _chunks_of(rows[i], pad_id, router.chunk_size) for i in chosen}
-    sides = []
-    for side in (train, validation):
-        order = sorted(side, key=lambda i: (len(rows[i]), i))
-        size = config.reading.batch_size
-        parts = [order[at : at + size] for at in range(0, len(order), size)]
-        sides.append(_with_answers([_batch(part, states, numbers, traces) for part in parts]))
+    read = read_states(mounted, rows, [*train, *validation], train, pad_id)
+    sides = [read.batches(side, traces, config.reading.batch_size) for side in (train, validation)]
     actor = router.policy.actor
     trainer = ReaderTrainer(router.policy.reader, actor.expert_bias, sides[0], sides[1], config)
     curve = trainer.best_of(config.reading.tries, seed, on_progress)
-    router.policy.reader.rescale(centre.to(device), spread.to(device))
+    router.policy.reader.rescale(read.centre.to(device), read.spread.to(device))
     return curve
+
+
+@dataclass(frozen=True)
+class States:
+    """What the router reads of each row, and the chunk of each token."""
+
+    hidden: dict[int, Tensor]
+    """bfloat16 (tokens, d_model), standardised: two bytes a number, since all are kept."""
+    numbers: dict[int, Tensor]
+    """From 1 (tokens,)."""
+    centre: Tensor
+    spread: Tensor
+
+    def batches(self, side: Sequence[int], traces: Traces, size: int) -> list[_Batch]:
+        """The rows of one side, alike in length.
+
+        Raises:
+            TrainingError: none of them has an answer.
+        """
+        order = sorted(side, key=lambda i: (len(self.numbers[i]), i))
+        parts = [order[at : at + size] for at in range(0, len(order), size)]
+        return _with_answers([_batch(part, self.hidden, self.numbers, traces) for part in parts])
+
+
+def read_states(
+    mounted: Mounted,
+    rows: Sequence[Encoded],
+    chosen: Sequence[int],
+    train: Sequence[int],
+    pad_id: int,
+) -> States:
+    """Read some of the rows once.
+
+    Args:
+        train: rows whose mean and spread standardise all of them.
+    """
+    states = _states(mounted, rows, chosen, pad_id)
+    seen = torch.cat([states[i] for i in train]).float()
+    centre, spread = seen.mean(0), seen.std(0).clamp(min=1e-3)
+    hidden = {i: ((h.float() - centre) / spread).to(h.dtype) for i, h in states.items()}
+    chunk_size = mounted.router.chunk_size
+    numbers = {i: _chunks_of(rows[i], pad_id, chunk_size) for i in chosen}
+    return States(hidden, numbers, centre, spread)
 
 
 def expected_regret(
@@ -162,13 +195,18 @@ class ReaderTrainer:
             self.reader.reset()
             self.expert_bias.reset_parameters()
             name = f"start {number + 1} of {tries}"
-            tried = self._once(seed + number, lambda text, n=name: on_progress(f"{n}, {text}"))
+            tried = self.once(seed + number, lambda text, n=name: on_progress(f"{n}, {text}"))
             if (least := min(loss for _, loss in tried)) < best:
                 best, weights, curve = least, self._weights(), tried
         self.modules.load_state_dict(weights)
         return curve
 
-    def _once(self, seed: int, on_progress: Callable[[str], None]) -> Curve:
+    def once(self, seed: int, on_progress: Callable[[str], None], stop: int | None = None) -> Curve:
+        """From the weights as they are; those of the epoch that is best on validation stay.
+
+        Args:
+            stop: end after so many epochs of the schedule, and keep the last weights instead.
+        """
         settings, rng = self.config.reading, np.random.default_rng([seed, 13])
         optimizer = torch.optim.AdamW(
             self.modules.parameters(),
@@ -177,8 +215,8 @@ class ReaderTrainer:
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         best, weights, curve = math.inf, self._weights(), []
-        for epoch in range(settings.epochs):
-            curve.append((self._epoch(optimizer, schedule, rng), self._validation_loss()))
+        for epoch in range(settings.epochs if stop is None else stop):
+            curve.append((self._epoch(optimizer, schedule, rng), self.validation_loss()))
             on_progress(
                 f"reading {epoch + 1} of {settings.epochs}: validation loss {curve[-1][1]:.3f}"
             )
@@ -187,7 +225,7 @@ class ReaderTrainer:
                     f"the reader diverged: loss {curve[-1]}. Lower routing.cloning.reading.learning_rate "
                     f"(now {settings.learning_rate:g})."
                 )
-            if curve[-1][1] < best:
+            if stop is not None or curve[-1][1] < best:
                 best, weights = curve[-1][1], self._weights()
         self.modules.load_state_dict(weights)
         return curve
@@ -210,7 +248,8 @@ class ReaderTrainer:
         return total / answers
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
+    def validation_loss(self) -> float:
+        """Of the weights as they are, per answer."""
         losses = [self._loss(batch, 0.0) for batch in self.validation]
         return sum(float(loss) for loss, _ in losses) / sum(count for _, count in losses)
 

@@ -18,7 +18,6 @@ from bem.config import ArmConfig
 from bem.experiments.adapted import put_on
 from bem.experiments.routing.arrow import arrow
 from bem.experiments.routing.interference import interference_of
-from bem.experiments.routing.linear import fit_linear, turn_features
 from bem.experiments.routing.peer import Peer, load_peer
 from bem.experiments.routing.skills import Options, routed, unrouted
 from bem.experiments.routing.stages import RoutingArtifacts
@@ -29,6 +28,7 @@ from bem.runs.folder import Cell
 from bem.tasks.load import Task
 from bem.training.data import Encoded, Example
 from bem.training.fit import fit
+from bem.training.linear import fit_linear, turn_features
 
 PEERS: dict[str, Callable[..., Peer]] = {"arrow": arrow, "xlora": xlora}
 """Methods of PEFT's, by route."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.special import ndtri
+from numpy.typing import ArrayLike, NDArray
 
 from bem.errors import DataError
 from bem.report.plots.canvas import (
@@ -26,6 +24,7 @@ from bem.report.plots.canvas import (
 )
 from bem.stats.inputs import finite
 from bem.stats.monotone import CONDITIONS, OFF
+from bem.stats.shares import wilson
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,14 @@ def bins_of(
     bins = []
     for i in range(n_bins):
         inside = y[place == i]
-        share = wilson(float(inside.sum()), inside.size, alpha) if inside.size else None
+        share = _share(inside, alpha) if inside.size else None
         bins.append(Bin(float(edges[i]), float(edges[i + 1]), inside.size, share))
     return bins
 
 
-def wilson(successes: float, n: int, alpha: float = 0.05) -> Interval:
-    """Score interval of a share (Wilson 1927): stays in [0, 1] and has a width at 0 and n too."""
-    z, share = -float(ndtri(alpha / 2)), successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+def _share(right: NDArray[np.float64], alpha: float) -> Interval:
+    low, high = wilson(float(right.sum()), right.size, alpha)
+    return Interval(float(right.mean()), low, high)
 
 
 def reliability(

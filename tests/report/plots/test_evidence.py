@@ -2,7 +2,6 @@ import re
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from bem.errors import DataError
 from bem.report.plots.evidence import (
@@ -14,7 +13,6 @@ from bem.report.plots.evidence import (
     reliability,
     reranker_gain,
     staircase,
-    wilson,
 )
 
 MARGINS = np.linspace(0, 1, 80)
@@ -30,14 +28,6 @@ STAIRS = Stairs(
     {c: around(v) for c, v in {"clean": 0.6, "corrupt": 0.4, "shuffled": 0.2, "off": 0.1}.items()},
     1,
 )
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 10), (50, 50), (123, 400)])
-def test_the_interval_of_a_share_is_wilsons(k, n):
-    expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
-    found = wilson(k, n)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert found.value == k / n
 
 
 def test_bins_share_out_all_examples_and_the_last_holds_its_edge():

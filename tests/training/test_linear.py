@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from bem.experiments.routing.linear import fit_linear, turn_features
 from bem.training.data import Encoded
+from bem.training.linear import (
+    PENALTIES,
+    best_linear,
+    fit_centroids,
+    fit_linear,
+    left_out,
+    turn_features,
+)
 from tests.conftest import make_llama
 
 
@@ -25,6 +32,41 @@ def test_the_penalised_likelihood_is_at_its_minimum():
     loss = torch.nn.functional.cross_entropy(scaled @ weight.t() + found.bias, y)
     (loss + 0.1 * weight.square().sum()).backward()
     assert weight.grad.abs().max() < 1e-4
+
+
+def test_wanted_probabilities_are_met_where_one_number_tells_the_classes_apart():
+    x = torch.tensor([[0.0]] * 4 + [[1.0]] * 4)
+    wanted = torch.tensor([[0.8, 0.2]] * 4 + [[0.3, 0.7]] * 4)
+    found = fit_linear(x, wanted, 2, decay=0.0).scores(x).softmax(-1)
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+
+
+def test_a_fold_is_judged_by_a_regression_that_did_not_see_it():
+    generator = torch.Generator().manual_seed(0)
+    x, folds = torch.randn(12, 3, generator=generator), torch.arange(12) % 3
+    wanted = torch.nn.functional.one_hot(torch.arange(12) % 2, 2).float()
+    found = left_out(x, wanted, folds, 0.1)
+    alone = fit_linear(x[folds != 1], wanted[folds != 1], 2, 0.1).scores(x[folds == 1])
+    torch.testing.assert_close(found[folds == 1], alone)
+
+
+def test_the_penalty_is_the_one_that_left_out_folds_like_best():
+    generator = torch.Generator().manual_seed(0)
+    x, folds = torch.randn(60, 20, generator=generator), torch.arange(60) % 5
+    wanted = torch.nn.functional.one_hot((x[:, 0] > 0).long(), 2).float()
+    losses = {
+        p: torch.nn.functional.cross_entropy(left_out(x, wanted, folds, p), wanted)
+        for p in PENALTIES
+    }
+    expected = fit_linear(x, wanted, 2, min(losses, key=losses.__getitem__))
+    assert torch.equal(best_linear(x, wanted, folds).weight, expected.weight)
+
+
+def test_the_nearest_centroid_is_that_of_standardised_means():
+    x = torch.tensor([[0.0, 0.0], [0.0, 100.0], [4.0, 0.0], [4.0, 100.0]])
+    wanted = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    classify = fit_centroids(x, wanted)  # the second number, however large, tells nothing
+    assert classify(torch.tensor([[1.9, 500.0], [2.1, -500.0]])).tolist() == [0, 1]
 
 
 def test_features_are_means_over_what_was_said_before_each_turn():
