@@ -11,10 +11,13 @@ answers are not kept: a kept run can be judged, not promoted.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,7 +25,10 @@ from bem import config as configuration
 from bem.runs.folder import RunFolder
 from bem.runs.verdicts import judge_arms, measurements, read_verdicts
 
-KEPT = ("config.yaml", "environment.json", "latency.json", "verdicts.json", "arms/*/*/measurement.json")  # fmt: skip
+KEPT = ("config.yaml", "latency.json", "verdicts.json", "arms/*/*/measurement.json")
+
+QUIET = ("  passed", "  not judged")
+"""Lines of a verdict that did not decide it."""
 
 
 def keep(run: Path, archive: Path) -> None:
@@ -33,14 +39,17 @@ def keep(run: Path, archive: Path) -> None:
         raise SystemExit(f"{run} has no {', '.join(missing)}: has the run finished?")
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         for file in files:
-            tar.add(file, file.relative_to(run).as_posix(), filter=_plain)
+            content = _portable(file) if file.name == "config.yaml" else file.read_bytes()
+            entry = tarfile.TarInfo(file.relative_to(run).as_posix())  # without owner and time
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
 
 
-def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without owner and time."""
-    info.uid = info.gid = info.mtime = 0
-    info.uname = info.gname = ""
-    return info
+def _portable(config: Path) -> bytes:
+    """A run's config without the folders of the machine that it ran on."""
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values["output"], values["data"]["root"] = "runs", None
+    return yaml.safe_dump(values, sort_keys=False).encode()
 
 
 def judge(archive: Path, changes: list[str]) -> None:
@@ -55,7 +64,8 @@ def judge(archive: Path, changes: list[str]) -> None:
     for name, verdict in now.candidates.items():
         before = then.candidates[name]
         same = "as then" if before.decision == verdict.decision else f"then {before.decision}"
-        print(f"{name}: {verdict.decision} ({same}). {verdict.summary()}")
+        print(f"{name}: {verdict.decision} ({same})")
+        print(*(x for x in verdict.summary().splitlines()[1:] if not x.startswith(QUIET)), sep="\n")
 
 
 def main() -> None:
