@@ -1,5 +1,6 @@
 """A step is a function of (weights, optimiser, seed, step, batch), and happens whole or not at all."""
 
+import contextlib
 import copy
 import math
 
@@ -155,6 +156,37 @@ def test_a_step_is_taken_in_training_mode_whatever_the_wrapper_says(
     attached.base.model.register_forward_pre_hook(lambda m, _: seen.append(m.training))
     Trainer(attached, tokenizer, config(), seed=0).step(batches[0])
     assert seen and all(seen) and not attached.base.training
+
+
+@pytest.mark.parametrize("variant", ["s0", "pt1", "v1", "v2", "v3", "v4", "experts"])
+def test_nothing_below_the_router_layer_is_kept_for_backward(tokenizer, batches, variant):
+    """No graph and no saved tensor: the lower blocks cost what they cost without training."""
+    model = make_llama()
+    with contextlib.ExitStack() as stack:
+        if variant == "experts":
+            attached = mounted(model)
+            stack.enter_context(attached.training("experts"))
+        else:
+            attached = bem.attach(model, variant, rank=2, router_layer=1)
+        blocks, kept, inside = model.model.layers, dict.fromkeys(range(4), 0), [-1]
+        entered = {}
+        for i, block in enumerate(blocks):
+
+            def enter(_, args, given, i=i):
+                inside[0] = i
+                entered[i] = (args[0] if args else given["hidden_states"]).requires_grad
+
+            block.register_forward_pre_hook(enter, with_kwargs=True)
+            block.register_forward_hook(lambda *_: inside.__setitem__(0, -1))
+
+        def pack(tensor):
+            if inside[0] >= 0:
+                kept[inside[0]] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            Trainer(attached, tokenizer, config(), seed=0).step(batches[0])
+    assert kept[0] == 0 < kept[1] and not entered[0] and not entered[1] and entered[2]
 
 
 def test_a_gradient_that_somebody_left_behind_has_no_part_in_the_step(
