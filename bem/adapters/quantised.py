@@ -134,7 +134,9 @@ def _kind(module: Any) -> object:
 
 def _described(module: Any) -> str:
     weight = getattr(module, "weight", None)
-    made = "" if type(weight) in (nn.Parameter, Tensor, type(None)) else f" ({type(weight).__name__})"
+    made = (
+        "" if type(weight) in (nn.Parameter, Tensor, type(None)) else f" ({type(weight).__name__})"
+    )
     return f"{type(module).__module__.partition('.')[0]} {type(module).__name__}{made}"
 
 

@@ -199,7 +199,9 @@ def test_four_bits_that_will_be_packed_for_inference_are_refused():
 
 def test_weights_whose_inputs_are_quantised_too_are_refused():
     base = torchao_int8(make_llama(), "Int8DynamicActivationInt8WeightConfig")
-    words = r"quantised torch Linear \(Int8Tensor\) whose output has no gradient.*weight-only.*bfloat16"
+    words = (
+        r"quantised torch Linear \(Int8Tensor\) whose output has no gradient.*weight-only.*bfloat16"
+    )
     with pytest.raises(AttachError, match=words):
         bem.attach(base, "s0", rank=2)
     assert not getattr(base, "peft_config", None)

@@ -97,9 +97,12 @@ def test_the_loss_of_a_step_counts_the_end_of_every_answer(chatml):
         for t, label in enumerate(row.labels):
             if label != IGNORED:
                 total, count = total - float(log_p[t - 1, label]), count + 1
-    assert count == sum(len(chatml(t)["input_ids"]) + 1 for t in ("the function",) * 2) + len(
-        chatml("the docstring")["input_ids"]
-    ) + 1
+    assert (
+        count
+        == sum(len(chatml(t)["input_ids"]) + 1 for t in ("the function",) * 2)
+        + len(chatml("the docstring")["input_ids"])
+        + 1
+    )
     attached = bem.attach(model, "s0", rank=2)
     trainer = Trainer(attached, chatml, TrainingConfig(padding=1.0), seed=0)
     assert trainer.step(encoded).loss == pytest.approx(total / count, rel=1e-5)

@@ -361,3 +361,27 @@ def test_bfloat16_trains_and_keeps_float32_weights(attach_lora, tokenizer, examp
     result = fit(attached, tokenizer, examples[:4], settings, tmp_path, seed=0)
     assert result.final_loss < 0.8 * result.losses[0]
     assert all(p.dtype == torch.float32 for p in attached.parameters())
+
+
+@pytest.mark.parametrize("variant", ["s0", "v1"])
+def test_a_base_in_bfloat16_trains_and_resumes_with_the_same_bits(variant, tmp_path):
+    """Weights of the adapter stay float32; those of the base stay as they are."""
+    runs = []
+    for folder, kill in (("whole", None), ("killed", 3), ("killed", None)):
+        base, words = bem.load_base("bem-tiny", dtype="bfloat16")
+        rows = [Example(str(i), f"def {WORDS[i]}(self):", (WORDS[i],)) for i in range(8)]
+        attached = bem.attach(base, variant, rank=4)
+        frozen = {n: p.clone() for n, p in base.named_parameters() if not p.requires_grad}
+        settings = config(steps=8, learning_rate=0.02, max_length=64)
+        given = (attached, words, rows, settings, tmp_path / folder, 0)
+        if kill:
+            with pytest.raises(RuntimeError):
+                fit(*given, killed_after(kill, RuntimeError))
+            continue
+        result = fit(*given)
+        runs.append((result.losses, weights(attached)))
+        assert result.losses[-1] < 0.7 * result.losses[0]
+        assert all(torch.equal(p, frozen[n]) for n, p in base.named_parameters() if n in frozen)
+    assert base.dtype == torch.bfloat16 and frozen
+    assert all(p.dtype == torch.float32 for p in attached.parameters())
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
