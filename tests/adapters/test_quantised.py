@@ -12,6 +12,7 @@ from bem.adapters.quantised import dense_weight, is_quantised
 from bem.adapters.version import base_digest, base_identity
 from bem.config import AdapterConfig, TrainingConfig
 from bem.errors import AttachError, BaseMismatch
+from bem.training.answers import greedy_answers
 from bem.training.data import Example, encode
 from bem.training.trainer import Trainer
 from tests.conftest import make_llama
@@ -94,6 +95,29 @@ def test_it_is_attached_trained_saved_and_loaded(quantised, tokenizer, tmp_path,
     assert again.version == attached.version
     assert torch.equal(logits(again.model), trained)
     assert torch.equal(logits(attached.detach()), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bem_tiny_in_int8_learns_and_answers_the_same_after_loading(dtype, tmp_path):
+    def base():
+        model, tokenizer = bem.load_base("bem-tiny", dtype=dtype)
+        return torchao_int8(model), tokenizer
+
+    model, tokenizer = base()
+    words = ["name", "value", "items", "path"]
+    made = [Example(w, f"def {w}(self):", (f"the {w}",)) for w in words]
+    learnt = [encode(row, tokenizer, 64) for row in made]
+    attached = bem.attach(model, "v1", rank=8)
+    config = TrainingConfig(steps=30, learning_rate=0.02, warmup=0.0)
+    trainer = Trainer(attached, tokenizer, config, seed=0)
+    losses = [trainer.step(learnt).loss for _ in range(30)]
+    assert losses[-1] < 0.3 * losses[0]
+    attached.model.eval()
+    prompts = [encode(row, tokenizer, 64, with_answer=False) for row in made]
+    answers = greedy_answers(attached.model, tokenizer, prompts, 12)
+    attached.save(tmp_path)
+    again = bem.load(base()[0], tmp_path)
+    assert greedy_answers(again.model, tokenizer, prompts, 12) == answers
 
 
 def test_a_gradient_is_that_of_the_same_base_dequantised(quantised, tokenizer):
