@@ -98,6 +98,22 @@ def plain_tensors(name: str, tensor: Tensor, module: Any) -> Iterator[tuple[str,
         yield from _state_tensors(f"{name}.quant_state", state)
 
 
+def tensors_beside(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that quantised layers keep in attributes of their own.
+
+    bitsandbytes' int8 layers move integers and scales from the weight into the layer in their first pass:
+    here, if that is still to come, because a copy that shares the weight would take them away.
+    """
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state"):
+            if getattr(module.weight, "CB", None) is not None:
+                module.init_8bit_state()  # type: ignore[operator]
+            yield from (t for t in vars(module.state).values() if isinstance(t, Tensor))
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            yield from (tensor for _, tensor in _state_tensors("", state))
+
+
 def _state_tensors(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
     for key, value in sorted(vars(state).items()):
         if isinstance(value, Tensor):

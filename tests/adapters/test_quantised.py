@@ -12,6 +12,7 @@ from bem.adapters.quantised import dense_weight, is_quantised
 from bem.adapters.version import base_digest, base_identity
 from bem.config import AdapterConfig, TrainingConfig
 from bem.errors import AttachError, BaseMismatch
+from bem.experiments.measuring.memory import added_memory, weight_bytes
 from bem.training.answers import greedy_answers
 from bem.training.data import Example, encode
 from bem.training.trainer import Trainer
@@ -149,7 +150,7 @@ def test_sizes_and_prices_are_those_of_the_layers_not_of_packed_weights(quantise
         there = price(plain, config)
         assert price(base, config) == there == bem.attach(quantised(), config).price()
     down = dense_weight(base.model.layers[0].mlp.down_proj, base)
-    original = plain.model.layers[0].mlp.down_proj.weight
+    original = plain.model.layers[0].mlp.down_proj.weight.detach()
     assert down.shape == original.shape
     assert float((down - original).norm() / original.norm()) < 0.15  # nf4 and int8 are coarse
     relative = bem.attach(base, "s0", rank=4, trust_radius=0.1, trust_relative=True)
@@ -168,6 +169,19 @@ def test_the_digest_is_that_of_what_was_quantised(quantised, tmp_path):
     with torch.no_grad():
         getattr(weight, "qdata", weight)[0, 0] = 3
     assert base_digest(base) != digest  # one number of one layer
+
+
+def test_memory_is_that_of_the_integers_and_the_adapter(quantised):
+    base, plain = quantised(), make_llama(hidden_size=64)
+    layers = sum(p.numel() for n, p in plain.named_parameters() if n.endswith("proj.weight"))
+    others = weight_bytes(plain) - 4 * layers
+    assert layers / 2 <= weight_bytes(base) - others < 1.5 * layers  # of 4 bytes each
+    attached = bem.attach(with_shared_weights(base), "v1", rank=2)
+    own = 4 * sum(p.numel() for p in attached.parameters())
+    assert weight_bytes(attached.model) == weight_bytes(base) + own
+    work = {"prompt_tokens": 16, "new_tokens": 2}
+    (added,) = added_memory({"v1": attached}, base, **work).values()
+    assert own <= added < weight_bytes(base)
 
 
 def test_an_adapter_of_the_unquantised_base_is_refused(quantised, tmp_path):
@@ -201,6 +215,16 @@ def test_loras_are_mounted_on_it_and_the_contract_of_the_cache_holds(quantised, 
             cache = out.past_key_values
             pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-3, rtol=0)
+
+
+def test_a_copy_on_the_same_weights_takes_nothing_away_from_the_base(quantised):
+    """Made before either of them was run."""
+    base = quantised()
+    copy = with_shared_weights(base)
+    assert torch.equal(logits(copy), logits(base)) and torch.equal(
+        logits(base), logits(quantised())
+    )
+    assert weight_bytes(copy) == weight_bytes(base)
 
 
 def test_a_copy_of_the_base_without_the_adapter_answers_as_the_base(quantised):
