@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ import torch  # noqa: E402
 
 RANK, RATE = 8, 3e-3
 PADDED, GROUPED, BEFORE = "PEFT LoRA, padded", "PEFT LoRA, grouped by length", ", before"
-ARMS = {"BEM s0": "s0", "BEM v1": "v1", PADDED: "peft", GROUPED: "peft"}
+ROUTED = "BEM, 3 experts, a route each"
+ARMS = {"BEM s0": "s0", "BEM v1": "v1", ROUTED: "experts", PADDED: "peft", GROUPED: "peft"}
 EMBEDDED = ("sig2json", "lookup", "forms", "continue")
 PUBLIC = ("json_snips", "sql_wikisql", "gen_rnnlg", "qa_babi", "cmd_tldr")
 MASKED = -100
+HELD = ExitStack()  # as long as an arm's process lives: inside, experts are trained
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,30 @@ def bem_arm(kind: str, base: str, dtype: str) -> Stepper:
     from bem.training.trainer import Trainer
 
     model, tokenizer = bem.load_base(base, dtype=dtype)  # type: ignore[arg-type]
-    attached = bem.attach(model, kind, rank=RANK)
-    attached.model.train()
+    experts = kind == "experts"
+    attached: Any = mounted(model) if experts else bem.attach(model, kind, rank=RANK)
     config = TrainingConfig(steps=1000, learning_rate=RATE, warmup=0.0)
+    if experts:
+        HELD.enter_context(attached.training("experts"))
+    attached.model.train()
     trainer = Trainer(attached, tokenizer, config, seed=0)
 
     def step(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
-        result = trainer.step([Encoded(**row) for row in rows])
+        routes = [[1 + i % 3] * len(r["input_ids"]) if experts else [] for i, r in enumerate(rows)]
+        made = [Encoded(**r, route=route) for r, route in zip(rows, routes, strict=True)]
+        result = trainer.step(made)
         computed = len(rows) * max(len(row["input_ids"]) for row in rows)  # one batch, padded
         return getattr(result, "padding", 1 - result.tokens / computed), result.loss
 
     return step
+
+
+def mounted(model: Any) -> Any:
+    """Three blank experts, to be trained side by side."""
+    import bem
+    from bem.routing.mount import blank_expert
+
+    return bem.mount(model, [blank_expert(model, name, RANK) for name in "abc"])
 
 
 def peft_arm(kind: str, base: str, dtype: str) -> Stepper:
@@ -204,7 +220,11 @@ def measure(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, lis
     files = {grouped: folder / f"{grouped}.pkl" for grouped in (False, True)}
     named = {name: (kind, ROOT) for name, kind in ARMS.items()}
     if args.before:
-        older = {n + BEFORE: (k, Path(args.before)) for n, k in ARMS.items() if n not in PEFT_ARMS}
+        older = {
+            n + BEFORE: (k, Path(args.before))
+            for n, k in ARMS.items()
+            if n not in (*PEFT_ARMS, ROUTED)
+        }
         named = older | named
     arms = [
         Arm(name, kind, code, dtype, args.base, files[name == GROUPED])
@@ -288,7 +308,7 @@ def report(args: argparse.Namespace, results: dict[str, Any], lengths: Sequence[
         "# Rate of training",
         "",
         f"`python benchmarks/train_rate.py{' --before OLDER' if args.before else ''}"
-        f"{' --data DIR' if args.data else ''} --rounds {args.rounds} --batch {args.batch}`",
+        f"{' --data DIR' if args.data else ''}{' --arms ' + ' '.join(args.arms) if args.arms else ''} --rounds {args.rounds} --batch {args.batch}`",
         "",
         f"{names[0] if names else platform.machine()}{' with AVX512-BF16' if bf16 else ''}, one thread, CPU seconds of "
         f"each arm's process; load {os.getloadavg()[0]:.1f} when done. Python {platform.python_version()}, "
