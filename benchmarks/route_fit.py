@@ -39,7 +39,7 @@ from bem.tasks.load import load_task  # noqa: E402
 from bem.training.data import collate, encode  # noqa: E402
 from bem.training.example import Example  # noqa: E402
 from bem.training.fit_router import RouterFit  # noqa: E402
-from bem.training.losses import answer_logits, answer_nll  # noqa: E402
+from bem.training.losses import answer_logits, answer_nll, answer_targets  # noqa: E402
 from bem.training.router_scores import Estimate, Score  # noqa: E402
 
 PUBLIC = "json_snips,intent_clinc150,intent_banking77"  # short utterances, hard to tell apart
@@ -145,7 +145,7 @@ def made_lora(model: Any, tokenizer: Any, rows: list[Example], folder: Path, ste
         at = int(rng.integers(0, len(rows) - BATCH))
         batch = collate([encoded[i] for i in order[at : at + BATCH]], tokenizer.pad_token_id)
         del batch["turn_starts"]  # PEFT's LoRA has no control
-        nll, tokens = answer_nll(answer_logits(peft, batch), batch["labels"])
+        nll, tokens = answer_nll(answer_logits(peft, batch), answer_targets(batch["labels"]))
         (nll.sum() / tokens.sum()).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

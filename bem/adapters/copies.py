@@ -16,6 +16,7 @@ from bem.adapters.attach import attach_plan
 from bem.adapters.attached import Attached
 from bem.adapters.build import Parts
 from bem.adapters.peft_method import BemSite, adapters_of
+from bem.adapters.quantised import tensors_beside
 
 ADDED = ("generate", "forward", "bem_runtime", "bem_lesson", "peft_config")
 """What attaching adds to a model's own attributes."""
@@ -82,5 +83,5 @@ def _own(module: Any) -> Any:
 
 def _tensors(model: nn.Module) -> dict[int, Any]:
     """Tensors that deepcopy shares."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    return memo | {id(b): b for b in model.buffers()}
+    held = (*model.parameters(), *model.buffers(), *tensors_beside(model))
+    return {id(tensor): tensor for tensor in held}

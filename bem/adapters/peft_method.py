@@ -24,6 +24,7 @@ from bem.adapters.hooks import Runtime
 from bem.adapters.learning import teach, unteach
 from bem.adapters.names import clean_name
 from bem.adapters.peft_config import BEM, BemConfig
+from bem.adapters.quantised import refuse_untrainable
 from bem.adapters.queries import find_queries
 from bem.adapters.rollback import rolled_back
 from bem.adapters.sites import ATTN_OUT, Sites
@@ -138,6 +139,7 @@ class BemModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         refuse_unfit(self.model)
         self._plan = peft_config.plan(self.model)
+        refuse_untrainable(self.model, self._plan.sites.blocks)
         if any(parts.controller is not None for parts in self._plan.parts.values()):
             refuse_uncontrolled(self.model)
         peft_config.site_sizes = self._plan.sizes

@@ -12,6 +12,7 @@ from torch import nn
 from bem.adapters.build import Parts, build, left_alone_by, size_of
 from bem.adapters.left_alone import LeftAlone
 from bem.adapters.names import clean_name
+from bem.adapters.quantised import dense_weight
 from bem.adapters.sites import FORBIDDEN, Sites, find_sites
 from bem.adapters.version import SiteSize
 from bem.config import AdapterConfig
@@ -130,7 +131,7 @@ def plan_of(
 
 def _weight_norms(model: nn.Module, sites: Sites) -> dict[str, float]:
     modules: dict[str, Any] = {clean_name(n): m for n, m in model.named_modules()}
-    return {s.name: float(modules[s.name].weight.detach().float().norm()) for s in sites.found}
+    return {s.name: float(dense_weight(modules[s.name], model).norm()) for s in sites.found}
 
 
 def _named(name: str, patterns: str | Iterable[str]) -> bool:

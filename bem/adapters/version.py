@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.adapters.names import clean_name, innermost
+from bem.adapters.quantised import plain_tensors
 from bem.errors import CheckpointError
 from bem.files import sha256_json
 from bem.variants.digest import weights_digest
@@ -113,7 +114,8 @@ class Version:
 
 
 def base_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and values of a base's parameters and persistent buffers; tied ones once.
+    """sha256 over names, shapes and values of a base's parameters and persistent buffers; tied ones once,
+    quantised ones as the integers and scales that they consist of.
 
     The same whatever is attached, whether or not the model is compiled or wrapped by PEFT. Computed
     once per loaded base and kept until one of its tensors is another, or was written to. (Torch counts
@@ -199,7 +201,7 @@ def _base_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in own:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield clean_name(f"{name}.{key}".lstrip(".")), tensor
+                yield from plain_tensors(clean_name(f"{name}.{key}".lstrip(".")), tensor, module)
 
 
 def _base_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -104,7 +104,7 @@ class GatedConfig(LowRankConfig):
     d_control: int = Field(default=32, ge=1)
     """Width of the controller's code z."""
     decorrelation: float = Field(default=0.0, ge=0)
-    """Weight of the penalty on the correlation between head-group gates."""
+    """Weight of the penalty on the correlation between head-group gates, over the chunks of a micro-batch."""
 
 
 class HeadGateConfig(GatedConfig):
@@ -217,7 +217,9 @@ class TrainingConfig(Section):
     batch_size: int = Field(default=16, ge=1)
     """Examples per optimiser step, over all accumulated micro-batches."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches per optimiser step."""
+    """Micro-batches per optimiser step at least."""
+    padding: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a step's tokens that may be padding: more micro-batches are made to keep it. 1: never."""
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)

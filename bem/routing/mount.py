@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bem.adapters import checkpoint
 from bem.adapters.build import Parts
+from bem.adapters.quantised import dense_weight
 from bem.adapters.rollback import rolled_back
 from bem.adapters.sites import Site, Sites, find_linears, find_sites
 from bem.adapters.version import BaseIdentity, Version
@@ -198,7 +199,7 @@ def _parts(
     priced = None if rules.tabled(width, weights) else region  # else projected beforehand
     for name, stack in stacks.items():
         relative = region is not None and region.relative
-        norm = region.norm_of(model.get_submodule(name).weight) if relative else None
+        norm = region.norm_of(dense_weight(model.get_submodule(name), model)) if relative else None
         stack.mount(priced, norm, rules.most)
     return {name: Parts(stack) for name, stack in stacks.items()}
 

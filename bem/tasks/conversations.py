@@ -61,13 +61,20 @@ def into_conversations(tasks: Sequence[Task], config: ConversationConfig) -> lis
     stands in an earlier turn). The same seed and rows give the same conversations.
 
     Raises:
-        ConfigError: one skill alone, or a task whose rows have a history or find their evidence later.
+        ConfigError: one skill alone, several system messages, or a task whose rows have a history or find
+            their evidence later.
         DataError: a row is longer than a whole conversation may be.
     """
     for task in tasks:
         if task.retrieval is not None or any(row.history for row in task.train + task.dev):
             reason = "finds its evidence later" if task.retrieval else "has rows with a history"
             raise ConfigError(f"Task {task.name!r} {reason}: it cannot be one of `conversations`.")
+    systems = sorted({row.system for task in tasks for row in task.train + task.dev})
+    if len(systems) > 1:
+        raise ConfigError(
+            f"The rows have {len(systems)} system messages ({systems[0]!r:.40}, {systems[1]!r:.40}, ...), a "
+            "conversation has one: give all rows the same, or move what differs into their `instruction`."
+        )
     pools = {part: _by_skill(tasks, part, config) for part in ("train", "dev")}
     return [
         replace(

@@ -15,7 +15,7 @@ from bem.control.chunks import chunk_starts
 from bem.routing.modes import mode
 from bem.routing.mounted import Mounted
 from bem.training.data import IGNORED, Encoded, collate
-from bem.training.losses import answer_logits
+from bem.training.losses import answer_columns, answer_logits, answer_targets, token_nll
 
 Floats = NDArray[np.float32]
 
@@ -80,18 +80,12 @@ class LossReader:
 
     def _read(self, batch: dict[str, Tensor], number: Tensor, route: Tensor) -> NDArray[np.float64]:
         inputs = {k: v.to(self.device) for k, v in {**batch, "route": route}.items()}
+        targets = answer_targets(batch["labels"])
         logits = answer_logits(self.mounted.model, inputs)
-        length = logits.shape[1]
-        labels = inputs["labels"][:, -length:]
-        nll = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2),
-            labels[:, 1:],
-            ignore_index=IGNORED,
-            reduction="none",
-        ).cpu()
-        counted = (labels[:, 1:] != IGNORED).cpu()
-        turn = batch["turn_starts"].long().cumsum(1)[:, -length:-1]
-        at = number[:, -length:-1]
+        nll = token_nll(logits, targets.to(self.device)).cpu()
+        counted, columns = targets != IGNORED, answer_columns(batch["labels"])
+        turn = batch["turn_starts"].long().cumsum(1)[:, columns]
+        at = number[:, columns]
         weight = _per_turn(counted, turn)
         losses = torch.zeros(len(number), self.shape[1], dtype=torch.float64)
         losses.scatter_add_(1, (at - 1).clamp(min=0), (nll * weight).double())

@@ -25,6 +25,7 @@ __all__ = [
     "Encoded",
     "Example",
     "check_fits",
+    "check_routes",
     "collate",
     "context_length",
     "data_hash",
@@ -248,6 +249,14 @@ def check_fits(
         )
 
 
+def check_routes(batch: Sequence[Encoded]) -> None:
+    """Raise DataError if some rows have a route and some have none."""
+    if len({bool(e.route) for e in batch}) > 1:
+        raise DataError(
+            "some rows of a batch have a route and some have none: give each row one, or none."
+        )
+
+
 # --- batches ------------------------------------------------------------------------------------
 
 
@@ -275,11 +284,8 @@ def collate(
         "labels": torch.tensor([pad(e.labels, IGNORED) for e in batch]),
         "turn_starts": torch.tensor([pad(e.turn_starts, 0) for e in batch], dtype=torch.bool),
     }
+    check_routes(batch)
     if any(e.route for e in batch):
-        if not all(e.route for e in batch):
-            raise DataError(
-                "some rows of a batch have a route and some have none: give each row one, or none."
-            )
         tensors["route"] = torch.tensor([pad(e.route, -1) for e in batch])
     if any(e.relevance for e in batch):
         nothing = [0.0] * len(EVIDENCE_FEATURES)

@@ -30,7 +30,7 @@ from bem.routing.modes import mode
 from bem.routing.mounted import Mounted
 from bem.training.data import IGNORED, Encoded, Example, check_fits, collate, encode
 from bem.training.fit import FitResult, fit
-from bem.training.losses import answer_logits, labelled_tokens
+from bem.training.losses import answer_logits, answer_targets, labelled_tokens
 from bem.training.trainer import Objective, StepResult
 from bem.variants.digest import weights_digest
 
@@ -86,20 +86,19 @@ def distill(
 
 
 def answer_kl(
-    teacher: Float[Tensor, "batch positions vocabulary"],
-    student: Float[Tensor, "batch positions vocabulary"],
-    labels: Int[Tensor, "batch length"],
+    teacher: Float[Tensor, "batch columns vocabulary"],
+    student: Float[Tensor, "batch columns vocabulary"],
+    targets: Int[Tensor, "batch columns"],
 ) -> Float[Tensor, ""]:
-    """KL(teacher || student), summed over the labelled tokens, in nats.
+    """KL(teacher || student), summed over the answer tokens, in nats.
 
     Args:
-        teacher, student: logits of the last positions; position t predicts token t + 1.
-        labels: IGNORED outside answers.
+        teacher, student: as `answer_logits` gives them.
+        targets: IGNORED where a column predicts no answer, see `answer_targets`.
     """
-    labels = labels[:, labels.shape[1] - student.shape[1] :]
-    answers = labels[:, 1:] != IGNORED
-    log_p = teacher[:, :-1][answers].float().log_softmax(-1)
-    log_q = student[:, :-1][answers].float().log_softmax(-1)
+    answers = targets != IGNORED
+    log_p = teacher[answers].float().log_softmax(-1)
+    log_q = student[answers].float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
@@ -141,8 +140,8 @@ def _divergence(
 
 def _kl_to(teacher: Attached, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        targets = answer_logits(teacher.model, batch)
-    return answer_kl(targets, logits, batch["labels"])
+        said = answer_logits(teacher.model, batch)
+    return answer_kl(said, logits, answer_targets(batch["labels"]))
 
 
 def _digest(teacher: Attached) -> str:

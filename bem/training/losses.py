@@ -1,4 +1,7 @@
-"""Likelihood of answers, with logits computed only where answers are."""
+"""Likelihood of answers, with logits computed only where answers are.
+
+columns -> answer_logits [batch, columns, vocabulary], answer_targets [batch, columns] -> answer_nll
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,23 +18,30 @@ from bem.training.data import IGNORED
 
 
 def answer_nll(
-    logits: Float[Tensor, "batch positions vocabulary"], labels: Int[Tensor, "batch length"]
+    logits: Float[Tensor, "batch columns vocabulary"], targets: Int[Tensor, "batch columns"]
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """Negative log-likelihood of each row's labelled tokens, in nats, and how many there are.
+    """Negative log-likelihood of each row's answer tokens, in nats, and how many there are.
 
     Args:
-        logits: position t predicts token t + 1. They may be fewer than the labels: then they belong
-            to the last positions.
-        labels: IGNORED outside answers, not shifted.
+        logits, targets: of `answer_logits` and `answer_targets`; targets: the token that a column
+            predicts, IGNORED where that is no answer.
     Returns:
         (sum in float32, count)
     """
-    labels = labels[:, labels.shape[1] - logits.shape[1] :]
-    targets = labels[:, 1:]
-    nll = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
+    nll = token_nll(logits, targets)
     return nll.sum(1), (targets != IGNORED).sum(1)
+
+
+def token_nll(
+    logits: Float[Tensor, "batch columns vocabulary"], targets: Int[Tensor, "batch columns"]
+) -> Float[Tensor, "batch columns"]:
+    """Negative log-likelihood of each target in nats, float32; 0 where it is IGNORED.
+
+    The softmax is taken at answers alone: over a large vocabulary it costs as much as a layer.
+    """
+    counted = targets != IGNORED
+    nll = F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
+    return torch.zeros(targets.shape, device=nll.device).masked_scatter(counted, nll)
 
 
 def labelled_tokens(labels: Int[Tensor, "batch length"]) -> int:
@@ -38,25 +49,33 @@ def labelled_tokens(labels: Int[Tensor, "batch length"]) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
+def answer_columns(labels: Int[Tensor, "batch length"]) -> Int[Tensor, " columns"]:
+    """Positions that predict an answer token of any row, in order."""
+    return (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+
+
+def answer_targets(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch columns"]:
+    """The token that each of `answer_columns` predicts; IGNORED where that is no answer of the row."""
+    return labels[:, answer_columns(labels) + 1]
+
+
 def answer_logits(
     model: Any, batch: Mapping[str, Tensor]
-) -> Float[Tensor, "batch positions vocabulary"]:
-    """Logits of the last positions of a left-padded batch, from the one before the first label on.
+) -> Float[Tensor, "batch columns vocabulary"]:
+    """Logits of a batch at `answer_columns` of its labels.
 
     The head and the loss over a vocabulary cost as much as several layers; prompts need neither.
     Turn starts are handed over as the labels would give them.
     """
-    labels = batch["labels"]
-    first = int((labels != IGNORED).any(0).to(torch.int8).argmax())
+    columns = answer_columns(batch["labels"])
     names = ("input_ids", "attention_mask", "turn_starts", "evidence", "route")
     arguments = {name: batch[name] for name in names if name in batch}
     accepted = arguments_of(model)
     if "position_ids" in accepted:
         arguments["position_ids"] = batch["position_ids"]
-    last = {}
-    if "logits_to_keep" in accepted:
-        last["logits_to_keep"] = labels.shape[1] - max(0, first - 1)
-    return model(**arguments, **last, use_cache=False).logits
+    if "logits_to_keep" not in accepted:
+        return model(**arguments, use_cache=False).logits[:, columns]
+    return model(**arguments, logits_to_keep=columns, use_cache=False).logits
 
 
 def arguments_of(model: Any) -> set[str]:

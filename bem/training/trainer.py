@@ -15,7 +15,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
 from bem.routing.modes import mode, seeded
-from bem.training.data import Encoded, check_fits, collate
-from bem.training.losses import answer_logits, answer_nll, labelled_tokens
+from bem.training.batches import micro_batches
+from bem.training.data import Encoded, check_fits, check_routes, collate
+from bem.training.losses import answer_logits, answer_targets, labelled_tokens, token_nll
 from bem.training.optimizer import adamw, learning_rate, trained
 
 
@@ -71,12 +71,12 @@ class Objective:
     name: str
     """What it depends on beside the examples; a resumed run must agree."""
     loss: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-    """(logits, batch as `collate` makes it) -> sum over the answer tokens, in nats. The logits may
-    belong to the last positions only, see `answer_nll`."""
+    """(logits as `answer_logits` gives them, batch as `collate` makes it) -> sum over the answer tokens,
+    in nats."""
 
 
 def _nll(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    return answer_nll(logits, batch["labels"])[0].sum()
+    return token_nll(logits, answer_targets(batch["labels"])).sum()
 
 
 LIKELIHOOD = Objective("nll", _nll)
@@ -97,6 +97,8 @@ class StepResult:
     learning_rate: float
     tokens: int
     """Tokens of the step that were not padding."""
+    padding: float
+    """Share of the step's computed tokens that were."""
     seconds: float
 
 
@@ -136,53 +138,49 @@ class Trainer:
     def step(self, batch: Sequence[Encoded]) -> StepResult:
         """One optimiser step over `batch`.
 
-        The examples are sorted by length before they are cut into `config.accumulation`
-        micro-batches: the gradient is the same, the padding less. Beyond `config.steps` the
-        learning rate stays at its last value.
+        The examples are cut into micro-batches of like length, see `micro_batches`: the gradient is the
+        same, the padding less. Beyond `config.steps` the learning rate stays at its last value.
 
         Raises:
             Diverged: the loss or the gradient was not finite; the step was not taken.
             TrainingError: rows that the model cannot take, no answer token among them, or no gradient
                 that reaches a trained parameter.
+            DataError: some rows have a route and some have none.
         """
         started = time.perf_counter()
         check_fits(self.attached.model, self.tokenizer, batch)
+        check_routes(batch)
+        lengths = [len(encoded) for encoded in batch]
+        groups = micro_batches(lengths, self.config.accumulation, self.config.padding)
         rate = learning_rate(self.steps, self.config)
         noise = np.random.SeedSequence([self.seed, self.steps]).generate_state(1, np.uint64)[0]
         self.optimizer.zero_grad(set_to_none=True)  # of whoever called backward before
         try:
-            with seeded(int(noise), self.device), self._in_training():
-                loss, penalty = self._backward(batch)
+            with seeded(int(noise), self.device), mode(self.attached.model, training=True):
+                loss, penalty = self._backward([[batch[i] for i in group] for group in groups])
                 norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
                 self._check_finite("gradient norm", float(norm))
                 self._update(rate)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(encoded) for encoded in batch)
+        tokens = sum(lengths)
+        padding = 1 - tokens / sum(len(group) * lengths[group[-1]] for group in groups)
         seconds = time.perf_counter() - started
-        return StepResult(self.steps, loss, penalty, float(norm), rate, tokens, seconds)
+        return StepResult(self.steps, loss, penalty, float(norm), rate, tokens, padding, seconds)
 
-    def _in_training(self) -> AbstractContextManager[None]:
-        """Training mode for one step; a loop that is in it already saves the walk over all modules."""
-        model = self.attached.model
-        return nullcontext() if model.training else mode(model, training=True)
-
-    def _backward(self, batch: Sequence[Encoded]) -> tuple[float, float]:
+    def _backward(self, micros: Sequence[Sequence[Encoded]]) -> tuple[float, float]:
         """Gradients of all micro-batches; (loss, penalty)."""
-        ordered = sorted(batch, key=len)
-        size = max(1, -(-len(ordered) // self.config.accumulation))
-        micros = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        pad_id = self.tokenizer.pad_token_id or 0
+        pad_id, rows = self.tokenizer.pad_token_id or 0, sum(map(len, micros))
         batches = [collate(micro, pad_id) for micro in micros]
         count = sum(labelled_tokens(b["labels"]) for b in batches)
         if not count:
             raise TrainingError(
-                f"{self.label}: step {self.steps + 1} has {len(batch)} rows without a single answer token: "
+                f"{self.label}: step {self.steps + 1} has {rows} rows without a single answer token: "
                 "encode them with their answers."
             )
         total_loss = total_penalty = 0.0
         for micro in batches:
-            loss, penalty = self._losses(micro, count, len(micro["labels"]) / len(batch))
+            loss, penalty = self._losses(micro, count, len(micro["labels"]) / rows)
             total = loss + penalty
             self._check_finite("loss", float(total.detach()))
             self._check_reaches(total)

@@ -16,7 +16,10 @@ def weights_digest(named: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(named):
-        data = named[name].detach().to("cpu", torch.float32).contiguous()
+        tensor = named[name].detach().cpu()
+        data = tensor.float().contiguous()
+        if not tensor.is_floating_point() and not torch.equal(data.to(tensor.dtype), tensor):
+            data = tensor.contiguous()  # packed integers that float32 would round
         digest.update(f"{name} {tuple(data.shape)}".encode())
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()

@@ -49,7 +49,8 @@ class GateShapingV2(nn.Module):
 def margin_alignment(
     gates: Tensor, evidence: Tensor, real: Tensor, margin_scale: float
 ) -> Tensor | None:
-    """Mean of (mean gate - margin_scale * margin)^2 over the chunks that have evidence.
+    """(mean gate - margin_scale * margin)^2, averaged over a row's chunks that have evidence, then over all
+    rows; a row without evidence counts 0. So rows add up the same however a step is cut into batches.
 
     Args:
         gates: (batch, chunks, groups), in (0, 2).
@@ -64,4 +65,4 @@ def margin_alignment(
     if not has.any():
         return None
     error = gates.mean(-1) - margin_scale * evidence[..., MARGIN]
-    return error[has].square().mean()
+    return ((error.square() * has).sum(1) / has.sum(1).clamp(min=1)).mean()

@@ -207,6 +207,33 @@ def test_resized_embeddings_stay_out_of_the_checkpoint(tmp_path):
     assert mount.experts[0].name == "a"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant", ["s0", "v1"])
+def test_an_adapter_belongs_to_the_embeddings_that_it_was_trained_with(variant, tied, tmp_path):
+    def resized(rows, seed=0):
+        model = make_llama(tie_word_embeddings=tied)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(320 + rows)  # new rows are drawn
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        return model
+
+    attached = saved(tmp_path, variant, resized(2))
+    ids = torch.tensor([[5, 6, 320, 321, 7]])
+    with torch.no_grad():
+        logits = attached.model(ids).logits
+        assert torch.equal(bem.load(resized(2), tmp_path).model(ids).logits, logits)
+    assert logits.shape[-1] == 322
+    for other in (make_llama(tie_word_embeddings=tied), resized(3)):
+        with pytest.raises(BaseMismatch, match="other names or shapes"):
+            bem.load(other, tmp_path)
+    with pytest.raises(BaseMismatch, match="the same layers with other weights"):
+        bem.load(resized(2, seed=1), tmp_path)
+    attached.base.resize_token_embeddings(324)  # while it is attached
+    attached.save(tmp_path / "later")
+    with pytest.raises(BaseMismatch, match="other names or shapes"):
+        bem.load(resized(2), tmp_path / "later")
+
+
 def test_the_base_is_named_wherever_an_adapter_is_written(tmp_path):
     make_llama().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

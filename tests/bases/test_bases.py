@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import bem
 from bem import load_base
+from bem.adapters.quantised import is_quantised
+from bem.adapters.sites import find_sites
 from bem.bases.cache import MANIFEST, check, is_here
 from bem.bases.load import find_base, find_encoder, made_ready
 from bem.bases.named import NAMED, Named, Package
@@ -183,6 +186,20 @@ def test_a_gguf_file_is_converted_once_to_the_model_that_it_holds(tmp_path):
     assert find_base(str(tmp_path)) == folder  # the folder that holds it
     assert (folder / MANIFEST).stat().st_mtime_ns == before
     model.save_pretrained(tmp_path / "again")  # it is no quantised model any more
+
+
+def test_a_gguf_base_holds_plain_weights_and_is_adapted_like_any_other(tmp_path):
+    tiny_gguf(tmp_path / "tiny.gguf")
+    model, _ = load_base(str(tmp_path / "tiny.gguf"))
+    sites = find_sites(model).found
+    assert sites and not any(is_quantised(model.get_submodule(site.name)) for site in sites)
+    attached = bem.attach(model, "v1", rank=4)
+    ids = torch.arange(3, 11)[None]
+    (attached.model(input_ids=ids, labels=ids).loss + attached.penalty()).backward()
+    assert any(p.grad is not None and p.grad.any() for p in attached.parameters())
+    attached.save(tmp_path / "adapter")
+    again = bem.load(load_base(str(tmp_path / "tiny.gguf"))[0], tmp_path / "adapter")
+    assert again.version == attached.version
 
 
 def test_a_folder_of_several_gguf_files_asks_which(tmp_path):

@@ -12,6 +12,7 @@ from bem.adapters.checks import TOLERANCE
 from bem.adapters.checks_models import VOCAB, tiny_model
 from bem.control.cache import ControlLayer
 from bem.errors import CacheError
+from tests.conftest import make_llama
 
 
 def attached(variant="v1", **settings):
@@ -174,3 +175,36 @@ def test_prompt_lookup_decoding_crops_the_cache_and_stays_exact():
         plain = model.generate(input_ids=prompt, **settings)
         assisted = model.generate(input_ids=prompt, prompt_lookup_num_tokens=4, **settings)
     assert torch.equal(plain, assisted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["v1", "v4"])
+def test_a_prompt_of_8000_tokens_is_read_in_one_go_or_in_pieces(variant):
+    """In bfloat16, with a piece that is longer than the features that a sequence keeps."""
+    model = make_llama(
+        max_position_embeddings=8192,
+        num_hidden_layers=2,
+        rope_parameters={"rope_theta": 1e5, "rope_type": "default"},
+    ).to(torch.bfloat16)
+    ids = torch.randint(2, 320, (1, 8000), generator=torch.Generator().manual_seed(0))
+    plain = _in_pieces(model, ids)
+    attached = bem.attach(model, variant, rank=4, router_layer=0)
+    for parameter in attached.parameters():
+        parameter.data += 0.1 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(1)
+        )
+    adapted = _in_pieces(attached.model, ids)
+    assert float((adapted[0] - plain[0]).abs().max()) > 0.05  # it does something
+    off = [float((whole - pieces).abs().max()) for whole, pieces in (plain, adapted)]
+    assert off[1] <= max(2 * off[0], 2**-6)  # bfloat16: logits of about 1
+
+
+def _in_pieces(model, ids):
+    """Last logits of a prompt in one go, and in uneven pieces."""
+    whole = model(ids, logits_to_keep=8).logits.float()
+    cache, at = None, 0
+    for size in (3000, 37, 1, 4000, 962):
+        out = model(ids[:, at : at + size], past_key_values=cache, use_cache=True, logits_to_keep=8)
+        cache, at = out.past_key_values, at + size
+    assert at == ids.shape[1]
+    return whole, out.logits.float()

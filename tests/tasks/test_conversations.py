@@ -1,5 +1,7 @@
 """Turns switch skills, cues stand earlier, and nothing crosses from the held-out side."""
 
+from dataclasses import replace
+
 import pytest
 
 from bem.config import ConversationConfig, DataConfig, parse
@@ -223,3 +225,16 @@ def test_rows_that_are_too_long_are_left_out_before_the_choice():
     assert all(characters(row) <= 400 for t in found for row in t.train + t.dev)
     with pytest.raises(DataError, match="turn_characters"):
         embedded(turn_characters=20)
+
+
+def test_one_system_message_opens_the_conversation_and_several_are_refused():
+    def told(rows, system):
+        return lambda part: [replace(row, system=system) for row in rows(part)]
+
+    pair = [task("voice", told(cued, "Be brief.")), task("sum", told(plain, "Be brief."))]
+    for made in into_conversations(pair, ConversationConfig()):
+        assert all(row.system == "Be brief." for row in made.train + made.dev)
+    with pytest.raises(
+        ConfigError, match=r"2 system messages \('', 'Be brief\.'.*conversation has one"
+    ):
+        into_conversations([pair[0], task("sum", plain)], ConversationConfig())

@@ -6,10 +6,11 @@ import torch
 from bem.config import CloningConfig
 from bem.training.chunk_losses import chunk_numbers
 from bem.training.data import Example, collate, encode
-from bem.training.losses import answer_logits
 from bem.training.traces import trace
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
+
+READ = ("input_ids", "attention_mask", "turn_starts", "route")
 
 
 def conversation(number: int = 0) -> Example:
@@ -34,14 +35,14 @@ def test_a_chunk_loses_the_mean_nll_of_its_turns_answer_tokens(traced):
     for option in range(4):
         given = {**batch, "route": torch.full_like(batch["input_ids"], option)}
         with torch.inference_mode():
-            logits = answer_logits(model.model, given)
-        labels = batch["labels"][0, -logits.shape[1] :]
+            logits = model.model(**{k: given[k] for k in READ}, use_cache=False).logits
+        labels = batch["labels"][0]
         nll = torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], reduction="none")
-        turn = batch["turn_starts"][0].long().cumsum(0)[-logits.shape[1] : -1]
+        turn = batch["turn_starts"][0].long().cumsum(0)[:-1]
         for number in (1, 2):  # the two turns' answers
             answer = (turn == number) & (labels[1:] != -100)
             expected = float(nll[answer].mean())
-            chunks = chunk_numbers(batch, 8)[0, -logits.shape[1] : -1][answer].unique() - 1
+            chunks = chunk_numbers(batch, 8)[0, :-1][answer].unique() - 1
             assert traces.experts[1, chunks, option].sum() == pytest.approx(expected, abs=1e-4)
 
 

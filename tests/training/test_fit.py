@@ -15,7 +15,7 @@ from bem.config import TrainingConfig
 from bem.errors import DataError, Diverged, TrainingError
 from bem.training.data import Example, collate, encode
 from bem.training.fit import example_order, fit
-from bem.training.losses import answer_nll, labelled_tokens
+from bem.training.losses import answer_columns, answer_nll, answer_targets, labelled_tokens
 
 WORDS = ["name", "the", "function", "that", "this", "docstring", "describes", "return", "value"]
 
@@ -107,11 +107,10 @@ def test_row_losses_agree_with_the_models_own_mean(micro_llama, tokenizer, examp
             attention_mask=batch["attention_mask"],
             labels=batch["labels"],
         )
-    sums, counts = answer_nll(output.logits, batch["labels"])
+    columns = answer_columns(batch["labels"])
+    sums, counts = answer_nll(output.logits[:, columns], answer_targets(batch["labels"]))
     assert float(sums.sum() / counts.sum()) == pytest.approx(float(output.loss), rel=1e-5)
     assert int(counts.sum()) == labelled_tokens(batch["labels"])
-    tail, _ = answer_nll(output.logits[:, 1:], batch["labels"])
-    torch.testing.assert_close(tail, sums)
 
 
 # ------------------------------------------------------------------------------- order and schedule
@@ -140,7 +139,7 @@ def test_all_arms_see_the_same_tokens_in_the_same_order(
         monkeypatch.setattr(attached.model, "forward", watched)
         fit(attached, tokenizer, examples, config(), tmp_path / name, seed=5)
     assert shown["a"] == shown["b"]
-    assert len(shown["a"]) == 6
+    assert len(shown["a"]) >= 6  # steps, some in several micro-batches
 
 
 # -------------------------------------------------------------------------------------- resumption
@@ -362,3 +361,27 @@ def test_bfloat16_trains_and_keeps_float32_weights(attach_lora, tokenizer, examp
     result = fit(attached, tokenizer, examples[:4], settings, tmp_path, seed=0)
     assert result.final_loss < 0.8 * result.losses[0]
     assert all(p.dtype == torch.float32 for p in attached.parameters())
+
+
+@pytest.mark.parametrize("variant", ["s0", "v1"])
+def test_a_base_in_bfloat16_trains_and_resumes_with_the_same_bits(variant, tmp_path):
+    """Weights of the adapter stay float32; those of the base stay as they are."""
+    runs = []
+    for folder, kill in (("whole", None), ("killed", 3), ("killed", None)):
+        base, words = bem.load_base("bem-tiny", dtype="bfloat16")
+        rows = [Example(str(i), f"def {WORDS[i]}(self):", (WORDS[i],)) for i in range(8)]
+        attached = bem.attach(base, variant, rank=4)
+        frozen = {n: p.clone() for n, p in base.named_parameters() if not p.requires_grad}
+        settings = config(steps=8, learning_rate=0.02, max_length=64)
+        given = (attached, words, rows, settings, tmp_path / folder, 0)
+        if kill:
+            with pytest.raises(RuntimeError):
+                fit(*given, killed_after(kill, RuntimeError))
+            continue
+        result = fit(*given)
+        runs.append((result.losses, weights(attached)))
+        assert result.losses[-1] < 0.7 * result.losses[0]
+        assert all(torch.equal(p, frozen[n]) for n, p in base.named_parameters() if n in frozen)
+    assert base.dtype == torch.bfloat16 and frozen
+    assert all(p.dtype == torch.float32 for p in attached.parameters())
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])

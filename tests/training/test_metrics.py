@@ -10,7 +10,7 @@ from bem.training.trainer import StepResult
 
 
 def row(step):
-    return StepResult(step, 1.0 / step, 0.0, 1.0, 0.1, 10, 0.1)
+    return StepResult(step, 1.0 / step, 0.0, 1.0, 0.1, 10, 0.05, 0.1)
 
 
 def lines(folder):

@@ -1,5 +1,6 @@
 """A step is a function of (weights, optimiser, seed, step, batch), and happens whole or not at all."""
 
+import contextlib
 import copy
 import math
 
@@ -8,8 +9,9 @@ import torch
 
 import bem
 from bem.adapters.copies import with_shared_weights
-from bem.config import TrainingConfig
+from bem.config import EVIDENCE_FEATURES, TrainingConfig
 from bem.errors import Diverged, TrainingError
+from bem.training.batches import micro_batches
 from bem.training.data import Example, encode
 from bem.training.trainer import StepResult, Trainer
 from tests.conftest import make_llama
@@ -86,6 +88,47 @@ def test_the_penalty_and_the_bounds_of_a_variant_act_in_every_step(tokenizer, ba
             assert norm * getattr(module, "scale", 1.0) <= 0.01 * 1.002
 
 
+@pytest.mark.parametrize("variant", ["s0", "pt1", "v1-random", "v2", "v3", "v4"])
+def test_a_step_is_the_same_however_its_rows_are_cut(tokenizer, variant):
+    """Also where evidence is known of some rows alone; the padding is what the cut saves."""
+    made = [
+        Example(
+            str(i),
+            " ".join(WORDS[:3] * (1 + 2 * (i % 4))),
+            (" ".join(WORDS[: 1 + i % 3]),),
+            relevance=(1.0, 0.3, *[0.5] * (len(EVIDENCE_FEATURES) - 2)) if i % 3 else (),
+            history=(("name", "the value"),) if i % 2 else (),
+        )
+        for i in range(8)
+    ]
+    batch = [encode(row, tokenizer, 256) for row in made]
+    kind, _, mask = variant.partition("-")
+    results, after = [], []
+    for settings in ({"padding": 1.0}, {"padding": 0.1}, {"padding": 0.0}, {"accumulation": 8}):
+        options = {"mask": mask} if mask else {}
+        attached = bem.attach(make_llama(), kind, rank=4, **options)
+        start = torch.Generator().manual_seed(3)
+        for p in attached.parameters():
+            p.data += 0.05 * torch.randn(p.shape, generator=start)
+        passes = []
+        attached.model.register_forward_pre_hook(lambda *_, seen=passes: seen.append(1))
+        trainer = Trainer(attached, tokenizer, config(clip=1e9, **settings), seed=0)
+        results.append(trainer.step(batch))
+        after.append([m["exp_avg"] for m in trainer.optimizer.state_dict()["state"].values()])
+        lengths = [len(row) for row in batch]
+        groups = micro_batches(lengths, settings.get("accumulation", 1), trainer.config.padding)
+        assert len(passes) == len(groups)
+    one = results[0]
+    assert one.padding > 0.3 and results[1].padding <= 0.1 and results[2].padding == 0.0
+    assert (one.penalty > 0) == (variant == "v2")
+    for result, moments in zip(results[1:], after[1:], strict=True):
+        assert result.loss == pytest.approx(one.loss, rel=1e-5)
+        assert result.penalty == pytest.approx(one.penalty, rel=1e-5)
+        assert result.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+        for mine, whole in zip(moments, after[0], strict=True):  # a tenth of the gradients
+            torch.testing.assert_close(mine, whole, rtol=1e-3, atol=1e-6)
+
+
 def test_beyond_the_schedule_the_rate_stays_at_its_last_value(attach_lora, tokenizer, batches):
     trainer = Trainer(attach_lora(), tokenizer, config(steps=2), seed=0)
     rates = [trainer.step(batch).learning_rate for batch in batches[:4]]
@@ -99,6 +142,51 @@ def test_between_steps_the_model_is_as_it_was(attach_lora, tokenizer, batches):
     assert not any(m.training for m in attached.model.modules())
     with torch.no_grad():
         assert torch.equal(attached.model(ids).logits, attached.model(ids).logits)
+
+
+def test_a_step_is_taken_in_training_mode_whatever_the_wrapper_says(
+    micro_llama, tokenizer, batches
+):
+    """PEFT's wrapper is born in training mode around a base in evaluation mode."""
+    attached = bem.attach(micro_llama, "v1", rank=4)
+    assert attached.model.training and not attached.base.training
+    seen = []
+    for module in attached.modules():
+        module.register_forward_pre_hook(lambda m, _: seen.append(m.training))
+    attached.base.model.register_forward_pre_hook(lambda m, _: seen.append(m.training))
+    Trainer(attached, tokenizer, config(), seed=0).step(batches[0])
+    assert seen and all(seen) and not attached.base.training
+
+
+@pytest.mark.parametrize("variant", ["s0", "pt1", "v1", "v2", "v3", "v4", "experts"])
+def test_nothing_below_the_router_layer_is_kept_for_backward(tokenizer, batches, variant):
+    """No graph and no saved tensor: the lower blocks cost what they cost without training."""
+    model = make_llama()
+    with contextlib.ExitStack() as stack:
+        if variant == "experts":
+            attached = mounted(model)
+            stack.enter_context(attached.training("experts"))
+        else:
+            attached = bem.attach(model, variant, rank=2, router_layer=1)
+        blocks, kept, inside = model.model.layers, dict.fromkeys(range(4), 0), [-1]
+        entered = {}
+        for i, block in enumerate(blocks):
+
+            def enter(_, args, given, i=i):
+                inside[0] = i
+                entered[i] = (args[0] if args else given["hidden_states"]).requires_grad
+
+            block.register_forward_pre_hook(enter, with_kwargs=True)
+            block.register_forward_hook(lambda *_: inside.__setitem__(0, -1))
+
+        def pack(tensor):
+            if inside[0] >= 0:
+                kept[inside[0]] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            Trainer(attached, tokenizer, config(), seed=0).step(batches[0])
+    assert kept[0] == 0 < kept[1] and not entered[0] and not entered[1] and entered[2]
 
 
 def test_a_gradient_that_somebody_left_behind_has_no_part_in_the_step(
@@ -208,9 +296,13 @@ def test_a_step_that_diverges_is_not_taken(attach_lora, tokenizer, batches, wher
     trainer = Trainer(attached, tokenizer, config(), seed=0)
     trainer.step(batches[0])
     before, whole = weights(attached), trainer.state_dict()
-    zero = attached.parameters()[0].sum() * 0
-    # d sqrt(x)/dx at 0 is inf, times 0 is nan: a finite loss with a gradient that is not
-    attached.penalty = lambda: zero + math.nan if where == "loss" else (zero**2).sqrt()
+
+    def poisoned():  # of every micro-batch, each with a graph of its own
+        zero = attached.parameters()[0].sum() * 0
+        # d sqrt(x)/dx at 0 is inf, times 0 is nan: a finite loss with a gradient that is not
+        return zero + math.nan if where == "loss" else (zero**2).sqrt()
+
+    attached.penalty = poisoned
     with pytest.raises(Diverged, match=r"was nan in step 2, which was not taken.*\(now 0\.01\)"):
         trainer.step(batches[1])
     assert same(weights(attached), before) and trainer.steps == 1

@@ -97,13 +97,17 @@ def test_temperature_is_one_at_start_and_stays_between_a_half_and_two():
     assert torch.allclose(1 / shaping.control(code), torch.tensor([2.0, 0.5, 1.0, 1.25]).double())
 
 
-def test_alignment_is_the_squared_distance_of_mean_gate_and_margin():
+def test_alignment_is_the_squared_distance_of_mean_gate_and_margin_row_by_row():
     gates = torch.tensor([[[1.0, 1.4], [0.2, 0.2]], [[2.0, 2.0], [1.0, 1.0]]])  # means 1.2 .2 2 1
     evidence = torch.cat([features(present=1.0, margin=0.5), features(margin=0.9)])[:, None]
     evidence = evidence.expand(2, 2, N)
     real = torch.tensor([[True, False], [True, True]])  # the second slot of row 0 is empty
     loss = margin_alignment(gates, evidence, real, margin_scale=2.0)
-    assert loss is not None and loss.item() == pytest.approx((1.2 - 1.0) ** 2)
+    assert loss is not None and loss.item() == pytest.approx((1.2 - 1.0) ** 2 / 2)  # of two rows
+    alone = margin_alignment(gates[:1], evidence[:1], real[:1], margin_scale=2.0)
+    assert alone is not None and alone.item() / 2 == loss.item()
+    both = margin_alignment(gates[:1], evidence[:1], torch.tensor([[True, True]]), 2.0)
+    assert both is not None and both.item() == pytest.approx((0.2**2 + 0.8**2) / 2)  # means 1.2 .2
     assert margin_alignment(gates, torch.zeros(2, 2, N), real, 2.0) is None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bem.training.data import IGNORED, Encoded, collate
-from bem.training.losses import answer_logits, answer_nll
+from bem.training.losses import answer_logits, answer_nll, answer_targets
 
 LOGITS_AT_ONCE = 1 << 27
 """Largest number of logits of one forward pass (half a GiB)."""
@@ -31,7 +31,7 @@ def answer_losses(
         for row, labels in zip(rows[i : i + at_once], batch["labels"], strict=True):
             labels[: len(labels) - (len(row) - row.prompt_length)] = IGNORED  # earlier turns
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        sums, counts = answer_nll(answer_logits(model, batch), batch["labels"])
+        sums, counts = answer_nll(answer_logits(model, batch), answer_targets(batch["labels"]))
         losses += (sums / counts).tolist()
         magnitude = attached.gate_magnitude() if hasattr(attached, "gate_magnitude") else None
         width = batch["labels"].shape[1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from bem.adapters.quantised import plain_tensors
 from bem.experiments.measuring.latency import last_logits_only, model_of
 
 
@@ -90,11 +91,14 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _storages(model: nn.Module) -> dict[int, int]:
-    """Address -> bytes of every storage behind parameters and buffers."""
-    return {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
+    """Address -> bytes of every storage behind parameters and buffers: of quantised ones, what they consist of."""
+    held = (
+        tensor.untyped_storage()
+        for module in model.modules()
+        for each in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        for _, tensor in plain_tensors("", each, module)
+    )
+    return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
 @torch.no_grad()
