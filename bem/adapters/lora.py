@@ -26,7 +26,7 @@ from bem.adapters.names import clean_name
 from bem.adapters.sites import find_linears, find_sites
 from bem.errors import CheckpointError
 from bem.files import read_json as _read_json
-from bem.files import write_bytes
+from bem.files import write_bytes, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -130,6 +130,8 @@ def write_loras(loras: Mapping[str, Lora], folder: Path, base_name: str | None =
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    written = read_json(folder / CONFIG)  # PEFT holds a set: in each process in another order
+    write_json(folder / CONFIG, {**written, "target_modules": sorted(ranks)}, indent=2)
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,12 +114,15 @@ def _check_out(out: Path) -> None:
     """Known before minutes are spent.
 
     Raises:
-        ConfigError: the folder holds something that is not a router.
+        ConfigError: the folder holds something that is not a router, or cannot be made.
     """
     from bem.routing.mounted import is_router
 
     if out.exists() and not (out.is_dir() and (is_router(out) or not any(out.iterdir()))):
         raise ConfigError(f"{out} exists already and holds no router: name a new folder.")
+    parent = next(p for p in out.absolute().parents if os.path.exists(p))
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConfigError(f"{out} cannot be written: {parent} is no folder that you may write to.")
 
 
 def _show(console: Terminal, found: RouterFit) -> None:

@@ -210,7 +210,7 @@ def parse_adapter(
 
 
 class TrainingConfig(Section):
-    """How an adapter is fitted. All arms of an experiment share one of these."""
+    """How an adapter is fitted. An arm and the experts may change some of it."""
 
     steps: int = Field(default=200, ge=1)
     """Optimiser steps."""

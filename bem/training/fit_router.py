@@ -44,7 +44,9 @@ from bem.training.router_targets import (
     UNKNOWN,
     Targets,
     answered_rows,
+    check_apart,
     check_enough,
+    check_left,
     prompts_of,
     split_rows,
     targets_of,
@@ -135,11 +137,13 @@ def fit_router(
         AttachError, CheckpointError: as `bem.mount`.
     """
     _check_options(held_out, rules)
+    _check_numbers(seed=(seed, 0), max_length=(max_length, 1), batch_size=(batch_size, 1))
     loaded = _loaded(model, experts)
     names = [e.name for e in loaded if e.name != rules.get("shared")]
     rows = read_routing_rows(examples, names)
     share = float(held_out) if isinstance(held_out, int | float) else None
     test = [] if isinstance(held_out, int | float) else read_routing_rows(held_out, names)
+    check_apart(rows, test)
     mounted = mount(model, loaded, RouterConfig(**_rules(loaded, rules.get("shared"))), **rules)
     try:
         kept = None if cache is None else Path(cache)
@@ -151,13 +155,19 @@ def fit_router(
 
 
 def _check_options(held_out: Any, rules: Mapping[str, Any]) -> None:
-    if isinstance(held_out, float | int) and not 0.0 < held_out < 1.0:
+    if held_out is None or (isinstance(held_out, float | int) and not 0.0 < held_out < 1.0):
         raise ConfigError(f"held_out must be a share between 0 and 1, or rows; got {held_out}.")
     if fixed := [name for name in rules if name in OWN_RULES]:
         raise ConfigError(
             f"{', '.join(fixed)}: a router that is fitted to few rows chooses the expert of a turn and nothing "
             "else. `bem train router` learns the other choices too."
         )
+
+
+def _check_numbers(**given: tuple[Any, int]) -> None:
+    for name, (value, least) in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number from {least}; got {value!r}.")
 
 
 def _loaded(model: Any, experts: Any) -> list[Expert]:
@@ -204,6 +214,7 @@ class _Job:
         self.pad_id = tokenizer.pad_token_id or 0
         self.experts = mounted.router.space.experts
         self.options = (BASE, *self.experts)
+        self.full = 0
         self.seconds: dict[str, float] = {}
 
     def fit(
@@ -212,6 +223,7 @@ class _Job:
         examples = [*rows, *test]
         prompts = prompts_of(examples, self.tokenizer, self.max_length)
         check_fits(self.mounted.base, self.tokenizer, prompts)
+        self.full = sum(len(prompt) >= self.max_length for prompt in prompts)
         losses: list[Any] = [None] * len(examples)
         self._measure(examples, [i for i, e in enumerate(examples) if not e.labels], losses)
         targets = self._targets(examples, prompts, losses)
@@ -219,7 +231,8 @@ class _Job:
         if share is not None:
             out = split_rows(examples, _last(targets, range(len(examples))), share, self.seed)
         train, held = ((side).nonzero()[0].tolist() for side in (~out, out))
-        self._check(targets, rows)
+        asked = self._check(targets, rows)
+        check_left(_last(targets, train), asked, self.options)
         self._measure(
             examples, [i for i in held if examples[i].labels and examples[i].answered], losses
         )
@@ -264,7 +277,8 @@ class _Job:
         chunk_size = self.mounted.router.chunk_size
         return targets_of(examples, prompts, losses, self.experts, self.pad_id, chunk_size)
 
-    def _check(self, targets: Targets, rows: list[RoutingExample]) -> None:
+    def _check(self, targets: Targets, rows: list[RoutingExample]) -> list[int]:
+        """Options that labels name, if there are rows enough."""
         best = _last(targets, range(len(rows)))
         named = {label for e in rows for label in e.labels if label is not None}
         missing = [name for name in self.experts if name not in named]
@@ -275,6 +289,7 @@ class _Job:
             )
         asked = [o for o, name in enumerate(self.options) if name in named]
         check_enough(best, asked, self.options, FEWEST)
+        return asked
 
     def _counts(self, targets: Targets, side: Sequence[int]) -> dict[str, int]:
         last = _last(targets, side)
@@ -335,6 +350,11 @@ class _Job:
         self, targets: Targets, scores: list[Score], train: list[int], acts: Estimate | None
     ) -> list[str]:
         notes = []
+        if self.full:
+            of = f"{self.full} of {len(targets.best)} prompts fill max_length"
+            notes.append(
+                f"{of} ({self.max_length} tokens): what stood before in them was not read."
+            )
         router = scores[0]
         for other in scores[1:]:
             if other.is_better:

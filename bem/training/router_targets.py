@@ -164,6 +164,48 @@ def as_traces(targets: Targets) -> Traces:
     return Traces(experts, nothing, nothing, path, experts, answers, answers, chunks)
 
 
+def document_of(example: RoutingExample) -> Any:
+    """What rows that must not be torn apart share: their `group`, else the same words."""
+    row = example.row
+    return row.group if row.group != row.id else (row.system, row.history, row.prompt)
+
+
+def check_apart(rows: Sequence[RoutingExample], test: Sequence[RoutingExample]) -> None:
+    """No document is learned from and judged on.
+
+    Raises:
+        DataError: how many rows of `test` are, and the first of them.
+    """
+    learned = {document_of(example): example.row.id for example in reversed(rows)}
+    both = [example for example in test if document_of(example) in learned]
+    if both:
+        raise DataError(
+            f"{len(both)} of the {len(test)} held-out rows are also among the examples to learn from (by `group`, "
+            f"or by the same words): row {both[0].row.id!r} is there as {learned[document_of(both[0])]!r}. Numbers "
+            "on rows that were learned say nothing: take them out of one side."
+        )
+
+
+def check_left(best: Sequence[int], asked: Sequence[int], names: Sequence[str]) -> None:
+    """Enough rows are left to learn from that some of them can be left out.
+
+    Args:
+        best: option of the last turn of each row that teaches.
+        asked: options that a label names.
+        names: of the options.
+    Raises:
+        DataError: names an option with too few rows.
+    """
+    counts = {option: list(best).count(option) for option in {*best, *asked}}
+    few = [option for option in asked if counts[option] < 2]
+    if few or max(counts.values()) < 2:
+        option = few[0] if few else min(counts)
+        raise DataError(
+            f"{counts[option]} of the {len(best)} rows that are left to learn from is for {names[option]!r}: at least 2 "
+            "are needed. Hold out less, or add rows."
+        )
+
+
 def split_rows(
     examples: Sequence[RoutingExample], best: Sequence[int], share: float, seed: int
 ) -> NDArray[np.bool_]:
@@ -177,9 +219,7 @@ def split_rows(
     """
     documents: dict[Any, list[int]] = {}
     for i, example in enumerate(examples):
-        row = example.row
-        key = row.group if row.group != row.id else (row.system, row.history, row.prompt)
-        documents.setdefault(key, []).append(i)
+        documents.setdefault(document_of(example), []).append(i)
     rng = np.random.default_rng([seed, 31])
     out = np.zeros(len(examples), bool)
     for option in sorted(set(best)):

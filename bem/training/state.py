@@ -90,6 +90,19 @@ def check_same_start(
         )
 
 
+UNKNOWN = "not known"
+"""A setting that the version did not have yet, or has no more."""
+
+
+def _both(before: dict[str, Any], now: dict[str, Any], key: str) -> tuple[Any, Any]:
+    """The values of one key; where one side lacks it, None on the other is the same."""
+    one, other = before.get(key), now.get(key)
+    return (
+        one if key in before or other is None else UNKNOWN,
+        other if key in now or one is None else UNKNOWN,
+    )
+
+
 def _changes(before: Any, now: Any, name: str = "") -> list[str]:
     """What differs, as "training.steps was 100, is 200"."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -97,7 +110,7 @@ def _changes(before: Any, now: Any, name: str = "") -> list[str]:
         return [
             change
             for key in keys
-            for change in _changes(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+            for change in _changes(*_both(before, now, key), f"{name}.{key}".lstrip("."))
         ]
     if before == now:
         return []

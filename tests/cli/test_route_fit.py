@@ -65,6 +65,7 @@ def test_what_cannot_be_fitted_is_one_message(capsys, command, tmp_path):
         (("--test", tmp_path / "none.jsonl"), "No examples at"),
         (("--device", "tpu"), "No device 'tpu' here"),
         (("--out", tmp_path), "exists already and holds no router"),
+        (("--out", tmp_path / "examples.jsonl" / "mine"), "is no folder that you may write to"),
     ):
         assert message in problem(capsys, *command(rows, *options))
     rows[4]["label"] = "jason"

@@ -208,3 +208,39 @@ def test_the_bare_base_can_be_a_label(loras):
     prompts = prompts_of(read_routing_rows(rows[:3], NAMES), make_tokenizer(), 400)
     last = [p[-1] for p in router_path(fit.mounted, prompts, 0, 4)]
     assert last == [1, 2, 0]
+
+
+def test_rows_that_were_learned_cannot_be_judged_on(loras):
+    rows = labelled(9)
+    test = [*labelled(3, first=50), {**rows[4], "id": "again"}]
+    with pytest.raises(DataError, match=r"1 of the 10 held-out rows.*row 'again' is there as"):
+        fit_router(make_llama(), make_tokenizer(), loras, rows, test)
+
+
+def test_a_share_that_leaves_nothing_to_learn_from_is_refused(loras):
+    with pytest.raises(
+        DataError, match=r"1 of the 3 rows that are left.*at least 2.*Hold out less"
+    ):
+        fit_router(make_llama(), make_tokenizer(), loras, labelled(9), 0.99)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": None}, "held_out must be a share between 0 and 1, or rows; got None"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1; got 0"),
+        ({"seed": -1}, "seed must be a whole number from 0; got -1"),
+        ({"max_length": 10.5}, "max_length must be a whole number from 1; got 10.5"),
+    ],
+)
+def test_impossible_arguments_are_named(loras, options, message):
+    with pytest.raises(ConfigError, match=message):
+        fit_router(make_llama(), make_tokenizer(), loras, labelled(9), **options)
+
+
+def test_prompts_whose_beginning_was_cut_off_are_counted(loras, by_labels):
+    rows = labelled(9)
+    rows[0]["prompt"] = "once more " * 60 + rows[0]["prompt"]
+    fit = fit_router(make_llama(), make_tokenizer(), loras, rows, max_length=100)
+    assert fit.notes[0].startswith("1 of 27 prompts fill max_length (100 tokens)")
+    assert not any("max_length" in note for note in by_labels.notes)

@@ -18,7 +18,7 @@ def lead(config: ExperimentConfig, base: Measurement) -> str:
         f"Run {config.name}: {len(config.arms)} arms on {config.base}, tasks {', '.join(tasks)}; "
         f"{base.n:,} held-out examples from {groups:,} source documents, "
         f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, "
-        f"{_training(config)}."
+        f"{_training(config)}.{_trained_otherwise(config)}"
     )
 
 
@@ -29,6 +29,24 @@ def _training(config: ExperimentConfig) -> str:
         return f"{steps} each"
     together = config.expert_training.steps
     return f"{steps} for each adapter, {together} for all experts together"
+
+
+def _trained_otherwise(config: ExperimentConfig) -> str:
+    """` Trained otherwise: v1 (learning_rate 0.001 instead of 0.01).`; empty: all arms alike."""
+    shared = config.training.model_dump()
+    named = {arm.name: config.training_of(arm) for arm in config.arms}
+    if any(arm.route for arm in config.arms):
+        named["the experts"] = config.expert_training
+    changes = {
+        name: [
+            f"{key} {value} instead of {shared[key]}"
+            for key, value in own.model_dump().items()
+            if value != shared[key]
+        ]
+        for name, own in named.items()
+    }
+    told = "; ".join(f"{name} ({', '.join(each)})" for name, each in changes.items() if each)
+    return f" Trained otherwise: {told}." if told else ""
 
 
 def environment_rows(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
