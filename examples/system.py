@@ -4,10 +4,12 @@ python examples/system.py [CONFIG]      # default: configs/quickstart.yaml, minu
 """
 
 import sys
+from pathlib import Path
 
 import bem
 
-system = bem.BEMv13System(sys.argv[1] if len(sys.argv) > 1 else "configs/quickstart.yaml")
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+system = bem.BEMv13System(sys.argv[1] if len(sys.argv) > 1 else QUICKSTART)
 results = system.run_experiments()
 verdicts = system.validate_statistical_significance(results)
 for name, verdict in verdicts.items():

@@ -54,6 +54,8 @@ def _portable(config: Path) -> bytes:
 
 def judge(archive: Path, changes: list[str]) -> None:
     """Print both verdicts of each candidate."""
+    if not archive.is_file():
+        raise SystemExit(f"No archive at {archive}. `keep` writes one.")
     with tempfile.TemporaryDirectory() as work:
         with tarfile.open(archive) as tar:
             tar.extractall(work, filter="data")

@@ -55,7 +55,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     except BaseException as error:
         code = _code_of(error)
     if code == INTERRUPTED:
-        _tell("\nStopped.", "What is finished is kept; the same command resumes it.", "yellow")
+        _tell("\nStopped.", "What is finished is kept; run the same command again.", "yellow")
     return code if isinstance(code, int) else 0
 
 

@@ -40,6 +40,12 @@ def test_it_is_judged_as_it_was_and_by_other_gates(kept):
     assert "v1: PROMOTE" not in stricter and "(then PROMOTE)" in stricter
 
 
+def test_an_archive_that_is_not_there_is_named(tmp_path):
+    refused = call("judge", tmp_path / "x.tar.xz")
+    assert refused.returncode == 1 and "No archive at" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_an_unfinished_run_is_refused(tmp_path):
     refused = call("keep", tmp_path, tmp_path / "x.tar.xz")
     assert refused.returncode == 1 and "has the run finished?" in refused.stderr
