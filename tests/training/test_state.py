@@ -61,8 +61,15 @@ def test_what_differs_from_another_run_is_named(path):
         TrainingError, match=r"training\.steps was 100, is 200; seed was 0, is 1\. "
     ):
         check_same_run(path, before, now, "arm")
-    with pytest.raises(TrainingError, match=r"seed was 0, is None and 1 more\. Set them back"):
+    with pytest.raises(TrainingError, match=r"seed was 0, is not known and 1 more\. Set them"):
         check_same_run(path, before, {"training": {}}, "arm")
+
+
+def test_a_setting_that_an_older_version_did_not_have_is_said_to_be_unknown_to_it(path):
+    now = {"training": {"steps": 2, "padding": 0.1}, "objective": None}
+    with pytest.raises(TrainingError, match=r"training\.padding was not known, is 0\.1\. "):
+        check_same_run(path, {"training": {"steps": 2}}, now, "s0")
+    check_same_run(path, {"training": now["training"]}, now, "s0")
 
 
 def test_a_run_goes_on_from_its_start_and_from_where_it_was_but_from_nowhere_else(path):
