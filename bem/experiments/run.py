@@ -40,8 +40,9 @@ from bem.tasks.retrieval import with_evidence
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 32
 """What is timed: a prefill, and decoding token by token."""
-TIMINGS_FORMAT = 2
-"""Of latency.json: since 2 its memory is what an adapter adds, without the base's weights."""
+TIMINGS_FORMAT = 3
+"""Of latency.json: since 2 its memory is what an adapter adds, without the base's weights; since 3 arms with a fixed
+route are timed under an expert."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,17 @@ def reopened(model: Any, arm: ArmConfig, cell: Cell, artifacts: RoutingArtifacts
     """What an arm with a route saved, on a copy of the base."""
     if arm.route in PEERS:
         return load_peer(model, cell.checkpoint, artifacts.peers(), PEERS)
-    return load_router(model, cell.checkpoint)
+    mounted = load_router(model, cell.checkpoint)
+    if arm.route in FIXED:
+        mounted.model.register_forward_pre_hook(_under_one_expert, with_kwargs=True, prepend=True)
+    return mounted
+
+
+def _under_one_expert(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What chose for such an arm was no router: it is timed under an expert, whichever it is."""
+    return args, {"route": torch.ones_like(kwargs["input_ids"]), **kwargs}
 
 
 # --------------------------------------------------------------------------------- fixed routes
