@@ -133,7 +133,7 @@ def _show(console: Terminal, found: RouterFit) -> None:
     columns = ["layer", "accuracy, %", *(["regret"] if measured else []), "flips"]
     table = Table(box=None, pad_edge=False)
     for name in ("", *columns, "router leads by"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")  # narrow consoles lose no number
     for score in found.scores:
         table.add_row(*_row(score, measured))
     console.print(table)

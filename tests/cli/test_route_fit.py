@@ -55,6 +55,14 @@ def test_a_router_is_fitted_and_asked(capsys, command, micro_base, tmp_path):
     assert code == 0 and [c["expert"] for c in chunks[:2]] == ["base", "sql"]
 
 
+def test_a_narrow_console_loses_no_number(capsys, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = bem_command(capsys, *command(labelled(20)))
+    assert (
+        code == 0 and "…" not in out and max(map(len, out.split("Router:")[0].splitlines())) <= 40
+    )
+
+
 def test_what_cannot_be_fitted_is_one_message(capsys, command, tmp_path):
     rows = labelled(20)
     for options, message in (
