@@ -28,6 +28,7 @@ from bem.config.routing import (
     RoutingConfig,
 )
 from bem.config.section import Section, parse
+from bem.config.tuning import TuningConfig
 
 __all__ = [
     "EVIDENCE_FEATURES",
@@ -49,6 +50,7 @@ __all__ = [
     "Section",
     "TaskConfig",
     "TrainingConfig",
+    "TuningConfig",
     "load",
     "load_gates",
     "parse",

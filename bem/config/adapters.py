@@ -234,3 +234,8 @@ class TrainingConfig(Section):
     """Steps between resumable states."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast precision of the forward pass."""
+    patience: int | None = Field(default=None, ge=1)
+    """Early stopping: training ends after so many looks at the validation rows without a lower loss, and
+    goes back to the lowest. Needs `data.validation_rows`. None: all steps are taken, the last one counts."""
+    evaluate_every: int = Field(default=50, ge=1)
+    """Steps between two such looks."""

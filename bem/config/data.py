@@ -132,6 +132,9 @@ class DataConfig(Section):
     """Names of built-in or public tasks, or full task entries."""
     train_rows: int | None = Field(default=None, ge=1)
     """Rows per task for training; None: all."""
+    validation_rows: int | None = Field(default=None, ge=1)
+    """Training rows per task that are set aside, with their whole groups: the learning rate and the step
+    to stop at are chosen on them (`tuning`, `training.patience`), nothing is trained or reported on them."""
     dev_rows: int | None = Field(default=200, ge=1)
     """Held-out rows per task for measuring; None: all."""
     conversations: ConversationConfig | None = None

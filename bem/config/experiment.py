@@ -14,6 +14,7 @@ from bem.config.data import DataConfig
 from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
 from bem.config.section import Section, Seed, parse
+from bem.config.tuning import TuningConfig
 from bem.errors import ConfigError
 
 
@@ -128,6 +129,8 @@ class ExperimentConfig(Section):
     seeds: list[Seed] = Field(default=[0, 1], min_length=1)
     """Seeds of initial weights and data order; scores are averaged over them within an example."""
     training: TrainingConfig = TrainingConfig()
+    tuning: TuningConfig | None = None
+    """Search for the learning rate of every arm and of the experts; None: as `training` says."""
     gates: GatesConfig = GatesConfig()
     routing: RoutingConfig | None = None
     """Experts and their routers, for arms with a `route`."""
@@ -172,9 +175,43 @@ class ExperimentConfig(Section):
         return self
 
     def _training_makes_sense(self) -> None:
-        for arm in self.arms:
-            self.training_of(arm)
-        _ = self.expert_training
+        trained = {f"arms.{arm.name}.": self.training_of(arm) for arm in self.arms if not arm.route}
+        if any(arm.route for arm in self.arms):
+            trained["routing."] = self.expert_training
+        if self.data.validation_rows is None:
+            self._refuse_without_validation(trained)
+        elif not self._chooses(trained):
+            raise ValueError(
+                "data.validation_rows are for choosing, and nothing is chosen: add `tuning` or "
+                "`training.patience`, or leave them out"
+            )
+        if self.tuning is not None:
+            self._refuse_odd_tuning(self.tuning, trained)
+
+    def _chooses(self, trained: Mapping[str, TrainingConfig]) -> bool:
+        return self.tuning is not None or any(t.patience for t in trained.values())
+
+    def _refuse_without_validation(self, trained: Mapping[str, TrainingConfig]) -> None:
+        if self._chooses(trained):
+            what = "tuning" if self.tuning is not None else "training.patience"
+            raise ValueError(
+                f"{what} needs rows that are neither trained on nor reported: set data.validation_rows"
+            )
+
+    def _refuse_odd_tuning(
+        self, tuning: TuningConfig, trained: Mapping[str, TrainingConfig]
+    ) -> None:
+        changes = {f"arms.{arm.name}.": arm.training for arm in self.arms}
+        changes["routing."] = self.routing.training if self.routing else {}
+        for where, training in trained.items():
+            if tuning.steps > training.steps:
+                raise ValueError(
+                    f"tuning.steps {tuning.steps} exceed the {training.steps} of {where}training.steps"
+                )
+            if "learning_rate" in changes[where]:
+                raise ValueError(
+                    f"{where}training.learning_rate has no effect beside `tuning`, which chooses it. Remove one"
+                )
 
     def _adapters_make_sense(self) -> None:
         parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")

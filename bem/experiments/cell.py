@@ -5,24 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import bem
-from bem.config import AdapterConfig
+from bem.config import AdapterConfig, TrainingConfig
 from bem.experiments.adapted import adapted
 from bem.experiments.events import Event, Show
-from bem.experiments.inputs import RunInputs
+from bem.experiments.inputs import RunInputs, encoded_rows
 from bem.experiments.measuring.answers import measure
 from bem.experiments.plan import Plan
 from bem.experiments.routing.arms import ready_arm
 from bem.experiments.routing.stages import RoutingArtifacts
+from bem.experiments.tuning import Search, trial_facts
 from bem.files import sha256_json, write_json
 from bem.runs.folder import Cell
 from bem.stats.files import save
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.tasks.load import Task
 from bem.tasks.scoring import QUALITY
-from bem.training.fit import STATE, fit
+from bem.training.early_stopping import validation_loss
+from bem.training.fit import STATE, FitResult, fit
 from bem.training.trainer import StepResult
 
 
@@ -68,22 +71,67 @@ class CellRunner:
 
     def _trained_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
         """Train, save and measure an arm without a route; returns what to say of it."""
-        inputs, training = self.inputs, self.inputs.config.training_of(plan.arm)
-        with adapted(inputs.model, seeded(plan, seed)) as attached:
-            result = fit(
-                attached,
-                inputs.tokenizer,
-                inputs.examples,
-                training,
-                cell.path,
-                seed,
-                on_progress=lambda step: self.show(_step(event, step, training.steps)),
-                label=f"{plan.arm.name} seed {seed}",
-            )
-            attached.save(cell.checkpoint, data_hash=result.data_hash, extra={"seed": seed})
-            measurement = self._measure(attached, inputs.tasks, cell, event)
+        training = self._training_of(plan, seed, cell)
+        with adapted(self.inputs.model, seeded(plan, seed)) as attached:
+            result = self._fit(attached, plan, seed, training, cell.path)
+            extra = {
+                "seed": seed,
+                "learning_rate": training.learning_rate,
+                "step": result.kept_step,
+            }
+            attached.save(cell.checkpoint, data_hash=result.data_hash, extra=extra)
+            measurement = self._measure(attached, self.inputs.tasks, cell, event)
         save(measurement, cell.measurement)
         return f"loss {result.final_loss:.3f}, quality {_mean_quality(measurement):.1%}"
+
+    def _training_of(self, plan: Plan, seed: int, cell: Cell) -> TrainingConfig:
+        """How an arm is fitted: at the rate that the search on the first seed chose, if there is a search."""
+        config = self.inputs.config
+        training, first = config.training_of(plan.arm), config.seeds[0]
+        if config.tuning is None:
+            return training
+        facts = trial_facts(self.inputs, first) | {"adapter": seeded(plan, first).model_dump()}
+        folder = self.inputs.folder.tuning
+        search = Search(plan.arm.name, folder, config.tuning, training, facts)
+        tuned = search.tuned(lambda *trial: self._trial(plan, first, *trial), self._tell_trial)
+        if seed == first:
+            search.hand_over(tuned.learning_rate, cell.path)
+        return tuned
+
+    def _trial(
+        self, plan: Plan, seed: int, training: TrainingConfig, folder: Path, until: int
+    ) -> float:
+        """Train the beginning of an arm; its loss on the validation rows."""
+        rows = encoded_rows(self.inputs, self.inputs.validation)
+        with adapted(self.inputs.model, seeded(plan, seed)) as attached:
+            self._fit(attached, plan, seed, training, folder, until)
+            return validation_loss(attached, self.inputs.tokenizer, rows)
+
+    def _fit(
+        self,
+        attached: Any,
+        plan: Plan,
+        seed: int,
+        training: TrainingConfig,
+        folder: Path,
+        until: int | None = None,
+    ) -> FitResult:
+        inputs, event = self.inputs, self._event
+        return fit(
+            attached,
+            inputs.tokenizer,
+            inputs.examples,
+            training,
+            folder,
+            seed,
+            on_progress=lambda step: self.show(_step(event, step, until or training.steps)),
+            label=f"{plan.arm.name} seed {seed}",
+            validation=inputs.validation,
+            until=until,
+        )
+
+    def _tell_trial(self, what: str, trial: int, of: int) -> None:
+        self.show(self._event.at("tuning", done=trial, total=of, detail=what))
 
     def _routed_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
         """Make and measure an arm with a route; returns what to say of it."""
@@ -130,6 +178,7 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
     facts: dict[str, Any] = {
         "bem": bem.__version__,
         "training": config.training_of(plan.arm).model_dump(mode="json"),
+        **({"tuning": config.tuning.model_dump(mode="json")} if config.tuning else {}),
         "seed": seed,
         "data": inputs.data,
         "answers": {t.name: [t.max_new_tokens, t.metrics, t.form] for t in inputs.tasks},

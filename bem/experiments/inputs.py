@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from bem.config import ExperimentConfig
 from bem.errors import ConfigError
 from bem.experiments.events import Event, Show
 from bem.runs.folder import RunFolder
-from bem.tasks.load import Task, load_tasks, training_mixture
+from bem.tasks.load import Task, load_tasks, training_mixture, validation_mixture
 from bem.tasks.retrieval import with_evidence
-from bem.training.data import Example, data_hash
+from bem.training.data import Encoded, Example, data_hash, encode
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class RunInputs:
     """Hashes of the training rows and of each task's held-out rows."""
     base: str
     """Digest of the base's weights, computed once."""
+    validation: list[Example] = field(default_factory=list)
+    """Rows of all tasks that are set aside for choosing."""
 
     @property
     def pad_id(self) -> int:
@@ -51,7 +53,7 @@ def load_inputs(config: ExperimentConfig, folder: RunFolder, show: Show) -> RunI
         with_evidence(task, folder.evidence, tell_search(task, show))
         for task in load_tasks(config.data)
     ]
-    examples = training_mixture(tasks)
+    examples, validation = training_mixture(tasks), validation_mixture(tasks)
     device = device_of(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -59,11 +61,19 @@ def load_inputs(config: ExperimentConfig, folder: RunFolder, show: Show) -> RunI
     model, tokenizer = load_base(config.base, device, config.dtype)
     hashes = {
         "train": data_hash(examples),
+        **({"validation": data_hash(validation)} if validation else {}),
         **{f"{task.name} dev": data_hash(task.dev) for task in tasks},
     }
     return RunInputs(
-        config, folder, tasks, examples, model, tokenizer, device, hashes, base_digest(model)
-    )
+        config, folder, tasks, examples, model, tokenizer, device, hashes, base_digest(model),
+        validation,
+    )  # fmt: skip
+
+
+def encoded_rows(inputs: RunInputs, rows: Sequence[Example]) -> list[Encoded]:
+    """Rows with their answers, cut as in training."""
+    length = inputs.config.training.max_length
+    return [encode(row, inputs.tokenizer, length) for row in rows]
 
 
 def device_of(config: ExperimentConfig) -> str:

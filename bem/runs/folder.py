@@ -132,6 +132,11 @@ class RunFolder:
         return Cell(self.path / "arms" / arm / f"seed-{seed}")
 
     @property
+    def tuning(self) -> Path:
+        """What was tried for the learning rate of each arm; see `experiments.tuning`."""
+        return self.path / "tuning"
+
+    @property
     def plans(self) -> Path:
         """What was decided for each arm before training: layers, rank; see `experiments.plan`."""
         return self.path / "plans.json"

@@ -81,6 +81,9 @@ def into_conversations(tasks: Sequence[Task], config: ConversationConfig) -> lis
             task,
             train=[_conversation(row, "train", pools["train"], config) for row in task.train],
             dev=[_conversation(row, "dev", pools["dev"], config) for row in task.dev],
+            validation=[
+                _conversation(row, "validation", pools["train"], config) for row in task.validation
+            ],
         )
         for task in tasks
     ]

@@ -55,6 +55,7 @@ def load_task(
     seed: int = 0,
     need_train: bool = True,
     longest: int | None = None,
+    validation_rows: int | None = None,
 ) -> Task:
     """A task with its rows; fewer rows are a seeded choice that keeps their order.
 
@@ -64,6 +65,7 @@ def load_task(
         train_rows, dev_rows: None: all of them.
         need_train: False: a set that is for measuring only gets an empty train side.
         longest: rows with more characters, answer included, are left out before the choice.
+        validation_rows: training rows that are set aside, see `set_aside`; None: none.
     Raises:
         ConfigError: no such task or metric; the nearest name is shown.
         DataError: no rows where they are needed, or held-out rows that are also training rows.
@@ -79,10 +81,12 @@ def load_task(
     _refuse_trained_on(config, train, dev)
     if longest is not None:
         train, dev = (_short(rows, longest, config.name) for rows in (train, dev))
+    rest, validation = set_aside(train, validation_rows if need_train else None, seed, config.name)
     return Task(
         name=config.name,
-        train=_chosen(train, train_rows, seed, f"{config.name} train") if need_train else [],
+        train=_chosen(rest, train_rows, seed, f"{config.name} train") if need_train else [],
         dev=_chosen(dev, dev_rows, seed, f"{config.name} dev"),
+        validation=validation,
         metrics=metrics,
         primary=primary,
         max_new_tokens=config.max_new_tokens or family.max_new_tokens,
@@ -104,7 +108,7 @@ def load_tasks(data: DataConfig, need_train: bool = True) -> list[Task]:
     tasks = [
         load_task(
             entry, data.root, data.train_rows, data.dev_rows, data.seed,
-            need_train and not _measuring_only(entry), longest,
+            need_train and not _measuring_only(entry), longest, data.validation_rows,
         )
         for entry in data.tasks
     ]  # fmt: skip
@@ -120,6 +124,42 @@ def load_tasks(data: DataConfig, need_train: bool = True) -> list[Task]:
 def training_mixture(tasks: Sequence[Task]) -> list[Example]:
     """The training rows of all tasks; ids carry the task's name."""
     return [replace(row, id=f"{task.name}/{row.id}") for task in tasks for row in task.train]
+
+
+def validation_mixture(tasks: Sequence[Task]) -> list[Example]:
+    """The rows of all tasks that were set aside; ids carry the task's name."""
+    return [replace(row, id=f"{task.name}/{row.id}") for task in tasks for row in task.validation]
+
+
+def set_aside(
+    rows: list[Example], count: int | None, seed: int, name: str
+) -> tuple[list[Example], list[Example]]:
+    """(rows that are trained on, `count` rows for choosing): no group is on both sides.
+
+    Groups are drawn by the seed until there are enough rows; what a drawn group has beyond that is left
+    out on both sides.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    if not count or not rows:
+        return rows, []
+    groups = list(dict.fromkeys(row.group for row in rows))
+    rng = np.random.default_rng([seed, *f"{name} validation".encode()])
+    drawn: set[str] = set()
+    aside: list[Example] = []
+    for group in rng.permutation(np.array(groups, dtype=object)).tolist():
+        if len(aside) >= count:
+            break
+        drawn.add(group)
+        aside += [row for row in rows if row.group == group]
+    rest = [row for row in rows if row.group not in drawn]
+    if not rest or len(aside) < count:
+        raise DataError(
+            f"Task {name!r}: setting {count} of {len(rows)} training rows aside, with their groups, leaves "
+            f"{len(rest)} to train on. Lower data.validation_rows."
+        )
+    return rest, aside[:count]
 
 
 # --- what the entry says --------------------------------------------------------------------------

@@ -44,6 +44,8 @@ class Task:
     train: list[Example] = field(repr=False)
     dev: list[Example] = field(repr=False)
     """Held out."""
+    validation: list[Example] = field(default_factory=list, repr=False, kw_only=True)
+    """Set aside for choosing: neither trained on nor reported."""
     metrics: tuple[str, ...]
     primary: str
     max_new_tokens: int

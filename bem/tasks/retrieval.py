@@ -36,6 +36,11 @@ def with_evidence(task: Task, folder: Path | None, on_progress: Progress | None 
     """
     if task.retrieval is None:
         return task
+    if task.validation:
+        searched = replace(task, train=[*task.train, *task.validation], validation=[])
+        found = with_evidence(searched, folder, on_progress)
+        own = len(task.train)
+        return replace(found, train=found.train[:own], validation=found.train[own:])
     reranker = None if task.retrieval.reranker == "none" else load_reranker(task.retrieval.reranker)
     key = _key(task, reranker)
     path = folder / f"{task.name}-{key[:12]}.json.gz" if folder else None

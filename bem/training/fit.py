@@ -24,6 +24,7 @@ from bem.adapters.version import base_digest
 from bem.config import TrainingConfig
 from bem.errors import Diverged, TrainingError
 from bem.training.data import Encoded, Example, check_fits, data_hash, encode
+from bem.training.early_stopping import EarlyStopping
 from bem.training.metrics import MetricsLog
 from bem.training.state import (
     STATE,
@@ -52,6 +53,15 @@ class FitResult:
     """Tokens seen that were not padding."""
     data_hash: str
     """sha256 of the examples."""
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss on the validation rows) of every look at them."""
+    best_step: int | None = None
+    """Step of the lowest of those losses; None: nothing was validated."""
+
+    @property
+    def kept_step(self) -> int:
+        """Step whose weights the adapter has."""
+        return self.steps if self.best_step is None else self.best_step
 
 
 def fit(
@@ -64,6 +74,8 @@ def fit(
     on_progress: Callable[[StepResult], None] | None = None,
     label: str | None = None,
     objective: Objective = LIKELIHOOD,
+    validation: Sequence[Example] = (),
+    until: int | None = None,
 ) -> FitResult:
     """Train the adapter for `config.steps` steps; the base model stays as it is.
 
@@ -74,10 +86,13 @@ def fit(
         on_progress: called after every step.
         label: name of the arm in messages; None: the folder's name.
         objective: negative log-likelihood, or what `distill` hands over.
+        validation: rows on which `config.patience` decides when to stop; not used without it.
+        until: stop after this step of the whole training; another call goes on from there.
     Raises:
         Diverged: the loss or a gradient was not finite.
-        TrainingError: nothing to train or to train on, rows that the model cannot take, a folder
-            that holds the state of another run or half of one, or a full disk.
+        TrainingError: nothing to train or to train on, `patience` without validation rows, rows that
+            the model cannot take, a folder that holds the state of another run or half of one, or a
+            full disk.
         DataError: an answer is longer than `config.max_length`.
         KeyboardInterrupt: passed on; the state is saved, call again to go on.
         Whatever is raised while it trains, the adapter holds the last saved state.
@@ -85,14 +100,17 @@ def fit(
     label = label or Path(folder).name
     if not examples:
         raise TrainingError(f"{label}: no training examples.")
+    if config.patience and not validation:
+        raise TrainingError(f"{label}: patience {config.patience} needs validation rows, got none.")
     trainer = Trainer(attached, tokenizer, config, seed, objective, label)
     order = example_order(len(examples), config.steps, config.batch_size, seed)
     shown = sorted({i for batch in order for i in batch})
     encoded = {i: encode(examples[i], tokenizer, config.max_length) for i in shown}
     check_fits(attached.model, tokenizer, list(encoded.values()))
-    run = _Run(trainer, Path(folder), _fingerprint(trainer, examples, encoded))
+    stopper = EarlyStopping(trainer, validation) if config.patience else None
+    run = _Run(trainer, Path(folder), _fingerprint(trainer, examples, encoded, validation), stopper)
     run.begin()
-    run.go_on([[encoded[i] for i in batch] for batch in order], on_progress)
+    run.go_on([[encoded[i] for i in batch] for batch in order[:until]], on_progress)
     return run.result()
 
 
@@ -107,8 +125,15 @@ def example_order(n: int, steps: int, batch_size: int, seed: int) -> list[list[i
 class _Run:
     """A trainer, and what is saved, restored and counted with it."""
 
-    def __init__(self, trainer: Trainer, folder: Path, fingerprint: dict[str, Any]):
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        fingerprint: dict[str, Any],
+        stopper: EarlyStopping | None,
+    ):
         self.trainer, self.folder, self.fingerprint = trainer, folder, fingerprint
+        self.stopper = stopper
         self.label, self.config = trainer.label, trainer.config
         self.tokens, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.losses: list[float] = []
@@ -125,7 +150,9 @@ class _Run:
         path = self.folder / STATE
         if path.exists():
             state = self._read()
-            saved, now = state["trainer"]["adapter"], self.trainer.attached.state_dict()
+            stopper = state.get("stopper")
+            saved = [state["trainer"]["adapter"], *([stopper["best"]] if stopper else [])]
+            now = self.trainer.attached.state_dict()
             check_same_start(path, state["start"], saved, now, self.label)
             self.start = state["start"]
             self._restore(state)
@@ -142,8 +169,10 @@ class _Run:
         """Take the steps that are left; whatever ends it, the model is in evaluation mode after."""
         model = self.trainer.attached.model.train()
         try:
-            while self.trainer.steps < len(batches):
+            while self.trainer.steps < len(batches) and not self._is_over():
                 self._step(batches[self.trainer.steps], on_progress)
+            if self.stopper and (self._is_over() or self.trainer.steps == self.config.steps):
+                self.stopper.restore_best()
         except KeyboardInterrupt:
             if self.trainer.is_whole and len(self.losses) == self.trainer.steps:
                 self.save()
@@ -175,8 +204,13 @@ class _Run:
                 self.log.add(result)
         if on_progress:
             on_progress(result)
-        if result.step % self.config.checkpoint_every == 0 or result.step == self.config.steps:
+        looked = self.stopper is not None and self.stopper.look(result.step)
+        every = self.config.checkpoint_every
+        if looked or result.step % every == 0 or result.step == self.config.steps:
             self.save()
+
+    def _is_over(self) -> bool:
+        return self.stopper is not None and self.stopper.is_over
 
     def save(self) -> None:
         """Write everything that a resumed run needs."""
@@ -189,6 +223,7 @@ class _Run:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "losses": self.losses,
+            "stopper": self.stopper.state_dict() if self.stopper else None,
         }
         with self._disk("the training state"):
             write_state(self.folder / STATE, state)
@@ -206,6 +241,8 @@ class _Run:
         self.trainer.load_state_dict(state["trainer"])
         self.tokens, self.losses = state["tokens"], state["losses"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
+        if self.stopper:
+            self.stopper.load_state_dict(state["stopper"])
         self.saved_step = self.trainer.steps
 
     def result(self) -> FitResult:
@@ -220,6 +257,8 @@ class _Run:
             folder=self.folder,
             tokens=self.tokens,
             data_hash=self.fingerprint["data"],
+            validation=list(self.stopper.looks) if self.stopper else [],
+            best_step=self.stopper.best_step if self.stopper else None,
         )
 
     def _disk(self, what: str) -> AbstractContextManager[None]:
@@ -229,12 +268,17 @@ class _Run:
 
 
 def _fingerprint(
-    trainer: Trainer, examples: Sequence[Example], encoded: dict[int, Encoded]
+    trainer: Trainer,
+    examples: Sequence[Example],
+    encoded: dict[int, Encoded],
+    validation: Sequence[Example],
 ) -> dict[str, Any]:
     """Everything but the start that the weights depend on."""
     attached, objective = trainer.attached, trainer.objective
     settings = getattr(attached, "config", None)
     named = {} if objective is LIKELIHOOD else {"objective": objective.name}
+    if trainer.config.patience:
+        named["validation"] = data_hash(validation)
     return {
         "training": trainer.config.model_dump(exclude={"checkpoint_every"}),
         "seed": trainer.seed,

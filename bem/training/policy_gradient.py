@@ -285,7 +285,7 @@ class _Run:
         state = read_state(path, self.environment.mounted.base.device, LABEL)
         check_same_run(path, json.loads(state["fingerprint"]), self.fingerprint, LABEL)
         start, policy = state["start"], state["policy"]
-        check_same_start(path, start, policy, self.policy.state_dict(), LABEL)
+        check_same_start(path, start, [policy], self.policy.state_dict(), LABEL)
         done = [Iteration(**i) for i in json.loads(state["done"])]
         if len(done) > self.config.iterations:
             raise TrainingError(

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,20 @@ def check_same_run(
 
 
 def check_same_start(
-    path: Path, start: str, saved: Mapping[str, Tensor], now: Mapping[str, Tensor], label: str
+    path: Path,
+    start: str,
+    saved: Sequence[Mapping[str, Tensor]],
+    now: Mapping[str, Tensor],
+    label: str,
 ) -> None:
     """Raise TrainingError unless the weights at hand are those that a run began with, or has come to.
 
     Args:
         start: `weights_digest` of the weights that the run began with.
-        saved: weights of its state.
+        saved: weights of its state, and those that it would go back to.
         now: weights at hand.
     """
-    if weights_digest(now) not in (start, weights_digest(saved)):
+    if weights_digest(now) not in (start, *map(weights_digest, saved)):
         raise TrainingError(
             f"{label}: {path} was begun from other weights than these. Start from those, or delete "
             f"{path.parent} to begin anew."

@@ -75,9 +75,9 @@ def test_a_setting_that_an_older_version_did_not_have_is_said_to_be_unknown_to_i
 def test_a_run_goes_on_from_its_start_and_from_where_it_was_but_from_nowhere_else(path):
     start, saved, other = ({"w": torch.full((2,), float(i))} for i in range(3))
     for now in (start, saved):
-        check_same_start(path, weights_digest(start), saved, now, "arm")
+        check_same_start(path, weights_digest(start), [saved], now, "arm")
     with pytest.raises(TrainingError, match="begun from other weights"):
-        check_same_start(path, weights_digest(start), saved, other, "arm")
+        check_same_start(path, weights_digest(start), [saved], other, "arm")
 
 
 def test_a_full_disk_is_a_training_error_that_says_what_is_whole(tmp_path):

@@ -23,7 +23,6 @@ import torch
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import MeasurementError
 from bem.experiments.measuring.cache_use import CacheUse, cache_use, counted
-from bem.experiments.measuring.losses import answer_losses
 from bem.files import write_bytes
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.stats.scores import Metric
@@ -31,6 +30,7 @@ from bem.tasks.load import METRIC_NAMES, Task
 from bem.tasks.scoring import QUALITY, score
 from bem.training.answers import greedy_answers
 from bem.training.data import Encoded, Example, encode
+from bem.training.row_losses import answer_losses
 
 DECLARED = {QUALITY: Metric(higher_is_better=True, points_per_unit=100.0)}
 LEAST_ROOM = 8

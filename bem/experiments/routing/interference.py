@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from bem.experiments.adapted import put_on
-from bem.experiments.measuring.losses import answer_losses
 from bem.experiments.routing.skills import routed, unrouted
 from bem.experiments.routing.stages import RoutingArtifacts
 from bem.experts.subspace import interference
 from bem.routing.mount import mount
 from bem.routing.mounted import Mounted
 from bem.training.data import Example
+from bem.training.row_losses import answer_losses
 
 ROWS = 40
 """Held-out conversations per expert."""

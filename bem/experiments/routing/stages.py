@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bem.config import RouterConfig
+from bem.config import RouterConfig, TrainingConfig
 from bem.errors import DataError
 from bem.experiments.adapted import put_on, routed_by
-from bem.experiments.inputs import RunInputs
+from bem.experiments.inputs import RunInputs, encoded_rows
 from bem.experiments.measuring.answers import context_length, quality
 from bem.experiments.routing.skills import routed, skills_of
+from bem.experiments.tuning import Search, trial_facts
 from bem.experts.expert import read_expert, write_lora
 from bem.experts.stack import fixed_updates
 from bem.files import locked, made_under, sha256_json, write_json, write_text
@@ -38,8 +39,9 @@ from bem.routing.mounted import Mounted
 from bem.tasks.scoring import score
 from bem.training.bc import clone
 from bem.training.data import Encoded, Example, data_hash, encode
+from bem.training.early_stopping import validation_loss
 from bem.training.environment import Environment
-from bem.training.fit import STATE, fit
+from bem.training.fit import STATE, FitResult, fit
 from bem.training.policy_gradient import Iteration, improve
 from bem.training.traces import Traces, trace
 
@@ -94,20 +96,31 @@ class RoutingArtifacts:
 
     def _key(self, stage: str) -> str:
         """sha256 of everything that a stage depends on, its predecessors included."""
-        routing = self.routing.model_dump(mode="json")
+        routing, tuning = self.routing.model_dump(mode="json"), self.config.tuning
         parts: dict[str, Any] = {
             "base": self.inputs.base,
             "data": self.inputs.data["train"],
             "seed": self.seed,
             "training": self.config.expert_training.model_dump(mode="json"),
-            "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank")],
-            "stack": [routing["router"][key] for key in OF_THE_STACK],
+            **self._expert_facts(),
         }
+        if "validation" in self.inputs.data:
+            parts["validation"] = self.inputs.data["validation"]
+        if tuning is not None:
+            parts["tuning"] = tuning.model_dump(mode="json")
         if stage in ("ar0", "ar1"):
             parts["router"], parts["cloning"] = routing["router"], routing["cloning"]
         if stage == "ar1":
             parts["policy_gradient"] = routing["policy_gradient"]
         return sha256_json(parts)
+
+    def _expert_facts(self) -> dict[str, Any]:
+        """What the experts are, before they are trained."""
+        routing = self.routing.model_dump(mode="json")
+        return {
+            "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank")],
+            "stack": [routing["router"][key] for key in OF_THE_STACK],
+        }
 
     def _stage(
         self,
@@ -137,30 +150,74 @@ class RoutingArtifacts:
         return folder.is_dir() and made_under(mark, key)
 
     def _train_experts(self, folder: Path) -> None:
-        layer = self.routing.router.router_layer
+        work = self.folder / "experts-training"
+        training = self._expert_training(work)
+        with self._blank_experts(self.seed) as mounted:
+            with mounted.training("experts"):
+                result = self._fit_experts(mounted, self.seed, training, work)
+            extra = {"learning_rate": training.learning_rate, "step": result.kept_step}
+            mounted.save(folder, self.inputs.data["train"], extra)
+        (work / STATE).unlink(missing_ok=True)
+
+    @contextmanager
+    def _blank_experts(self, seed: int) -> Iterator[Mounted]:
+        """Experts that were not trained yet, on the base."""
+        layer, config = self.routing.router.router_layer, self._router_config(seed)
         blanks = [
             blank_expert(self.model, name, self._rank(name), layer, about)
             for name, about in self._names().items()
         ]
-        training = self.config.expert_training
-        rows = self.inputs.examples
-        work = self.folder / "experts-training"
-        with put_on(self.model, lambda base: mount(base, blanks, self._router_config())) as mounted:
-            with mounted.training("experts"):
-                fit(
-                    mounted,
-                    self.inputs.tokenizer,
-                    routed(rows, [self.skills.route(row) for row in rows]),
-                    training,
-                    work,
-                    self.seed,
-                    lambda step: self.say(
-                        "training experts", step.step, training.steps, f"loss {step.loss:.3f}"
-                    ),
-                    f"experts seed {self.seed}",
-                )
-            mounted.save(folder, self.inputs.data["train"])
-        (work / STATE).unlink(missing_ok=True)
+        with put_on(self.model, lambda base: mount(base, blanks, config)) as mounted:
+            yield mounted
+
+    def _expert_training(self, work: Path) -> TrainingConfig:
+        """How the experts are fitted: at the rate that the search on the first seed chose, if there is one."""
+        config, training = self.config, self.config.expert_training
+        if config.tuning is None:
+            return training
+        first = config.seeds[0]
+        facts = trial_facts(self.inputs, first) | self._expert_facts()
+        search = Search("experts", self.inputs.folder.tuning, config.tuning, training, facts)
+        tuned = search.tuned(
+            lambda *trial: self._trial(first, *trial),
+            lambda what, trial, of: self.say("tuning experts", trial, of, what),
+        )
+        if self.seed == first:
+            search.hand_over(tuned.learning_rate, work)
+        return tuned
+
+    def _trial(self, seed: int, training: TrainingConfig, folder: Path, until: int) -> float:
+        """Train the beginning of all experts; their loss on the validation rows."""
+        rows = encoded_rows(self.inputs, self._gold(self.inputs.validation))
+        with self._blank_experts(seed) as mounted, mounted.training("experts"):
+            self._fit_experts(mounted, seed, training, folder, until)
+            return validation_loss(mounted, self.inputs.tokenizer, rows)
+
+    def _fit_experts(
+        self,
+        mounted: Mounted,
+        seed: int,
+        training: TrainingConfig,
+        work: Path,
+        until: int | None = None,
+    ) -> FitResult:
+        steps = until or training.steps
+        return fit(
+            mounted,
+            self.inputs.tokenizer,
+            self._gold(self.inputs.examples),
+            training,
+            work,
+            seed,
+            lambda step: self.say("training experts", step.step, steps, f"loss {step.loss:.3f}"),
+            f"experts seed {seed}",
+            validation=self._gold(self.inputs.validation),
+            until=until,
+        )
+
+    def _gold(self, rows: Sequence[Example]) -> list[Example]:
+        """Rows with each turn under the expert of its skill."""
+        return routed(rows, [self.skills.route(row) for row in rows])
 
     def _names(self) -> dict[str, str]:
         """Every expert, and what it is for; the shared one last."""
@@ -174,8 +231,9 @@ class RoutingArtifacts:
     def _rank(self, name: str) -> int:
         return self.routing.shared_rank if name == SHARED else self.routing.expert_rank
 
-    def _router_config(self) -> RouterConfig:
-        changes: dict[str, Any] = {"seed": self.routing.router.seed + self.seed}
+    def _router_config(self, seed: int | None = None) -> RouterConfig:
+        seed = self.seed if seed is None else seed
+        changes: dict[str, Any] = {"seed": self.routing.router.seed + seed}
         if self.routing.shared_rank:
             changes["shared"] = SHARED
         return self.routing.router.model_copy(update=changes)
