@@ -117,7 +117,8 @@ class Search:
             loss = train(self._at(rate), self.state_of(rate), steps)
         except Diverged:
             loss = math.inf
-        kept = loss if math.isfinite(loss) else None
+        loss = loss if math.isfinite(loss) else math.inf
+        kept = None if math.isinf(loss) else loss
         done["trials"].append({"rate": rate, "steps": steps, "loss": kept})
         write_json(self.record, done)
         return loss

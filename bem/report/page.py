@@ -22,6 +22,7 @@ from bem.report.sections import (
     scores,
     setting,
     training,
+    tuning,
 )
 from bem.runs.folder import RunFolder
 from bem.runs.verdicts import measurements, read_verdicts
@@ -41,6 +42,7 @@ class Page:
     forest: str
     scatter: str
     curves: str
+    tuning: tuning.TuningPart | None
     scores: list[scores.Score]
     price_columns: list[str]
     controls: list[effects.Contrast]
@@ -74,7 +76,7 @@ class Page:
             ("evidence", "Evidence", self.evidence),
             ("gates", "Gates", self.candidates),
             ("refused", "Not promoted", self.refused),
-            ("training", "Training", self.curves),
+            ("training", "Training", self.curves or self.tuning),
             ("predictions", "Predictions", self.examples),
             ("environment", "Environment", True),
             ("repeat", "How to repeat it", True),
@@ -116,6 +118,7 @@ def page_of(folder: RunFolder) -> Page:
         forest=figures.forest(differences) if differences else "",
         scatter=effects.scatter(config, judgement, colours),
         curves=training.curves_of(folder, config, colours),
+        tuning=tuning.part_of(folder, config),
         scores=list(scores.scores_of(config, measured, judgement.family)),
         price_columns=arms.price_columns(base),
         controls=list(effects.contrasts_of(judgement)),

@@ -131,6 +131,10 @@ class RunFolder:
     def cell(self, arm: str, seed: int) -> Cell:
         return Cell(self.path / "arms" / arm / f"seed-{seed}")
 
+    def routing(self, seed: int) -> Path:
+        """Experts, traces and routers of one seed; see `experiments.routing.stages`."""
+        return self.path / "routing" / f"seed-{seed}"
+
     @property
     def tuning(self) -> Path:
         """What was tried for the learning rate of each arm; see `experiments.tuning`."""

@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 
 from bem.errors import CheckpointError
 from bem.files import read_json, write_json
@@ -211,3 +212,24 @@ def test_what_was_not_timed_is_missing_in_the_report_too(run, tmp_path):
     page = report.page_of(copy)
     row = next(arm.price for arm in page.arms if arm.name == "v1")
     assert row[-3:] == ["–", "–", "–"]
+
+
+def test_the_search_for_learning_rates_is_shown(run, tmp_path):
+    """Losses of every rate, what was chosen, and the step that was kept."""
+    copy = RunFolder(tmp_path / "tuned")
+    shutil.copytree(run.path, copy.path)
+    config = run.config.model_dump(mode="json")
+    config["data"]["validation_rows"] = 8
+    config["tuning"] = {"rates": [0.001, 0.004], "steps": 8}
+    (copy.path / "config.yaml").write_text(yaml.safe_dump(config))
+    trials = [
+        {"rate": 0.001, "steps": 8, "loss": 1.5},
+        {"rate": 0.004, "steps": 8, "loss": None},
+    ]
+    write_json(copy.tuning / "s0.json", {"trials": trials, "chosen": 0.001})
+    manifest = copy.cell("s0", 0).checkpoint / "manifest.json"
+    write_json(manifest, {**read_json(manifest, CheckpointError), "extra": {"step": 60}})
+    html = report.write(copy.path).read_text(encoding="utf-8")
+    row = r"<td>s0</td>.*1\.500</td>.*diverged</td>\s*<td[^>]*>0\.001</td><td[^>]*>60"
+    assert re.search(row, html, re.DOTALL)
+    assert "| s0 | 1.500 | diverged | 0.001 | 60" in (copy.path / "report.md").read_text()

@@ -7,9 +7,17 @@ import pytest
 from bem.config import ConversationConfig, DataConfig, TaskConfig
 from bem.errors import ConfigError, DataError
 from bem.tasks.embedded import EMBEDDED
-from bem.tasks.load import TASKS, load_task, load_tasks, training_mixture
+from bem.tasks.load import (
+    TASKS,
+    load_task,
+    load_tasks,
+    set_aside,
+    training_mixture,
+    validation_mixture,
+)
 from bem.tasks.public import PUBLIC
 from bem.tasks.record import Family
+from bem.training.data import Example
 
 
 def write(path, *rows):
@@ -134,3 +142,45 @@ def test_several_tasks_make_one_mixture_with_ids_of_their_own():
 def test_the_registry_names_every_family_once():
     assert set(TASKS) == set(EMBEDDED) | set(PUBLIC) and not set(EMBEDDED) & set(PUBLIC)
     assert all(isinstance(family, Family) for family in TASKS.values())
+
+
+# ------------------------------------------------------------ rows set aside
+
+
+def rows_in_groups(n, size):
+    return [Example(f"r{i}", "q", ("a",), group=f"g{i // size}") for i in range(n)]
+
+
+def test_rows_are_set_aside_with_their_groups_and_the_seed_decides():
+    rows = rows_in_groups(30, 3)
+    rest, aside = set_aside(rows, 7, 0, "t")
+    assert len(aside) == 7
+    assert not {row.group for row in rest} & {row.group for row in aside}
+    assert len(rest) == 30 - 9  # three whole groups are gone; what is beyond seven is used nowhere
+    assert set_aside(rows, 7, 0, "t") == (rest, aside)
+    assert set_aside(rows, 7, 1, "t")[1] != aside
+    assert set_aside(rows, None, 0, "t") == (rows, [])
+
+
+def test_setting_everything_aside_is_refused_with_numbers():
+    with pytest.raises(DataError, match="setting 4 of 6 training rows aside.*leaves 0"):
+        set_aside(rows_in_groups(6, 6), 4, 0, "t")
+
+
+def test_validation_rows_are_no_training_rows_even_as_earlier_turns():
+    data = DataConfig(
+        tasks=["sig2json", "doc2name"], train_rows=40, validation_rows=6, dev_rows=4,
+        conversations={"turns": 3},
+    )  # fmt: skip
+    tasks = load_tasks(data)
+    aside = {row.answer for task in tasks for row in task.validation}
+    assert [len(task.validation) for task in tasks] == [6, 6]
+    assert len(aside) > 6
+    for task in tasks:
+        for row in task.train:
+            assert row.answer not in aside
+            assert not aside & {answer for _, answer in row.history}
+    assert all(row.history for task in tasks for row in task.validation)
+    assert [row.id.split("/")[0] for row in validation_mixture(tasks)] == ["sig2json"] * 6 + [
+        "doc2name"
+    ] * 6

@@ -283,3 +283,15 @@ def test_gold_is_known_with_and_without_its_title():
     for dev in (rows("south"), shown):
         found = with_evidence(task(config, dev=dev, corpus=titled), None)
         assert all(r.gold_evidence == (1,) for r in found.dev)
+
+
+def test_rows_set_aside_find_their_evidence_as_training_rows_do():
+    train = rows("train")
+    config = RetrievalConfig(reranker="none", swap=False)
+    shared = dict(metrics=("em",), primary="em", max_new_tokens=8, retrieval=config)
+    corpus = corpus_of(train, [])
+    whole = with_evidence(Task("t", train, rows("dev")[:2], corpus=corpus, **shared), None)
+    apart = Task("t", train[:9], rows("dev")[:2], validation=train[9:], corpus=corpus, **shared)
+    found = with_evidence(apart, None)
+    assert (found.train, found.validation) == (whole.train[:9], whole.train[9:])
+    assert all(row.evidence for row in found.validation)

@@ -61,7 +61,7 @@ class RoutingArtifacts:
         assert inputs.config.routing is not None
         self.inputs, self.seed, self.say = inputs, seed, say
         self.config, self.routing = inputs.config, inputs.config.routing
-        self.folder = inputs.folder.path / "routing" / f"seed-{seed}"
+        self.folder = inputs.folder.routing(seed)
         self.skills = skills_of(self.routing, inputs.tasks)
         self._by_task = {task.name: task for task in inputs.tasks}
 

@@ -62,7 +62,7 @@ Learned = dict[int, list[dict[str, Any]]]
 
 
 def _stage(folder: RunFolder, seed: int) -> Path:
-    return folder.path / "routing" / f"seed-{seed}"
+    return folder.routing(seed)
 
 
 def _learned(folder: RunFolder, config: ExperimentConfig) -> Learned:
