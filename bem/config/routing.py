@@ -20,10 +20,10 @@ class RouterConfig(Section):
     spans: tuple[int, ...] = (1, 2, 4)
     """Chunks that an action may last; a turn start ends it."""
     ranks: tuple[int, ...] | None = None
-    """Rank budgets: most important ranks kept at each site. None: a quarter, a half, all of the
-    largest expert's."""
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
-    """Factors on the whole update (the source's bias scale)."""
+    """Rank budgets: most important ranks kept at each site. None: all of them, nothing to choose, because
+    no choice was found that is worth anything (benchmarks/results/heads.md)."""
+    strengths: tuple[float, ...] = (1.0,)
+    """Factors on the whole update (the source's bias scale). Alone by default for the same reason."""
     plan_length: int = Field(default=3, ge=1)
     """Most different actions between two turn starts; the last one then holds."""
     switch_cost: float = Field(default=0.1, ge=0)

@@ -222,7 +222,7 @@ def _rules(experts: Sequence[Expert], config: RouterConfig) -> Rules:
     if not chosen:
         raise AttachError("a shared expert alone leaves nothing to choose: attach it as s0.")
     largest = _largest(chosen) + _largest([e for e in experts if e not in chosen])
-    ranks = config.ranks or tuple(sorted({max(1, largest // 4), max(1, largest // 2), largest}))
+    ranks = config.ranks or (largest,)
     names = tuple(e.name for e in chosen)
     shared = len(chosen) < len(experts)
     space = ActionSpace(names, config.spans, tuple(ranks), config.strengths, shared)
