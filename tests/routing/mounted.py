@@ -21,7 +21,14 @@ def expert(model, name: str, rank: int, seed: int, layer: int | None = None) -> 
     return from_updates(name, updates, "test")
 
 
-FREE = {"chunk_size": 8, "switch_cost": 0.0, "hysteresis": 0.0, "spans": (1, 2)}
+FREE = {
+    "chunk_size": 8,
+    "switch_cost": 0.0,
+    "hysteresis": 0.0,
+    "spans": (1, 2),
+    "ranks": (1, 2, 4),
+    "strengths": (0.5, 1.0, 1.5),
+}
 
 
 def mounted(model, trained=True, **overrides):

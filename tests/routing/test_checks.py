@@ -10,6 +10,7 @@ from bem.routing.checks import check_router
 from bem.routing.hysteresis import Limits, allowed
 from bem.routing.mounted import Mounted
 from bem.routing.router import AgenticRouter
+from tests.conftest import make_llama
 from tests.routing.mounted import mounted
 
 
@@ -22,6 +23,17 @@ def test_the_contract_holds_with_fading_and_a_trust_region():
     def make(model):
         return mounted(model, confidence=0.9, fallback="c", trust_radius=0.3, trust_norm="spectral")
 
+    check_router(make, ["llama"]).raise_if_failed()
+
+
+def test_the_contract_holds_where_ranks_and_strength_are_no_choice():
+    """As they are by default: all ranks, as trained."""
+
+    def make(model):
+        return mounted(model, ranks=None, strengths=(1.0,))
+
+    space = make(make_llama()).router.space
+    assert (space.ranks, space.strengths, space.plain) == ((4,), (1.0,), (0, 0, 0))
     check_router(make, ["llama"]).raise_if_failed()
 
 
