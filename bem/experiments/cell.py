@@ -14,6 +14,7 @@ from bem.experiments.adapted import adapted
 from bem.experiments.events import Event, Show
 from bem.experiments.inputs import RunInputs, encoded_rows
 from bem.experiments.measuring.answers import measure
+from bem.experiments.measuring.kept import KeptAnswers
 from bem.experiments.plan import Plan
 from bem.experiments.routing.arms import ready_arm
 from bem.experiments.routing.stages import RoutingArtifacts
@@ -137,15 +138,21 @@ class CellRunner:
         """Make and measure an arm with a route; returns what to say of it."""
         with ready_arm(plan.arm, self.routing(seed), cell) as ready:
             ready.attached.save(cell.checkpoint, self.inputs.data["train"])
-            measurement = self._measure(ready.attached, ready.tasks, cell, event)
+            measurement = self._measure(ready.attached, ready.tasks, cell, event, kept=ready.kept)
         if "conversations" in ready.facts:
             measurement = with_plans(measurement, ready.facts["conversations"]["plans"])
         save(measurement, cell.measurement)
         write_json(cell.route, ready.facts)
-        return f"quality {_mean_quality(measurement):.1%}"
+        return f"quality {_mean_quality(measurement):.1%}{_taken_over(measurement)}"
 
     def _measure(
-        self, attached: Any, tasks: Sequence[Task], cell: Cell, event: Event
+        self,
+        attached: Any,
+        tasks: Sequence[Task],
+        cell: Cell,
+        event: Event,
+        max_length: int | None = None,
+        kept: KeptAnswers | None = None,
     ) -> Measurement:
         config = self.inputs.config
         return measure(
@@ -154,8 +161,9 @@ class CellRunner:
             tasks,
             name=event.arm,
             batch_size=config.eval_batch_size,
-            max_length=config.training.max_length,
+            max_length=max_length or config.training.max_length,
             predictions=cell.predictions,
+            kept=kept,
             on_progress=lambda done, total: self.show(
                 event.at("measuring", done=done, total=total)
             ),
@@ -210,6 +218,11 @@ def with_plans(measurement: Measurement, plans: Sequence[int]) -> Measurement:
 
 def _mean_quality(measurement: Measurement) -> float:
     return float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
+
+
+def _taken_over(measurement: Measurement) -> str:
+    rows = measurement.meta.get("taken_over")
+    return f", {rows:,} answers taken over" if rows else ""
 
 
 def _step(event: Event, step: StepResult, steps: int) -> Event:

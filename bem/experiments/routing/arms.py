@@ -16,6 +16,7 @@ import torch
 
 from bem.config import ArmConfig
 from bem.experiments.adapted import put_on
+from bem.experiments.measuring.kept import KeptAnswers
 from bem.experiments.routing.arrow import arrow
 from bem.experiments.routing.interference import interference_of
 from bem.experiments.routing.peer import Peer, load_peer
@@ -42,6 +43,8 @@ class ReadyArm:
     tasks: list[Task]
     facts: dict[str, Any]
     """Facts for the report."""
+    kept: KeptAnswers | None = None
+    """Answers of all arms that choose among the same experts; None: nobody else's are the same."""
 
 
 @contextmanager
@@ -63,7 +66,9 @@ def ready_arm(arm: ArmConfig, artifacts: RoutingArtifacts, cell: Cell) -> Iterat
     else:
         tasks, facts = with_route(route, artifacts)
         with artifacts.mounted(artifacts.experts()) as mounted:
-            yield ReadyArm(mounted, tasks, facts)
+            acting = mounted.version.digest
+            kept = KeptAnswers(artifacts.folder / "answers", acting, artifacts.model)
+            yield ReadyArm(mounted, tasks, facts, kept)
 
 
 def _peer(route: str, base: Any, folders: Any, artifacts: RoutingArtifacts) -> Peer:
