@@ -10,7 +10,8 @@ from typing import Any
 
 import bem
 from bem.config import AdapterConfig, TrainingConfig
-from bem.experiments.adapted import adapted
+from bem.experiments.adapted import adapted, put_on
+from bem.experiments.bare import Bare, few_shot
 from bem.experiments.events import Event, Show
 from bem.experiments.inputs import RunInputs, encoded_rows
 from bem.experiments.measuring.answers import measure
@@ -58,6 +59,8 @@ class CellRunner:
             return
         cell = self.inputs.folder.cell(plan.arm.name, seed)
         make = self._routed_cell if plan.arm.route else self._trained_cell
+        if plan.arm.is_bare:
+            make = self._bare_cell
         detail = make(plan, seed, cell, event)
         cell.finish(cell_key(self.inputs, plan, seed))
         (cell.path / STATE).unlink(missing_ok=True)  # only needed to resume the training
@@ -145,6 +148,18 @@ class CellRunner:
         write_json(cell.route, ready.facts)
         return f"quality {_mean_quality(measurement):.1%}{_taken_over(measurement)}"
 
+    def _bare_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
+        """Measure the base itself; returns what to say of it."""
+        inputs, shots = self.inputs, plan.arm.shots
+        assert shots is not None
+        tasks, max_length = few_shot(inputs, shots, seed)
+        kept = KeptAnswers(inputs.folder.path / "base-answers", inputs.base, inputs.model)
+        with put_on(inputs.model, Bare) as bare:
+            bare.save(cell.checkpoint, shots, inputs.data["train"])
+            measurement = self._measure(bare, tasks, cell, event, max_length, kept)
+        save(measurement, cell.measurement)
+        return f"quality {_mean_quality(measurement):.1%}{_taken_over(measurement)}"
+
     def _measure(
         self,
         attached: Any,
@@ -192,7 +207,10 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
         "answers": {t.name: [t.max_new_tokens, t.metrics, t.form] for t in inputs.tasks},
         "base": inputs.base,
     }
-    if plan.adapter is not None:
+    if plan.arm.is_bare:
+        facts["shots"] = plan.arm.shots
+        facts["training"] = {"max_length": config.training.max_length}
+    elif plan.adapter is not None:
         facts["adapter"] = seeded(plan, seed).model_dump(mode="json")
     elif config.routing is not None:
         facts["training"] = config.expert_training.model_dump(mode="json")

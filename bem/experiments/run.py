@@ -16,7 +16,8 @@ from bem.adapters.attach import load
 from bem.adapters.copies import with_shared_weights
 from bem.bases.load import load_base
 from bem.config import ArmConfig, ExperimentConfig
-from bem.errors import ConfigError
+from bem.errors import CheckpointError, ConfigError
+from bem.experiments.bare import load_bare
 from bem.experiments.cell import CellRunner
 from bem.experiments.events import Event, Show, ignore
 from bem.experiments.inputs import RunInputs, device_of, load_inputs, tell_search
@@ -132,6 +133,10 @@ def evaluate(
     config: ExperimentConfig, checkpoint: Path, on_event: Show | None = None
 ) -> Measurement:
     """Measure one checkpoint on the held-out rows of the config's tasks."""
+    if (kind := checkpoint_kind(checkpoint)) == "bare":
+        raise CheckpointError(
+            f"{checkpoint} holds no adapter: its arm was the bare base, which `bem run` measures."
+        )
     show = on_event or ignore
     show(Event("loading the base"))
     model, tokenizer = load_base(config.base, device_of(config), config.dtype)
@@ -139,8 +144,7 @@ def evaluate(
         with_evidence(task, None, tell_search(task, show))
         for task in load_tasks(config.data, need_train=False)
     ]
-    is_router = checkpoint_kind(checkpoint) == "router"
-    attached = (load_router if is_router else load)(model, checkpoint)
+    attached = (load_router if kind == "router" else load)(model, checkpoint)
     return measure(
         attached,
         tokenizer,
@@ -277,6 +281,8 @@ class ExperimentRun:
         seed = self.inputs.config.seeds[0]
         cell = self.inputs.folder.cell(arm.name, seed)
         model = with_shared_weights(self.inputs.model)
+        if arm.is_bare:
+            return load_bare(model, cell.checkpoint)
         if arm.route:
             return reopened(model, arm, cell, self.cells.routing(seed))
         return load(model, cell.checkpoint)
