@@ -92,13 +92,23 @@ class ArmConfig(Section):
     """Changes to the experiment's `training` section: {learning_rate: 1.0e-3}."""
     route: (
         Literal[
-            "ar0", "ar1", "oracle", "gold", "linear", "single", "random", "wrong", "xlora", "arrow"
+            "ar0",
+            "ar1",
+            "oracle",
+            "gold",
+            "linear",
+            "encoder",
+            "single",
+            "random",
+            "wrong",
+            "xlora",
+            "arrow",
         ]
         | None
     ) = None
     """Who chooses between the experts of `routing`: ar0 cloned router | ar1 improved by policy
     gradient | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
-    hidden states | single best one expert | random, wrong controls | xlora, arrow PEFT's methods.
+    hidden states | encoder nearest centroid of a sentence encoder, on each turn's own text | single best one expert | random, wrong controls | xlora, arrow PEFT's methods.
     None: no experts, the adapter of this arm."""
     shots: int | None = Field(default=None, ge=0)
     """The bare base instead of an adapter, asked behind so many training rows of the same skill, shown as

@@ -17,7 +17,8 @@ from bem.adapters.copies import with_shared_weights
 from bem.bases.load import load_base
 from bem.config import ArmConfig, ExperimentConfig
 from bem.errors import CheckpointError, ConfigError
-from bem.experiments.bare import load_bare
+from bem.evidence.encoders import load_encoder
+from bem.experiments.bare import few_shot, load_bare
 from bem.experiments.cell import CellRunner
 from bem.experiments.events import Event, Show, ignore
 from bem.experiments.inputs import RunInputs, device_of, load_inputs, tell_search
@@ -73,6 +74,7 @@ def run(
     with folder.lock():
         work = ExperimentRun(load_inputs(config, folder, show), show)
         work.claim(command)
+        work.try_early()
         work.all_cells()
         work.timings()
         show(Event("judging"))
@@ -208,6 +210,16 @@ class ExperimentRun:
             self.show(Event(f"arm {plan.arm.name}", detail=plan.summary(), final=True))
         if facts := {task.name: task.facts for task in inputs.tasks if task.facts}:
             write_json(folder.path / "evidence.json", facts)
+
+    def try_early(self) -> None:
+        """What would end a long run late ends it here: an encoder that is not there, examples that do
+        not fit the base's context."""
+        inputs, config = self.inputs, self.inputs.config
+        if config.routing and any(arm.route == "encoder" for arm in config.arms):
+            load_encoder(config.routing.encoder, inputs.device)
+        for arm in config.arms:
+            for seed in config.seeds if arm.shots else ():
+                few_shot(inputs, arm.shots or 0, seed)
 
     def all_cells(self) -> None:
         """Seed by seed, so that every arm has its first numbers early."""

@@ -13,7 +13,7 @@ from bem.routing.explain import explain
 from bem.runs.promotion import promote
 
 ROUTES = (
-    "ar1", "ar0", "oracle", "gold", "linear", "single", "random", "wrong", "arrow", "xlora",
+    "ar1", "ar0", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "arrow", "xlora",
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def walked(tmp_path_factory, micro_base):
             },
             "expert_rank": 2,
             "shared_rank": 1,
+            "encoder": "base:bem-tiny",
             "cloning": {"rows": 8, "epochs": 3},
             "policy_gradient": {"iterations": 2, "episodes": 4, "max_new_tokens": 4},
             "peer_steps": 1,

@@ -28,6 +28,7 @@ ROUTES = {
     "oracle": "least loss, in hindsight",
     "gold": "the maker's label",
     "linear": "linear classifier",
+    "encoder": "sentence encoder, nearest centroid",
     "single": "the one best expert",
     "random": "any expert",
     "wrong": "any expert but the right one",
