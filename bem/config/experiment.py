@@ -76,6 +76,11 @@ KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.mod
 """Of all variants."""
 
 
+Route = Literal[
+    "ar0", "ar1", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "xlora", "arrow"
+]  # fmt: skip
+
+
 class ArmConfig(Section):
     """One arm of an experiment: a name and what it changes in `adapters` (or no adapter at all)."""
 
@@ -90,26 +95,12 @@ class ArmConfig(Section):
     """Changes to the experiment's `adapters` section: the variant, and knobs of that variant."""
     training: dict[str, Any] = {}
     """Changes to the experiment's `training` section: {learning_rate: 1.0e-3}."""
-    route: (
-        Literal[
-            "ar0",
-            "ar1",
-            "oracle",
-            "gold",
-            "linear",
-            "encoder",
-            "single",
-            "random",
-            "wrong",
-            "xlora",
-            "arrow",
-        ]
-        | None
-    ) = None
+    route: Route | None = None
     """Who chooses between the experts of `routing`: ar0 cloned router | ar1 improved by policy
     gradient | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
-    hidden states | encoder nearest centroid of a sentence encoder, on each turn's own text | single best one expert | random, wrong controls | xlora, arrow PEFT's methods.
-    None: no experts, the adapter of this arm."""
+    hidden states | encoder nearest centroid of each turn's sentence embedding | single best one
+    expert | random, wrong controls | xlora, arrow PEFT's methods. None: no experts, the adapter of
+    this arm."""
     shots: int | None = Field(default=None, ge=0)
     """The bare base instead of an adapter, asked behind so many training rows of the same skill, shown as
     earlier turns; 0: zero-shot. Of controls only. None: the adapter, or the route, of this arm."""
@@ -124,6 +115,11 @@ class ArmConfig(Section):
     def is_bare(self) -> bool:
         """The arm is the base itself: no adapter and no experts."""
         return self.shots is not None
+
+    @property
+    def has_adapter(self) -> bool:
+        """The arm trains an adapter of its own: it is neither bare nor routed."""
+        return not self.is_bare and not self.route
 
 
 class ExperimentConfig(Section):
@@ -193,7 +189,8 @@ class ExperimentConfig(Section):
         return self
 
     def _training_makes_sense(self) -> None:
-        trained = {f"arms.{arm.name}.": self.training_of(arm) for arm in self.arms if not arm.route}
+        own = [arm for arm in self.arms if arm.has_adapter]
+        trained = {f"arms.{arm.name}.": self.training_of(arm) for arm in own}
         if any(arm.route for arm in self.arms):
             trained["routing."] = self.expert_training
         if self.data.validation_rows is None:
@@ -233,7 +230,7 @@ class ExperimentConfig(Section):
 
     def _adapters_make_sense(self) -> None:
         parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")
-        own = [self.adapter_of(arm) for arm in self.arms if not arm.route and not arm.is_bare]
+        own = [self.adapter_of(arm) for arm in self.arms if arm.has_adapter]
         used = {knob for adapter in own for knob in type(adapter).model_fields}
         if own and (unused := sorted(self.adapters.keys() - used)):
             raise ConfigError(

@@ -208,6 +208,7 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
         "base": inputs.base,
     }
     if plan.arm.is_bare:
+        facts.pop("tuning", None)
         facts["shots"] = plan.arm.shots
         facts["training"] = {"max_length": config.training.max_length}
     elif plan.adapter is not None:

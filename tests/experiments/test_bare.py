@@ -8,6 +8,7 @@ from bem.config import ArmConfig, ExperimentConfig
 from bem.errors import BaseMismatch, CheckpointError, ConfigError, MeasurementError
 from bem.experiments.adapted import put_on
 from bem.experiments.bare import Bare, few_shot, load_bare
+from bem.experiments.cell import cell_key
 from bem.experiments.inputs import RunInputs
 from bem.experiments.measuring.answers import measure
 from bem.experiments.measuring.memory import added_memory
@@ -149,6 +150,27 @@ def test_what_has_no_effect_on_the_bare_base_is_refused(tmp_path, arm, message):
     values |= {"arms": [ARMS[0], bare], "routing": {}}
     with pytest.raises((ConfigError, ValueError), match=message):
         ExperimentConfig.model_validate(values)
+
+
+def test_tuning_does_not_touch_it(tmp_path):
+    plain, tuned = (
+        make_config(tmp_path, tmp_path, arms=ARMS),
+        make_config(
+            tmp_path,
+            tmp_path,
+            arms=ARMS,
+            tuning={"rates": [1e-3, 1e-2], "steps": 2},
+            data={"tasks": ["forms"], "validation_rows": 2},
+        ),
+    )
+    keys = []
+    for config in (plain, tuned):
+        inputs = RunInputs(
+            config, RunFolder(tmp_path / "run"), [], [], make_llama(), None, "cpu", {"train": "d"}, "b"
+        )  # fmt: skip
+        plans = {plan.arm.name: plan for plan in plan_arms(inputs.model, config)}
+        keys.append([cell_key(inputs, plans[name], 0) for name in ("base", "base-2shot", "v4")])
+    assert keys[0][:2] == keys[1][:2] and len({*keys[0], *keys[1]}) == 4
 
 
 def test_it_is_no_control_that_a_candidate_is_held_against(tmp_path):
