@@ -76,6 +76,11 @@ KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.mod
 """Of all variants."""
 
 
+Route = Literal[
+    "ar0", "ar1", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "xlora", "arrow"
+]  # fmt: skip
+
+
 class ArmConfig(Section):
     """One arm of an experiment: a name and what it changes in `adapters` (or no adapter at all)."""
 
@@ -90,22 +95,31 @@ class ArmConfig(Section):
     """Changes to the experiment's `adapters` section: the variant, and knobs of that variant."""
     training: dict[str, Any] = {}
     """Changes to the experiment's `training` section: {learning_rate: 1.0e-3}."""
-    route: (
-        Literal[
-            "ar0", "ar1", "oracle", "gold", "linear", "single", "random", "wrong", "xlora", "arrow"
-        ]
-        | None
-    ) = None
+    route: Route | None = None
     """Who chooses between the experts of `routing`: ar0 cloned router | ar1 improved by policy
     gradient | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
-    hidden states | single best one expert | random, wrong controls | xlora, arrow PEFT's methods.
-    None: no experts, the adapter of this arm."""
+    hidden states | encoder nearest centroid of each turn's sentence embedding | single best one
+    expert | random, wrong controls | xlora, arrow PEFT's methods. None: no experts, the adapter of
+    this arm."""
+    shots: int | None = Field(default=None, ge=0)
+    """The bare base instead of an adapter, asked behind so many training rows of the same skill, shown as
+    earlier turns; 0: zero-shot. Of controls only. None: the adapter, or the route, of this arm."""
     match: Literal["parameters", "flops", "none"] = "parameters"
     """What is held within the budget tolerance of the baseline by choosing the rank."""
     role: Literal["baseline", "candidate", "control"] = "candidate"
     """Controls are measured and shown, never promoted."""
     compare_to: str | None = None
     """Arm that this one is judged against; None: the baseline."""
+
+    @property
+    def is_bare(self) -> bool:
+        """The arm is the base itself: no adapter and no experts."""
+        return self.shots is not None
+
+    @property
+    def has_adapter(self) -> bool:
+        """The arm trains an adapter of its own: it is neither bare nor routed."""
+        return not self.is_bare and not self.route
 
 
 class ExperimentConfig(Section):
@@ -175,7 +189,8 @@ class ExperimentConfig(Section):
         return self
 
     def _training_makes_sense(self) -> None:
-        trained = {f"arms.{arm.name}.": self.training_of(arm) for arm in self.arms if not arm.route}
+        own = [arm for arm in self.arms if arm.has_adapter]
+        trained = {f"arms.{arm.name}.": self.training_of(arm) for arm in own}
         if any(arm.route for arm in self.arms):
             trained["routing."] = self.expert_training
         if self.data.validation_rows is None:
@@ -215,7 +230,7 @@ class ExperimentConfig(Section):
 
     def _adapters_make_sense(self) -> None:
         parse_adapter({"variant": self.adapters.get("variant", "s0")}, "adapters")
-        own = [self.adapter_of(arm) for arm in self.arms if not arm.route]
+        own = [self.adapter_of(arm) for arm in self.arms if arm.has_adapter]
         used = {knob for adapter in own for knob in type(adapter).model_fields}
         if own and (unused := sorted(self.adapters.keys() - used)):
             raise ConfigError(
@@ -243,7 +258,8 @@ class ExperimentConfig(Section):
     def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
         """The adapter of one arm: the shared defaults that its variant has, with the arm's changes.
 
-        An arm with a route has experts instead; its adapter is not used. Raises ConfigError.
+        An arm with a route has experts instead, a bare one nothing; its adapter is not used. Raises
+        ConfigError.
         """
         variant = arm.adapters.get("variant", self.adapters.get("variant", "s0"))
         section = KINDS.get(variant) if isinstance(variant, str) else None
@@ -265,12 +281,16 @@ class ExperimentConfig(Section):
         return parse(TrainingConfig, {**self.training.model_dump(), **changes}, "routing.training")
 
     def variant_of(self, arm: ArmConfig) -> str:
-        """Kind of the arm's adapter, or `routed`."""
+        """Kind of the arm's adapter, or `routed`, or `base` for the bare one."""
+        if arm.is_bare:
+            return "base"
         return "routed" if arm.route else self.adapter_of(arm).variant
 
 
 def _refuse_without_effect(arm: ArmConfig) -> None:
     """An arm's setting that something else decides would be dropped without a word."""
+    if arm.is_bare:
+        _refuse_with_shots(arm)
     if arm.route and arm.adapters:
         raise ValueError(
             f"arms.{arm.name}: {', '.join(arm.adapters)} has no effect with a route: its experts are those of "
@@ -285,6 +305,26 @@ def _refuse_without_effect(arm: ArmConfig) -> None:
         raise ValueError(
             f"arms.{arm.name}: rank {arm.adapters['rank']} has no effect under `match: {arm.match}`, which chooses "
             "the rank. Remove it, or set `match: none`"
+        )
+
+
+def _refuse_with_shots(arm: ArmConfig) -> None:
+    """Nothing of the bare base is trained, matched, routed or promoted."""
+    decided = {
+        "adapters": arm.adapters,
+        "training": arm.training,
+        "route": arm.route,
+        "match": arm.match != "parameters",
+    }
+    if given := [name for name, value in decided.items() if value]:
+        raise ValueError(
+            f"arms.{arm.name}: {', '.join(given)} has no effect with shots: {arm.shots}, which asks the bare base. "
+            "Remove it, or remove shots"
+        )
+    if arm.role != "control":
+        raise ValueError(
+            f"arms.{arm.name}: role {arm.role} with shots: {arm.shots}, but the bare base has no adapter that could "
+            "be promoted or that others could be matched to. Set `role: control`"
         )
 
 

@@ -221,5 +221,8 @@ class RoutingConfig(Section):
     router: RouterConfig = RouterConfig()
     cloning: CloningConfig = CloningConfig()
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
+    encoder: str = Field(default="minilm", min_length=1)
+    """What the route `encoder` reads turns with: a sentence-transformers model (`minilm`, a folder, a Hugging Face
+    id; extra `retrieval`), or `base:NAME` for a base model's own pooled states."""
     peer_steps: int = Field(default=50, ge=1)
     """Optimiser steps of X-LoRA's classifier."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import bem
 from bem.config import AdapterConfig, TrainingConfig
-from bem.experiments.adapted import adapted
+from bem.experiments.adapted import adapted, put_on
+from bem.experiments.bare import Bare, few_shot
 from bem.experiments.events import Event, Show
 from bem.experiments.inputs import RunInputs, encoded_rows
 from bem.experiments.measuring.answers import measure
+from bem.experiments.measuring.kept import KeptAnswers
 from bem.experiments.plan import Plan
 from bem.experiments.routing.arms import ready_arm
 from bem.experiments.routing.stages import RoutingArtifacts
@@ -57,6 +59,8 @@ class CellRunner:
             return
         cell = self.inputs.folder.cell(plan.arm.name, seed)
         make = self._routed_cell if plan.arm.route else self._trained_cell
+        if plan.arm.is_bare:
+            make = self._bare_cell
         detail = make(plan, seed, cell, event)
         cell.finish(cell_key(self.inputs, plan, seed))
         (cell.path / STATE).unlink(missing_ok=True)  # only needed to resume the training
@@ -137,15 +141,33 @@ class CellRunner:
         """Make and measure an arm with a route; returns what to say of it."""
         with ready_arm(plan.arm, self.routing(seed), cell) as ready:
             ready.attached.save(cell.checkpoint, self.inputs.data["train"])
-            measurement = self._measure(ready.attached, ready.tasks, cell, event)
+            measurement = self._measure(ready.attached, ready.tasks, cell, event, kept=ready.kept)
         if "conversations" in ready.facts:
             measurement = with_plans(measurement, ready.facts["conversations"]["plans"])
         save(measurement, cell.measurement)
         write_json(cell.route, ready.facts)
-        return f"quality {_mean_quality(measurement):.1%}"
+        return f"quality {_mean_quality(measurement):.1%}{_taken_over(measurement)}"
+
+    def _bare_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
+        """Measure the base itself; returns what to say of it."""
+        inputs, shots = self.inputs, plan.arm.shots
+        assert shots is not None
+        tasks, max_length = few_shot(inputs, shots, seed)
+        kept = KeptAnswers(inputs.folder.path / "base-answers", inputs.base, inputs.model)
+        with put_on(inputs.model, Bare) as bare:
+            bare.save(cell.checkpoint, shots, inputs.data["train"])
+            measurement = self._measure(bare, tasks, cell, event, max_length, kept)
+        save(measurement, cell.measurement)
+        return f"quality {_mean_quality(measurement):.1%}{_taken_over(measurement)}"
 
     def _measure(
-        self, attached: Any, tasks: Sequence[Task], cell: Cell, event: Event
+        self,
+        attached: Any,
+        tasks: Sequence[Task],
+        cell: Cell,
+        event: Event,
+        max_length: int | None = None,
+        kept: KeptAnswers | None = None,
     ) -> Measurement:
         config = self.inputs.config
         return measure(
@@ -154,8 +176,9 @@ class CellRunner:
             tasks,
             name=event.arm,
             batch_size=config.eval_batch_size,
-            max_length=config.training.max_length,
+            max_length=max_length or config.training.max_length,
             predictions=cell.predictions,
+            kept=kept,
             on_progress=lambda done, total: self.show(
                 event.at("measuring", done=done, total=total)
             ),
@@ -184,7 +207,11 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
         "answers": {t.name: [t.max_new_tokens, t.metrics, t.form] for t in inputs.tasks},
         "base": inputs.base,
     }
-    if plan.adapter is not None:
+    if plan.arm.is_bare:
+        facts.pop("tuning", None)
+        facts["shots"] = plan.arm.shots
+        facts["training"] = {"max_length": config.training.max_length}
+    elif plan.adapter is not None:
         facts["adapter"] = seeded(plan, seed).model_dump(mode="json")
     elif config.routing is not None:
         facts["training"] = config.expert_training.model_dump(mode="json")
@@ -210,6 +237,11 @@ def with_plans(measurement: Measurement, plans: Sequence[int]) -> Measurement:
 
 def _mean_quality(measurement: Measurement) -> float:
     return float(measurement.metrics[QUALITY].mean())  # type: ignore[union-attr]
+
+
+def _taken_over(measurement: Measurement) -> str:
+    rows = measurement.meta.get("taken_over")
+    return f", {rows:,} answers taken over" if rows else ""
 
 
 def _step(event: Event, step: StepResult, steps: int) -> Event:

@@ -11,6 +11,7 @@ from bem.adapters.sites import find_sites
 from bem.config import AdapterConfig, ArmConfig, ExperimentConfig
 from bem.config.adapters import StaticConfig
 from bem.errors import ConfigError
+from bem.report.words import shots
 from bem.stats.scores import METRICS
 from bem.tasks.load import Task
 from bem.tasks.scoring import QUALITY
@@ -41,15 +42,18 @@ class Plan:
 
     arm: ArmConfig
     adapter: AdapterConfig | None
-    """None: the arm has a route, its experts are those of `routing`."""
-    layers: Layers
+    """None: the arm has a route, its experts are those of `routing`; or it is the bare base."""
+    layers: Layers | None
+    """None: the bare base."""
 
     def record(self) -> dict[str, Any]:
         """What the report is told of it."""
-        return {"layers": str(self.layers)}
+        return {"layers": str(self.layers)} if self.layers else {}
 
     def summary(self) -> str:
         """`v1, rank 9, layers 1 to 3 of 4, counted from 0`."""
+        if self.arm.shots is not None:
+            return f"the bare base, {shots(self.arm.shots)}"
         if self.adapter is None:
             return f"experts, route {self.arm.route}, {self.layers}"
         knobs = self.adapter.model_dump()  # not every variant has a rank for each of its sites
@@ -70,6 +74,8 @@ def plan_arms(model: Any, config: ExperimentConfig) -> list[Plan]:
 
 
 def _plan(model: Any, config: ExperimentConfig, arm: ArmConfig) -> Plan:
+    if arm.is_bare:
+        return Plan(arm, None, None)
     if arm.route:
         assert config.routing is not None
         layer = config.routing.router.router_layer

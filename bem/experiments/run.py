@@ -16,7 +16,9 @@ from bem.adapters.attach import load
 from bem.adapters.copies import with_shared_weights
 from bem.bases.load import load_base
 from bem.config import ArmConfig, ExperimentConfig
-from bem.errors import ConfigError
+from bem.errors import CheckpointError, ConfigError
+from bem.evidence.encoders import load_encoder
+from bem.experiments.bare import few_shot, load_bare
 from bem.experiments.cell import CellRunner
 from bem.experiments.events import Event, Show, ignore
 from bem.experiments.inputs import RunInputs, device_of, load_inputs, tell_search
@@ -72,6 +74,7 @@ def run(
     with folder.lock():
         work = ExperimentRun(load_inputs(config, folder, show), show)
         work.claim(command)
+        work.try_early()
         work.all_cells()
         work.timings()
         show(Event("judging"))
@@ -132,6 +135,10 @@ def evaluate(
     config: ExperimentConfig, checkpoint: Path, on_event: Show | None = None
 ) -> Measurement:
     """Measure one checkpoint on the held-out rows of the config's tasks."""
+    if (kind := checkpoint_kind(checkpoint)) == "bare":
+        raise CheckpointError(
+            f"{checkpoint} holds no adapter: its arm was the bare base, which `bem run` measures."
+        )
     show = on_event or ignore
     show(Event("loading the base"))
     model, tokenizer = load_base(config.base, device_of(config), config.dtype)
@@ -139,8 +146,7 @@ def evaluate(
         with_evidence(task, None, tell_search(task, show))
         for task in load_tasks(config.data, need_train=False)
     ]
-    is_router = checkpoint_kind(checkpoint) == "router"
-    attached = (load_router if is_router else load)(model, checkpoint)
+    attached = (load_router if kind == "router" else load)(model, checkpoint)
     return measure(
         attached,
         tokenizer,
@@ -204,6 +210,16 @@ class ExperimentRun:
             self.show(Event(f"arm {plan.arm.name}", detail=plan.summary(), final=True))
         if facts := {task.name: task.facts for task in inputs.tasks if task.facts}:
             write_json(folder.path / "evidence.json", facts)
+
+    def try_early(self) -> None:
+        """What would end a long run late ends it here: an encoder that is not there, examples that do
+        not fit the base's context."""
+        inputs, config = self.inputs, self.inputs.config
+        if config.routing and any(arm.route == "encoder" for arm in config.arms):
+            load_encoder(config.routing.encoder, inputs.device)
+        for arm in config.arms:
+            for seed in config.seeds if arm.shots else ():
+                few_shot(inputs, arm.shots or 0, seed)
 
     def all_cells(self) -> None:
         """Seed by seed, so that every arm has its first numbers early."""
@@ -277,6 +293,8 @@ class ExperimentRun:
         seed = self.inputs.config.seeds[0]
         cell = self.inputs.folder.cell(arm.name, seed)
         model = with_shared_weights(self.inputs.model)
+        if arm.is_bare:
+            return load_bare(model, cell.checkpoint)
         if arm.route:
             return reopened(model, arm, cell, self.cells.routing(seed))
         return load(model, cell.checkpoint)

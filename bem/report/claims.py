@@ -89,6 +89,7 @@ def sentences(config: ExperimentConfig, measured: Mapping[str, Measurement]) -> 
     yield from _gap(main, base, by_route.get("oracle"), gates)
     if STICKY in base.slices:
         yield from _against(main, by_route.get("linear"), gates, STICKY)
+        yield from _against(main, by_route.get("encoder"), gates, STICKY)
     if peer := by_route.get("xlora"):
         yield from _against(main, peer, gates, paces=(peer, main))
 

@@ -54,6 +54,13 @@ def reasons(verdict: Verdict) -> list[str]:
     ]
 
 
+def shots(count: int) -> str:
+    """How the bare base was asked."""
+    if not count:
+        return "zero-shot"
+    return f"{count} example{'s' * (count > 1)} of the skill shown"
+
+
 def gates(verdict: Verdict) -> list[Gate]:
     """Every check as a row; the failed ones first."""
     order = {False: 0, None: 1, True: 2}

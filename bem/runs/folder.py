@@ -6,6 +6,8 @@
       arms/ARM/seed-N/     checkpoint/ metrics.jsonl predictions.jsonl measurement.json cell.json
       evidence.json        facts about the evidence: leaked rows, ranks of the gold passages
       evidence/TASK-KEY.json.gz   what was retrieved for the rows, and their worse variants
+      routing/seed-N/      experts and routers; answers/: what arms with one route need not compute twice
+      base-answers/        the same of the bare base
       plans.json           rank and adapted layers of each arm
       latency.json         interleaved timings of all arms, and the memory that each adds
       verdicts.json        what was decided, and the sha256 of everything it rests on
@@ -59,7 +61,8 @@ def written(path: Path) -> Path:
 
 
 def checkpoint_kind(checkpoint: Path) -> str:
-    """What a checkpoint's manifest says it is: `router`, `peer` (a method of PEFT's) or `adapter`.
+    """What a checkpoint's manifest says it is: `router`, `peer` (a method of PEFT's), `bare` (the base
+    alone) or `adapter`.
 
     A folder without a manifest is somebody else's adapter: whoever loads it will say so.
 

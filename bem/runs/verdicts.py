@@ -139,7 +139,7 @@ def controls_of(config: ExperimentConfig, candidate: ArmConfig) -> list[ArmConfi
         for arm in config.arms
         if arm.role == "control"
         and config.variant_of(arm) in (variant, shared)
-        and arm.route in (None, "linear", "single", "random", "wrong")
+        and arm.route in (None, "linear", "encoder", "single", "random", "wrong")
     ]
 
 

@@ -9,11 +9,12 @@ from bem import config as configuration
 from bem.bases.load import load_base
 from bem.errors import NotAccepted
 from bem.experiments import run as runner
+from bem.files import read_json
 from bem.routing.explain import explain
 from bem.runs.promotion import promote
 
 ROUTES = (
-    "ar1", "ar0", "oracle", "gold", "linear", "single", "random", "wrong", "arrow", "xlora",
+    "ar1", "ar0", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "arrow", "xlora",
 )  # fmt: skip
 
 
@@ -24,6 +25,7 @@ def walked(tmp_path_factory, micro_base):
     for route in ROUTES:
         role = "candidate" if route.startswith("ar") and route != "arrow" else "control"
         arms.append({"name": route, "route": route, "role": role})
+    arms.append({"name": "base", "shots": 0, "role": "control"})
     values = {
         "name": "walk",
         "output": str(work),
@@ -46,6 +48,7 @@ def walked(tmp_path_factory, micro_base):
             },
             "expert_rank": 2,
             "shared_rank": 1,
+            "encoder": "base:bem-tiny",
             "cloning": {"rows": 8, "epochs": 3},
             "policy_gradient": {"iterations": 2, "episodes": 4, "max_new_tokens": 4},
             "peer_steps": 1,
@@ -69,10 +72,24 @@ def test_every_stage_is_made_once_and_every_arm_is_measured(walked):
         assert (result.folder / "arms" / route / "seed-0" / "measurement.json").is_file()
 
 
+def test_an_answer_under_one_route_is_computed_once_whichever_arms_choose_it(walked):
+    _, result, _ = walked
+    fixed = ("oracle", "gold", "linear", "encoder", "single", "random", "wrong")
+    cells = [result.folder / "arms" / route / "seed-0" / "measurement.json" for route in fixed]
+    taken = sum(read_json(path)["meta"]["taken_over"] for path in cells)
+    kept = {
+        key: given
+        for path in (result.folder / "routing/seed-0/answers").rglob("*.json")
+        for key, given in read_json(path).items()
+    }
+    asked = len(fixed) * len(read_json(cells[0])["example_ids"])
+    assert taken > 0 and len(kept) == asked - taken
+
+
 def test_the_report_shows_who_spoke(walked):
     _, result, _ = walked
     page = result.report.read_text(encoding="utf-8")
-    for word in ("Routing", "xlora", "arrow", "gold", "linear"):
+    for word in ("Routing", "xlora", "arrow", "gold", "linear", "no adapter, zero-shot"):
         assert word in page
     facts = json.loads((result.folder / "arms/ar1/seed-0/route.json").read_text())
     assert facts["conversations"]["shown"][0]["chunks"] and facts["interference"]["mounted"]

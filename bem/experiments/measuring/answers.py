@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import MeasurementError
-from bem.experiments.measuring.cache_use import CacheUse, cache_use, counted
+from bem.experiments.measuring.cache_use import CacheUse
+from bem.experiments.measuring.given import Given, batch_order, give
+from bem.experiments.measuring.kept import KeptAnswers, key_of
 from bem.files import write_bytes
 from bem.stats.measurement import Measurement, RouterFacts
 from bem.stats.scores import Metric
 from bem.tasks.load import METRIC_NAMES, Task
 from bem.tasks.scoring import QUALITY, score
-from bem.training.answers import greedy_answers
 from bem.training.data import Encoded, Example, encode
-from bem.training.row_losses import answer_losses
 
 DECLARED = {QUALITY: Metric(higher_is_better=True, points_per_unit=100.0)}
 LEAST_ROOM = 8
@@ -46,7 +45,7 @@ class Answer:
     prediction: str
     scores: dict[str, float]
     seconds: float
-    """Share of the time its batch took."""
+    """Share of the time its batch took when it was computed."""
     cache: CacheUse
     gate: float | None = None
     """Mean head-group gate while the answer begins; None: the adapter has none."""
@@ -61,6 +60,7 @@ class _Examiner:
     metrics: list[str]
     batch_size: int
     max_length: int
+    kept: KeptAnswers | None
 
     @property
     def pad_id(self) -> int:
@@ -75,10 +75,12 @@ class _Progress:
     total: int
     on_progress: Callable[[int, int], None] | None
     done: int = 0
+    taken_over: int = 0
+    """Of those: not computed but kept from before."""
 
     def add(self, rows: int) -> None:
         self.done += rows
-        if self.on_progress:
+        if self.on_progress and rows:
             self.on_progress(self.done, self.total)
 
 
@@ -100,6 +102,7 @@ def measure(
     batch_size: int = 16,
     max_length: int = 512,
     predictions: str | Path | None = None,
+    kept: KeptAnswers | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Greedy answers and answer losses for all held-out rows of the tasks.
@@ -110,6 +113,8 @@ def measure(
         batch_size: rows per batch; batches are made of rows that are alike in length.
         max_length: longest prompt in tokens (also limited by the model's context).
         predictions: JSONL file for the answers; written whole or not at all.
+        kept: answers from before; a row that it knows is not asked again, whatever is computed is
+            added, `meta["taken_over"]` counts rows that it knew. None: every row is asked.
         on_progress: called with (examples done, examples in all).
     Returns:
         metrics [1, examples] for every metric that any of the tasks reports, and `quality`;
@@ -125,7 +130,7 @@ def measure(
     progress = _Progress(_rows_in(tasks), on_progress)
     reported = {metric for task in tasks for metric in task.metrics} | {"loss"}
     metrics = [metric for metric in METRIC_NAMES if metric in reported]
-    examiner = _Examiner(attached, tokenizer, metrics, batch_size, max_length)
+    examiner = _Examiner(attached, tokenizer, metrics, batch_size, max_length, kept)
     started = time.perf_counter()
     with _evaluating(attached.model):
         answers = _ask(examiner, tasks, progress)
@@ -134,6 +139,7 @@ def measure(
     meta = {
         "tasks": {t.name: _described(t) for t in tasks},
         "seconds": time.perf_counter() - started,
+        **({} if kept is None else {"taken_over": progress.taken_over}),
     }
     return _measurement(name, examiner, tasks, answers, meta)
 
@@ -235,33 +241,45 @@ def _ask_rows(examiner: _Examiner, task: Task, progress: _Progress) -> list[Answ
     prompts = [encode(row, tokenizer, room, with_answer=False) for row in task.dev]
     longest = min(context, examiner.max_length + task.max_new_tokens)
     wholes = [encode(row, tokenizer, longest) for row in task.dev]
-    order = _batch_order(prompts, wholes)
-    answers: dict[int, Answer] = {}
-    for at in range(0, len(order), examiner.batch_size):
-        rows = order[at : at + examiner.batch_size]
-        batch = [(task.dev[i], prompts[i], wholes[i]) for i in rows]
-        answers |= dict(zip(rows, _ask_batch(examiner, task, batch), strict=True))
+    given = _asked(examiner, prompts, wholes, task.max_new_tokens, progress)
+    return [_answer(examiner, task, *row) for row in zip(task.dev, given, strict=True)]
+
+
+def _asked(
+    examiner: _Examiner,
+    prompts: Sequence[Encoded],
+    wholes: Sequence[Encoded],
+    max_new_tokens: int,
+    progress: _Progress,
+) -> list[Given]:
+    """What the model gives to each row, batch by batch; rows that were kept from before are not asked."""
+    kept, size = examiner.kept, examiner.batch_size
+    keys = (
+        [key_of(*row, max_new_tokens) for row in zip(prompts, wholes, strict=True)] if kept else []
+    )
+    given: dict[int, Given] = {}
+    if kept:
+        kept.refresh()
+        given = {i: found for i, key in enumerate(keys) if (found := kept.get(key))}
+        progress.taken_over += len(given)
+        progress.add(len(given))
+    order = [i for i in batch_order(prompts, wholes) if i not in given]
+    for at in range(0, len(order), size):
+        rows = order[at : at + size]
+        batch = [(prompts[i], wholes[i]) for i in rows]
+        new = give(examiner.attached, examiner.tokenizer, batch, max_new_tokens, examiner.pad_id)
+        if kept:
+            kept.add({keys[i]: each for i, each in zip(rows, new, strict=True)})
+        given |= dict(zip(rows, new, strict=True))
         progress.add(len(rows))
-    return [answers[i] for i in range(len(prompts))]
+    return [given[i] for i in range(len(prompts))]
 
 
-def _ask_batch(
-    examiner: _Examiner, task: Task, batch: Sequence[tuple[Example, Encoded, Encoded]]
-) -> list[Answer]:
-    """Answers to rows that are asked at once: example, prompt, and prompt with its reference."""
-    attached, tokenizer = examiner.attached, examiner.tokenizer
-    started = time.perf_counter()
-    prompts = [prompt for _, prompt, _ in batch]
-    generated, uses = _generate(attached.model, tokenizer, prompts, task.max_new_tokens)
-    losses, gates = answer_losses(attached, [whole for *_, whole in batch], examiner.pad_id)
-    seconds = (time.perf_counter() - started) / len(batch)
-    answers = []
-    columns = zip(batch, generated, uses, losses, gates, strict=True)
-    for (example, *_), ids, use, loss, gate in columns:
-        prediction = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        scores = _scores(examiner.metrics, task, example, prediction, loss)
-        answers.append(Answer(task.name, example, prediction, scores, seconds, use, gate))
-    return answers
+def _answer(examiner: _Examiner, task: Task, example: Example, given: Given) -> Answer:
+    """What was given, read and scored."""
+    prediction = examiner.tokenizer.decode(given.ids, skip_special_tokens=True).strip()
+    scores = _scores(examiner.metrics, task, example, prediction, given.loss)
+    return Answer(task.name, example, prediction, scores, given.seconds, given.cache, given.gate)
 
 
 def _scores(
@@ -276,32 +294,6 @@ def _scores(
     scores["loss"] = loss
     scores[QUALITY] = quality(task.primary, scores)
     return scores
-
-
-def _batch_order(prompts: list[Encoded], wholes: list[Encoded]) -> list[int]:
-    """Rows that will likely stop after as many tokens side by side, then by prompt length.
-
-    A batch decodes until its last row has stopped; prompts of other lengths only cost padding.
-    """
-
-    def key(i: int) -> tuple[int, int]:
-        return (len(wholes[i]) - wholes[i].prompt_length) // 8, len(prompts[i])
-
-    return sorted(range(len(prompts)), key=key, reverse=True)
-
-
-@torch.inference_mode()
-def _generate(
-    model: Any, tokenizer: Any, prompts: list[Encoded], max_new_tokens: int
-) -> tuple[list[list[int]], list[CacheUse]]:
-    """Greedy answers without what follows their end, and the cache use of each row."""
-    with counted(model) as calls:
-        answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
-    lengths = [len(prompt) for prompt in prompts]
-    return answers, [
-        cache_use(calls, length, len(answer))
-        for length, answer in zip(lengths, answers, strict=True)
-    ]
 
 
 def _index_swap(by_index: dict[str, list[Answer]]) -> RouterFacts:

@@ -1,6 +1,6 @@
 """Arms with a route: our routers, PEFT's, and routes that no router chose.
 
-The maker's labels, the oracle, the linear classifier and the controls are one expert option per turn of
+The maker's labels, the oracle, the linear classifier, the sentence encoder and the controls are one expert option per turn of
 every held-out conversation; `measure` follows them as they are.
 """
 
@@ -16,7 +16,9 @@ import torch
 
 from bem.config import ArmConfig
 from bem.experiments.adapted import put_on
+from bem.experiments.measuring.kept import KeptAnswers
 from bem.experiments.routing.arrow import arrow
+from bem.experiments.routing.encoder import encoder_route
 from bem.experiments.routing.interference import interference_of
 from bem.experiments.routing.peer import Peer, load_peer
 from bem.experiments.routing.skills import Options, routed, unrouted
@@ -42,6 +44,8 @@ class ReadyArm:
     tasks: list[Task]
     facts: dict[str, Any]
     """Facts for the report."""
+    kept: KeptAnswers | None = None
+    """Answers of all arms that choose among the same experts; None: nobody else's are the same."""
 
 
 @contextmanager
@@ -63,7 +67,9 @@ def ready_arm(arm: ArmConfig, artifacts: RoutingArtifacts, cell: Cell) -> Iterat
     else:
         tasks, facts = with_route(route, artifacts)
         with artifacts.mounted(artifacts.experts()) as mounted:
-            yield ReadyArm(mounted, tasks, facts)
+            acting = mounted.version.digest
+            kept = KeptAnswers(artifacts.folder / "answers", acting, artifacts.model)
+            yield ReadyArm(mounted, tasks, facts, kept)
 
 
 def _peer(route: str, base: Any, folders: Any, artifacts: RoutingArtifacts) -> Peer:
@@ -113,17 +119,23 @@ def with_route(kind: str, artifacts: RoutingArtifacts) -> tuple[list[Task], dict
     """The tasks with every held-out row routed, and facts for the report.
 
     Args:
-        kind: gold, oracle, linear, single, random or wrong.
+        kind: gold, oracle, linear, encoder, single, random or wrong.
+    Returns:
+        The facts: how often the last turn has the maker's expert, and how often where it shows no cue.
     """
     rows = artifacts.held_out
     options, facts = FIXED[kind](artifacts, rows)
     gold = gold_route(artifacts, rows)
     last = [o[-1] == g[-1] for o, g in zip(options, gold, strict=True)]
+    facts = facts | {"agrees_with_gold": float(np.mean(last))}
+    sticky = [right for right, row in zip(last, rows, strict=True) if row.meta.get("sticky")]
+    if sticky:
+        facts["agrees_with_gold_sticky"] = float(np.mean(sticky))
     by_task = iter(routed(rows, options))
     tasks = [
         replace(task, dev=[next(by_task) for _ in task.dev]) for task in artifacts.inputs.tasks
     ]
-    return tasks, facts | {"agrees_with_gold": float(np.mean(last))}
+    return tasks, facts
 
 
 def gold_route(artifacts: RoutingArtifacts, rows: Sequence[Example]) -> Options:
@@ -217,6 +229,7 @@ FIXED: dict[str, Callable[[RoutingArtifacts, Sequence[Example]], tuple[Options, 
     "gold": _gold,
     "oracle": _oracle,
     "linear": _linear,
+    "encoder": encoder_route,
     "single": _single,
     "random": _random,
     "wrong": _wrong,

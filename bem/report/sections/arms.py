@@ -120,6 +120,8 @@ def _plans(folder: RunFolder) -> dict[str, Any]:
 
 def _describe(config: ExperimentConfig, arm: ArmConfig, plan: Mapping[str, Any]) -> str:
     where = f", {plan['layers']}" if "layers" in plan else ""
+    if arm.shots is not None:
+        return f"the base itself, {words.shots(arm.shots)}"
     if arm.route:
         return f"experts, {ROUTES[arm.route]}{where}"
     variant = config.variant_of(arm)
@@ -132,7 +134,9 @@ def _describe(config: ExperimentConfig, arm: ArmConfig, plan: Mapping[str, Any])
 
 
 def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
-    """`8`, `8 / 4` where the two sites differ; `7 × 8 + 16`: seven experts and a shared one."""
+    """`8`, `8 / 4` where the two sites differ; `7 × 8 + 16`: seven experts and a shared one; `–`: none."""
+    if manifest.get("kind") == "bare":
+        return "–"
     adapter = manifest.get("adapter")
     if adapter is None:
         assert config.routing is not None

@@ -106,7 +106,7 @@ class RouterPart:
 
 
 CHOOSING = (
-    "right expert at answers", "right at the last turn", "flips per chunk", "mean plan", "longest plan",
+    "right expert at answers", "right at the last turn", "right where it shows no cue", "flips per chunk", "mean plan", "longest plan",
 )  # fmt: skip
 
 
@@ -214,9 +214,11 @@ def _choosing(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     by_turn = [f["accuracy_per_turn"] for f in facts if "accuracy_per_turn" in f]
     right = [talk["accuracy"] for talk in talks] or by_turn
     last = [f["agrees_with_gold"] for f in facts if "agrees_with_gold" in f]
+    sticky = [f["agrees_with_gold_sticky"] for f in facts if "agrees_with_gold_sticky" in f]
     return [
         f"{np.mean(right):.1%}" if right else "",
         f"{np.mean(last):.1%}" if last else "",
+        f"{np.mean(sticky):.1%}" if sticky else "",
         f"{np.mean([t['flip_rate'] for t in talks]):.3f}" if talks else "",
         f"{np.mean([t['plan_length'] for t in talks]):.2f}" if talks else "",
         str(max(t["longest_plan"] for t in talks)) if talks else "",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bem.config import ArmConfig, ExperimentConfig
+from bem.report import words
 from bem.report.claims import STICKY, gain, sentences
 from bem.report.plots import routing as plots
 from bem.report.sections import learning, router
@@ -27,6 +28,7 @@ ROUTES = {
     "oracle": "least loss, in hindsight",
     "gold": "the maker's label",
     "linear": "linear classifier",
+    "encoder": "sentence encoder, nearest centroid",
     "single": "the one best expert",
     "random": "any expert",
     "wrong": "any expert but the right one",
@@ -146,13 +148,19 @@ def _row(
     return Row(
         m.name,
         colours[m.name],
-        ROUTES[arm.route] if arm.route else "no experts",
+        _about(arm),
         [
             (mean, "baseline" if m is base else str(d or "–"))
             for mean, d in zip(means, differences, strict=True)
         ],
         list(_costs(m, base)),
     )
+
+
+def _about(arm: ArmConfig) -> str:
+    if arm.shots is not None:
+        return f"no adapter, {words.shots(arm.shots)}"
+    return ROUTES[arm.route] if arm.route else "no experts"
 
 
 def _costs(m: Measurement, base: Measurement) -> Iterator[str]:

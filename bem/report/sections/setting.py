@@ -26,7 +26,9 @@ def _training(config: ExperimentConfig) -> str:
     """`200 training steps each`; experts are trained together, for steps of their own."""
     steps = f"{config.training.steps} training steps"
     if config.routing is None or not any(arm.route for arm in config.arms):
-        return f"{steps} each"
+        return (
+            f"{steps} for each adapter" if any(a.is_bare for a in config.arms) else f"{steps} each"
+        )
     together = config.expert_training.steps
     return f"{steps} for each adapter, {together} for all experts together"
 

@@ -41,9 +41,8 @@ def part_of(folder: RunFolder, config: ExperimentConfig) -> TuningPart | None:
     if config.data.validation_rows is None:
         return None
     rates = list(config.tuning.rates) if config.tuning else []
-    trained = [
-        (arm.name, _manifests(folder, config, arm.name)) for arm in config.arms if not arm.route
-    ]
+    own = [arm.name for arm in config.arms if arm.has_adapter]
+    trained = [(name, _manifests(folder, config, name)) for name in own]
     if any(arm.route for arm in config.arms):
         trained.append(("experts", _expert_manifests(folder, config)))
     rows = [_row(folder, name, rates, manifests) for name, manifests in trained]

@@ -9,10 +9,10 @@ from transformers import DynamicCache
 
 import bem
 from bem.errors import MeasurementError
-from bem.experiments.measuring import losses
 from bem.experiments.measuring.answers import context_length, measure, quality
 from bem.files import json_lines
 from bem.tasks.load import Task
+from bem.training import row_losses as losses
 from bem.training.data import Example, encode
 
 WORDS = ["name", "the", "function", "that", "this", "docstring", "describes", "return", "value"]
