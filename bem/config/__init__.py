@@ -17,8 +17,9 @@ from bem.config.adapters import (
     TrainingConfig,
     parse_adapter,
 )
+from bem.config.arm import ArmConfig
 from bem.config.data import ConversationConfig, DataConfig, RetrievalConfig, TaskConfig
-from bem.config.experiment import ArmConfig, ExperimentConfig, GatesConfig, load, load_gates
+from bem.config.experiment import ExperimentConfig, GatesConfig, load, load_gates
 from bem.config.routing import (
     CloningConfig,
     PolicyGradientConfig,

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from bem.config.adapters import KINDS, AdapterConfig, TrainingConfig, parse_adapter
+from bem.config.arm import KNOBS, ArmConfig, refuse_without_effect
 from bem.config.data import DataConfig
 from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
@@ -70,56 +71,6 @@ class GatesConfig(Section):
     ] = ()
     """Gates that do not apply (score files alone have no costs, tasks without retrieval no index to
     swap); every verdict lists them."""
-
-
-KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.model_fields))
-"""Of all variants."""
-
-
-Route = Literal[
-    "ar0", "ar1", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "xlora", "arrow"
-]  # fmt: skip
-
-
-class ArmConfig(Section):
-    """One arm of an experiment: a name and what it changes in `adapters` (or no adapter at all)."""
-
-    open_keys: ClassVar[Mapping[str, Sequence[str]]] = {
-        "adapters": KNOBS,
-        "training": tuple(TrainingConfig.model_fields),
-    }
-
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name in the report and on disk."""
-    adapters: dict[str, Any] = {}
-    """Changes to the experiment's `adapters` section: the variant, and knobs of that variant."""
-    training: dict[str, Any] = {}
-    """Changes to the experiment's `training` section: {learning_rate: 1.0e-3}."""
-    route: Route | None = None
-    """Who chooses between the experts of `routing`: ar0 cloned router | ar1 improved by policy
-    gradient | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
-    hidden states | encoder nearest centroid of each turn's sentence embedding | single best one
-    expert | random, wrong controls | xlora, arrow PEFT's methods. None: no experts, the adapter of
-    this arm."""
-    shots: int | None = Field(default=None, ge=0)
-    """The bare base instead of an adapter, asked behind so many training rows of the same skill, shown as
-    earlier turns; 0: zero-shot. Of controls only. None: the adapter, or the route, of this arm."""
-    match: Literal["parameters", "flops", "none"] = "parameters"
-    """What is held within the budget tolerance of the baseline by choosing the rank."""
-    role: Literal["baseline", "candidate", "control"] = "candidate"
-    """Controls are measured and shown, never promoted."""
-    compare_to: str | None = None
-    """Arm that this one is judged against; None: the baseline."""
-
-    @property
-    def is_bare(self) -> bool:
-        """The arm is the base itself: no adapter and no experts."""
-        return self.shots is not None
-
-    @property
-    def has_adapter(self) -> bool:
-        """The arm trains an adapter of its own: it is neither bare nor routed."""
-        return not self.is_bare and not self.route
 
 
 class ExperimentConfig(Section):
@@ -183,15 +134,17 @@ class ExperimentConfig(Section):
         if routed and self.routing is None:
             raise ValueError(f"arms with a route need a `routing` section: {', '.join(routed)}")
         for arm in self.arms:
-            _refuse_without_effect(arm)
+            refuse_without_effect(arm)
+        if self.routing is not None and self.routing.checkpoint is not None:
+            self.routing.check_routes([arm.route for arm in self.arms if arm.route])
         self._adapters_make_sense()
         self._training_makes_sense()
         return self
 
     def _training_makes_sense(self) -> None:
-        own = [arm for arm in self.arms if arm.has_adapter]
+        own = [arm for arm in self.arms if arm.is_trained]
         trained = {f"arms.{arm.name}.": self.training_of(arm) for arm in own}
-        if any(arm.route for arm in self.arms):
+        if any(arm.route for arm in self.arms) and self.trains_experts:
             trained["routing."] = self.expert_training
         if self.data.validation_rows is None:
             self._refuse_without_validation(trained)
@@ -255,6 +208,16 @@ class ExperimentConfig(Section):
         """The one arm that all others are compared with."""
         return next(arm for arm in self.arms if arm.role == "baseline")
 
+    @property
+    def trains_experts(self) -> bool:
+        """There are experts, and they are not taken as they were saved."""
+        return self.routing is not None and self.routing.checkpoint is None
+
+    @property
+    def trains(self) -> bool:
+        """Anything is trained at all."""
+        return self.trains_experts or any(arm.is_trained for arm in self.arms)
+
     def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
         """The adapter of one arm: the shared defaults that its variant has, with the arm's changes.
 
@@ -285,47 +248,6 @@ class ExperimentConfig(Section):
         if arm.is_bare:
             return "base"
         return "routed" if arm.route else self.adapter_of(arm).variant
-
-
-def _refuse_without_effect(arm: ArmConfig) -> None:
-    """An arm's setting that something else decides would be dropped without a word."""
-    if arm.is_bare:
-        _refuse_with_shots(arm)
-    if arm.route and arm.adapters:
-        raise ValueError(
-            f"arms.{arm.name}: {', '.join(arm.adapters)} has no effect with a route: its experts are those of "
-            "`routing`. Remove it"
-        )
-    if arm.route and arm.training:
-        raise ValueError(
-            f"arms.{arm.name}: training has no effect with a route: its experts are trained as "
-            "`routing.training` says. Remove it"
-        )
-    if arm.role != "baseline" and arm.match != "none" and "rank" in arm.adapters:
-        raise ValueError(
-            f"arms.{arm.name}: rank {arm.adapters['rank']} has no effect under `match: {arm.match}`, which chooses "
-            "the rank. Remove it, or set `match: none`"
-        )
-
-
-def _refuse_with_shots(arm: ArmConfig) -> None:
-    """Nothing of the bare base is trained, matched, routed or promoted."""
-    decided = {
-        "adapters": arm.adapters,
-        "training": arm.training,
-        "route": arm.route,
-        "match": arm.match != "parameters",
-    }
-    if given := [name for name, value in decided.items() if value]:
-        raise ValueError(
-            f"arms.{arm.name}: {', '.join(given)} has no effect with shots: {arm.shots}, which asks the bare base. "
-            "Remove it, or remove shots"
-        )
-    if arm.role != "control":
-        raise ValueError(
-            f"arms.{arm.name}: role {arm.role} with shots: {arm.shots}, but the bare base has no adapter that could "
-            "be promoted or that others could be matched to. Set `role: control`"
-        )
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:

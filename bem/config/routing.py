@@ -216,6 +216,9 @@ class RoutingConfig(Section):
     """Rank of each expert at each site."""
     shared_rank: int = Field(default=0, ge=0)
     """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
+    checkpoint: str | None = None
+    """Folder of a saved router with its experts, or the name of a release (`bem-smol`): taken as they are,
+    under the routes ar1 (the router), gold, oracle, random and wrong. None: they are trained."""
     training: dict[str, Any] = {}
     """Changes to the experiment's `training` for the experts, which are trained together: {steps: 400}."""
     router: RouterConfig = RouterConfig()
@@ -226,3 +229,18 @@ class RoutingConfig(Section):
     id; extra `retrieval`), or `base:NAME` for a base model's own pooled states."""
     peer_steps: int = Field(default=50, ge=1)
     """Optimiser steps of X-LoRA's classifier."""
+
+    def check_routes(self, routes: Sequence[str]) -> None:
+        """Raise ValueError for what a `checkpoint` leaves without effect or cannot serve."""
+        others = sorted(set(routes) - {"ar1", "gold", "oracle", "random", "wrong"})
+        if others:
+            raise ValueError(
+                f"route {others[0]} needs training conversations or stages that routing.checkpoint does not hold. "
+                "Remove the arm, or the checkpoint"
+            )
+        if self.training:
+            raise ValueError("routing.training has no effect with routing.checkpoint. Remove one")
+        if not self.experts:
+            raise ValueError(
+                "routing.checkpoint needs routing.experts: which expert serves which skill of the tasks"
+            )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bem
+from bem.adapters.attach import load
 from bem.config import AdapterConfig, TrainingConfig
 from bem.experiments.adapted import adapted, put_on
 from bem.experiments.bare import Bare, few_shot
@@ -20,7 +21,8 @@ from bem.experiments.plan import Plan
 from bem.experiments.routing.arms import ready_arm
 from bem.experiments.routing.stages import RoutingArtifacts
 from bem.experiments.tuning import Search, trial_facts
-from bem.files import sha256_json, write_json
+from bem.files import sha256_file, sha256_json, write_json
+from bem.releases.named import router_of, static_of
 from bem.runs.folder import Cell
 from bem.stats.files import save
 from bem.stats.measurement import Measurement, RouterFacts
@@ -61,6 +63,8 @@ class CellRunner:
         make = self._routed_cell if plan.arm.route else self._trained_cell
         if plan.arm.is_bare:
             make = self._bare_cell
+        elif plan.arm.checkpoint is not None:
+            make = self._saved_cell
         detail = make(plan, seed, cell, event)
         cell.finish(cell_key(self.inputs, plan, seed))
         (cell.path / STATE).unlink(missing_ok=True)  # only needed to resume the training
@@ -148,6 +152,16 @@ class CellRunner:
         write_json(cell.route, ready.facts)
         return f"quality {_mean_quality(measurement):.1%}{_taken_over(measurement)}"
 
+    def _saved_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
+        """Measure what a checkpoint holds; returns what to say of it."""
+        saved = plan.arm.checkpoint
+        assert saved is not None
+        with put_on(self.inputs.model, lambda base: load(base, saved)) as attached:
+            attached.save(cell.checkpoint, extra={"checkpoint": saved})
+            measurement = self._measure(attached, self.inputs.tasks, cell, event)
+        save(measurement, cell.measurement)
+        return f"quality {_mean_quality(measurement):.1%}"
+
     def _bare_cell(self, plan: Plan, seed: int, cell: Cell, event: Event) -> str:
         """Measure the base itself; returns what to say of it."""
         inputs, shots = self.inputs, plan.arm.shots
@@ -211,11 +225,17 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
         facts.pop("tuning", None)
         facts["shots"] = plan.arm.shots
         facts["training"] = {"max_length": config.training.max_length}
+    elif plan.arm.checkpoint is not None:
+        facts["training"] = {"max_length": config.training.max_length}
+        facts["checkpoint"] = sha256_file(static_of(plan.arm.checkpoint) / "manifest.json")
     elif plan.adapter is not None:
         facts["adapter"] = seeded(plan, seed).model_dump(mode="json")
     elif config.routing is not None:
         facts["training"] = config.expert_training.model_dump(mode="json")
         facts["route"] = [plan.arm.route, config.routing.model_dump(mode="json")]
+        if config.routing.checkpoint is not None:
+            path = router_of(config.routing.checkpoint) / "manifest.json"
+            facts["checkpoint"] = sha256_file(path)
     return sha256_json(facts)
 
 

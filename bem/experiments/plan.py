@@ -9,9 +9,12 @@ from typing import Any
 from bem.adapters.budget import match_rank, price
 from bem.adapters.sites import find_sites
 from bem.config import AdapterConfig, ArmConfig, ExperimentConfig
-from bem.config.adapters import StaticConfig
-from bem.errors import ConfigError
+from bem.config.adapters import StaticConfig, parse_adapter
+from bem.errors import CheckpointError, ConfigError
+from bem.files import read_json
+from bem.releases.named import static_of
 from bem.report.words import shots
+from bem.runs.folder import written
 from bem.stats.scores import METRICS
 from bem.tasks.load import Task
 from bem.tasks.scoring import QUALITY
@@ -81,6 +84,9 @@ def _plan(model: Any, config: ExperimentConfig, arm: ArmConfig) -> Plan:
         layer = config.routing.router.router_layer
         expert = StaticConfig(rank=config.routing.expert_rank, router_layer=layer)
         return Plan(arm, None, adapted_layers(model, expert))
+    if arm.checkpoint is not None:
+        adapter = saved_adapter(config, arm)
+        return Plan(arm, adapter, adapted_layers(model, adapter))
     adapter = config.adapter_of(arm)
     if arm.role != "baseline" and arm.match != "none":
         if config.baseline.route:
@@ -92,6 +98,27 @@ def _plan(model: Any, config: ExperimentConfig, arm: ArmConfig) -> Plan:
         tolerance = config.gates.budget_tolerance
         adapter = match_rank(model, adapter, target, on=arm.match, tolerance=tolerance)
     return Plan(arm, adapter, adapted_layers(model, adapter))
+
+
+def saved_adapter(config: ExperimentConfig, arm: ArmConfig) -> AdapterConfig:
+    """The adapter of an arm's checkpoint, by its manifest.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: it is of another variant than the arm.
+    """
+    assert arm.checkpoint is not None
+    path = static_of(arm.checkpoint) / "manifest.json"
+    values = read_json(written(path), CheckpointError).get("adapter")
+    if values is None:
+        raise ConfigError(f"Arm {arm.name}: {arm.checkpoint} holds no single adapter of ours.")
+    adapter = parse_adapter(values, str(path))
+    if adapter.variant != config.variant_of(arm):
+        raise ConfigError(
+            f"Arm {arm.name}: {arm.checkpoint} holds the variant {adapter.variant}. Say so: "
+            f"adapters: {{variant: {adapter.variant}}}"
+        )
+    return adapter
 
 
 def adapted_layers(model: Any, adapter: AdapterConfig) -> Layers:

@@ -60,7 +60,9 @@ def ready_arm(arm: ArmConfig, artifacts: RoutingArtifacts, cell: Cell) -> Iterat
             yield ReadyArm(peer, artifacts.inputs.tasks, {})
     elif route in ("ar0", "ar1"):
         folder = artifacts.ar0() if route == "ar0" else artifacts.ar1()
-        facts: dict[str, Any] = {"interference": interference_of(artifacts, folder)}
+        facts: dict[str, Any] = {}
+        if artifacts.saved is None:
+            facts["interference"] = interference_of(artifacts, folder)
         with artifacts.mounted(folder) as mounted:
             facts["conversations"] = conversations_of(mounted, artifacts)
             yield ReadyArm(mounted, artifacts.inputs.tasks, facts)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from bem.config import RouterConfig, TrainingConfig
-from bem.errors import DataError
+from bem.errors import ConfigError, DataError
 from bem.experiments.adapted import put_on, routed_by
 from bem.experiments.inputs import RunInputs, encoded_rows
 from bem.experiments.measuring.answers import context_length, quality
@@ -34,8 +34,9 @@ from bem.experiments.tuning import Search, trial_facts
 from bem.experts.expert import read_expert, write_lora
 from bem.experts.stack import fixed_updates
 from bem.files import locked, made_under, sha256_json, write_json, write_text
+from bem.releases.named import router_of
 from bem.routing.mount import blank_expert, mount
-from bem.routing.mounted import Mounted
+from bem.routing.mounted import Mounted, check_files
 from bem.tasks.scoring import score
 from bem.training.bc import clone
 from bem.training.data import Encoded, Example, data_hash, encode
@@ -64,6 +65,20 @@ class RoutingArtifacts:
         self.folder = inputs.folder.routing(seed)
         self.skills = skills_of(self.routing, inputs.tasks)
         self._by_task = {task.name: task for task in inputs.tasks}
+        saved = self.routing.checkpoint
+        self.saved = None if saved is None else self._checked(router_of(saved))
+        """Folder of a router that is taken as it is."""
+
+    def _checked(self, folder: Path) -> Path:
+        """The folder, if it holds the experts that the config names."""
+        saved = [expert["name"] for expert in check_files(folder)["experts"]]
+        named = list(self._names())
+        if saved != named:
+            raise ConfigError(
+                f"routing.checkpoint {self.routing.checkpoint} holds the experts {', '.join(saved)}; "
+                f"routing.experts (and shared_rank) say {', '.join(named)}."
+            )
+        return folder
 
     @property
     def model(self) -> Any:
@@ -78,7 +93,9 @@ class RoutingArtifacts:
     # --- stages -----------------------------------------------------------------------------------
 
     def experts(self) -> Path:
-        """Folder of the trained experts (with a router that is not trained yet)."""
+        """Folder of the trained experts (with a router that is not trained yet, unless all were saved)."""
+        if self.saved is not None:
+            return self.saved
         return self._stage("experts", self._key("experts"), self._train_experts)
 
     def ar0(self) -> Path:
@@ -86,7 +103,9 @@ class RoutingArtifacts:
         return self._stage("ar0", self._key("ar0"), self._clone, self.experts)
 
     def ar1(self) -> Path:
-        """Folder of the router after policy gradient."""
+        """Folder of the router after policy gradient; or of the one that was saved."""
+        if self.saved is not None:
+            return self.saved
         return self._stage("ar1", self._key("ar1"), self._improve, self.ar0)
 
     def peers(self) -> Path:

@@ -24,8 +24,10 @@ def lead(config: ExperimentConfig, base: Measurement) -> str:
 
 def _training(config: ExperimentConfig) -> str:
     """`200 training steps each`; experts are trained together, for steps of their own."""
+    if not config.trains:
+        return "all of them as they were saved"
     steps = f"{config.training.steps} training steps"
-    if config.routing is None or not any(arm.route for arm in config.arms):
+    if not config.trains_experts or not any(arm.route for arm in config.arms):
         return (
             f"{steps} for each adapter" if any(a.is_bare for a in config.arms) else f"{steps} each"
         )
@@ -37,7 +39,7 @@ def _trained_otherwise(config: ExperimentConfig) -> str:
     """` Trained otherwise: v1 (learning_rate 0.001 instead of 0.01).`; empty: all arms alike."""
     shared = config.training.model_dump()
     named = {arm.name: config.training_of(arm) for arm in config.arms}
-    if any(arm.route for arm in config.arms):
+    if config.trains_experts and any(arm.route for arm in config.arms):
         named["the experts"] = config.expert_training
     changes = {
         name: [
