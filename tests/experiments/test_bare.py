@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bem.config import ArmConfig, ExperimentConfig
-from bem.errors import BaseMismatch, CheckpointError, ConfigError, MeasurementError
+from bem.errors import BaseMismatch, CheckpointError, ConfigError, DataError, MeasurementError
 from bem.experiments.adapted import put_on
 from bem.experiments.bare import Bare, few_shot, load_bare
 from bem.experiments.cell import cell_key
@@ -150,6 +150,25 @@ def test_what_has_no_effect_on_the_bare_base_is_refused(tmp_path, arm, message):
     values |= {"arms": [ARMS[0], bare], "routing": {}}
     with pytest.raises((ConfigError, ValueError), match=message):
         ExperimentConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"name": "b", "shots": 99, "role": "control"}, "99 shots of mine need"),
+        ({"name": "e", "route": "encoder", "role": "control"}, "No sentence-transformers model"),
+    ],
+)
+def test_what_would_end_a_long_run_late_ends_it_before_anything_is_trained(
+    tmp_path, micro_base, arm, message
+):
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "nothing").mkdir()
+    routing = {"encoder": str(tmp_path / "nothing")}
+    config = make_config(tmp_path, micro_base, arms=[ARMS[0], arm], routing=routing)
+    with pytest.raises(DataError, match=message):
+        run(config)
+    assert not (tmp_path / "runs" / "small" / "arms").exists()
 
 
 def test_tuning_does_not_touch_it(tmp_path):
