@@ -163,7 +163,7 @@ def test_rows_are_set_aside_with_their_groups_and_the_seed_decides():
 
 
 def test_setting_everything_aside_is_refused_with_numbers():
-    with pytest.raises(DataError, match="setting 4 of 6 training rows aside.*leaves 0"):
+    with pytest.raises(DataError, match=r"setting 4 of 6 training rows aside.*leaves 0"):
         set_aside(rows_in_groups(6, 6), 4, 0, "t")
 
 
