@@ -34,9 +34,9 @@ class Release:
     def static(self) -> Path:
         return self.folder / "static"
 
-    @property
-    def held_out(self) -> Path:
-        return self.folder / "held-out.jsonl.gz"
+    def held_out(self, task: str) -> Path:
+        """Held-out rows of a task."""
+        return self.folder / "held-out" / f"{task}.jsonl.gz"
 
 
 RELEASES = {

@@ -110,7 +110,7 @@ def page_of(folder: RunFolder) -> Page:
     base = measured[config.baseline.name]
     return Page(
         name=config.name,
-        headline=arms.headline(shown),
+        headline=words.headline(judgement.candidates, config.baseline.name),
         lead=setting.lead(config, base),
         gate_changes=words.gate_changes(config.gates),
         arms=shown,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
@@ -34,14 +35,49 @@ class Gate:
 
 def sentence(verdict: Verdict) -> str:
     """What was decided and why, for somebody who reads nothing else."""
-    best = best_effect(verdict)
-    gain = effect(best) if best else "no primary metric could be computed"
+    gain = _gain_of(verdict)
     if verdict.decision == "PROMOTE":
         return f"Better than {verdict.baseline}: {gain}. All {len(verdict.checks)} gates passed."
     if verdict.decision == "REJECT":
         return f"Rejected: {_troubles(verdict, False)}. Best metric: {gain}."
     more = f" About {verdict.n_more:,} more examples would decide." if verdict.n_more else ""
     return f"Not decided: {_troubles(verdict, None)}. Best metric: {gain}.{more}"
+
+
+def headline(candidates: Mapping[str, Verdict], baseline: str) -> str:
+    """What came out, in one line; nothing is claimed that no verdict says."""
+    if not candidates:
+        return f"Nothing was compared with {baseline}"
+    better = [name for name, v in candidates.items() if v.decision == "PROMOTE"]
+    dear = [name for name, v in candidates.items() if v.decision == "REJECT" and _gains(v)]
+    if better:
+        return f"{_and(better)} {_is(better)} better than {baseline}: {_gain_of(candidates[better[0]])}"
+    if dear:
+        price = _troubles(candidates[dear[0]], False)
+        gain = _gain_of(candidates[dear[0]])
+        return f"{_and(dear)} answered better than {baseline} ({gain}), but {_is(dear)} rejected: {price}"
+    if all(v.decision == "REJECT" for v in candidates.values()):
+        return f"Nothing here is better than {baseline}"
+    return f"Nothing here is proven better than {baseline}"
+
+
+def _gains(verdict: Verdict) -> bool:
+    """The quality gate is passed; what failed is something else."""
+    quality = [check.passed for check in verdict.checks if check.kind == "quality"]
+    return bool(quality) and all(quality)
+
+
+def _gain_of(verdict: Verdict) -> str:
+    best = best_effect(verdict)
+    return effect(best) if best else "no primary metric could be computed"
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _is(names: Sequence[str]) -> str:
+    return "are" if len(names) > 1 else "is"
 
 
 def reasons(verdict: Verdict) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,20 +86,6 @@ def price_columns(base: Measurement) -> list[str]:
     """Names of what `Arm.price` holds."""
     phases = [f"{phase} p50" for phase in base.latency_ms]
     return ["rank", "parameters", "FLOPs / token", *phases, "added memory"]
-
-
-def headline(arms: Sequence[Arm]) -> str:
-    """What came out, in one line; nothing is claimed that no verdict says."""
-    candidates = [arm for arm in arms if arm.role == "candidate"]
-    baseline = next(arm.name for arm in arms if arm.role == "baseline")
-    better = [arm.name for arm in candidates if arm.decision == "PROMOTE"]
-    if not candidates:
-        return f"Nothing was compared with {baseline}"
-    if better:
-        return f"Better than {baseline}: {', '.join(better)}"
-    if all(arm.decision == "REJECT" for arm in candidates):
-        return f"Nothing here is better than {baseline}"
-    return f"Nothing here is proven better than {baseline}"
 
 
 def _decided(verdict: Verdict) -> dict[str, Any]:
