@@ -134,7 +134,9 @@ def where(base: nn.Module, make: Callable[[], Any]) -> None:
     held = []
     for model in (base, make()):
         with torch.no_grad(), _Holders() as live:
-            memory._prefill_and_decode(memory.model_of(model).eval(), torch.zeros((1, 256), dtype=torch.long), 16)
+            memory._prefill_and_decode(
+                memory.model_of(model).eval(), torch.zeros((1, 256), dtype=torch.long), 16
+            )
         held.append((live.peak, Counter(text for _, text in live.at_peak)))
     (bare, of_base), (peak, of_arm) = held
     print(f"peak {peak:,} bytes, of the base {bare:,}: {peak - bare:,} more")

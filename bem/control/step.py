@@ -97,7 +97,7 @@ def _stays_in_chunk(context: StepContext, hidden: Tensor, layer: ControlLayer) -
 def _route_piece(
     context: StepContext, wiring: Wiring, hidden: Tensor, layer: ControlLayer | None
 ) -> None:
-    controller, (batch, tokens) = context.acting.controller, hidden.shape[:2]
+    batch, tokens = hidden.shape[:2]
     offset = 0 if layer is None else layer.columns
     valid = _valid(context, batch, tokens, offset, hidden.device)
     turns = _turn_starts(context, batch, tokens, offset, valid)

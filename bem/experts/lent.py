@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 WRITES = frozenset(
-    ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__")
+    (
+        "__set__",
+        "__setitem__",
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+        "__idiv__",
+        "__ipow__",
+    )
 )
 """What writes to a tensor beside the functions whose names end in one underscore; `__set__`: of an attribute."""
 
@@ -30,12 +39,12 @@ class LentParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _writes(func.__name__, args, kwargs or {}):
-            for leaf in tree_iter((args, kwargs)):
-                if isinstance(leaf, LentParameter):
-                    leaf.own()
+        kwargs = kwargs or {}
+        for leaf in tree_iter(_written(func.__name__, args, kwargs)):
+            if isinstance(leaf, LentParameter):
+                leaf.own()
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     def own(self) -> None:
         """Take storage of its own, with the same numbers."""
@@ -51,8 +60,9 @@ def lend(parameter: nn.Parameter, view: Tensor) -> None:
         parameter.__class__ = LentParameter
 
 
-def _writes(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _written(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a function writes to: what it works on in place, a tensor or a list, and its `out`."""
     if name in ("__set__", "requires_grad_") and args[-1] is False:
-        return False  # it is frozen, as it was
-    inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or name in WRITES or kwargs.get("out") is not None
+        return ()  # it is frozen, as it was
+    inplace = name in WRITES or (name.endswith("_") and not name.endswith("__"))
+    return (args[:1] or kwargs) if inplace else kwargs.get("out", ())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bem.adapters.lora import Update
 from bem.errors import AttachError
 from bem.experts.compose import CompositionEngine, Decision, TrustRegion
-from bem.experts.lent import lend
+from bem.experts.lent import LentParameter, lend
 from bem.experts.singular import singular_form
 from bem.experts.slab import PACKING, Form, Mounting, SitePack, experts_multiplied
 from bem.experts.subspace import orthogonality_error, orthonormality_error
@@ -61,6 +61,7 @@ class ExpertStack(Adapter):
         self.mounting = Mounting(form=form)
         self.region: TrustRegion | None = None  # for the price alone
         self.bases: list[Tensor] = []
+        self.register_state_dict_post_hook(_apart)
         self._forget()
 
     def _forget(self) -> None:
@@ -175,6 +176,7 @@ class ExpertStack(Adapter):
             for name, parameter in own.items():
                 copied[name] = nn.Parameter(_own(parameter), parameter.requires_grad)
         twin.bases = list(self.bases)
+        twin.register_state_dict_post_hook(_apart)
         twin._forget()
         return twin
 
@@ -312,6 +314,14 @@ class ExpertStack(Adapter):
         most = min(len(self.ranks), self.mounting.most or len(self.ranks))
         n = self.control_width if most == len(self.ranks) else most * self._engine.largest
         return norm_flops(self.region.norm, n)
+
+
+def _apart(stack: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """A saved state is no view of what acts: safetensors would refuse it, and a write to it would go unseen."""
+    for name, parameter in stack.named_parameters(prefix.removesuffix(".")):
+        held = state[name]
+        if isinstance(parameter, LentParameter) and not isinstance(held, nn.Parameter):
+            state[name] = _own(held)
 
 
 def _own(weight: Tensor) -> Tensor:

@@ -120,9 +120,8 @@ class Table:
         for site, (member, row) in enumerate(zip(members, _by_site(members, rows), strict=True)):
             code = torch.where(on, number + site * self.rules.most, 0)
             if member.control_width:
-                block = F.pad(row, (0, 1))[:, member.engine.columns]
-                high, low = block.amax(-1), block.amin(-1)  # of numbers that are equal or 0
-                values.scatter_(1, code, torch.where(high > 0, high, low))
+                blocks = F.pad(row, (0, 1))[:, member.engine.columns]
+                values.scatter_(1, code, blocks.amax(-1))  # of equal numbers above 0, and zeros
             codes.append(code[:, member.engine.owner] * (row != 0))
         values[:, 0] = 0.0
         return values, torch.cat(codes, -1).to(self._narrow())
