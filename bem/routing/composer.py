@@ -24,7 +24,7 @@ from bem.routing.hysteresis import Limits
 SMALL = (
     1 << 20
 )  # numbers in a table of all actions that is always made; a larger one if the slabs are
-ROWS_AT_ONCE = 256  # actions composed together
+ROWS_AT_ONCE = 32  # actions composed together
 TABLES_KEPT = 4
 
 
@@ -122,9 +122,9 @@ class Table:
             if member.control_width:
                 blocks = F.pad(row, (0, 1))[:, member.engine.columns]
                 values.scatter_(1, code, blocks.amax(-1))  # of equal numbers above 0, and zeros
-            codes.append(code[:, member.engine.owner] * (row != 0))
+            codes.append(code.to(self._narrow())[:, member.engine.owner] * (row != 0))
         values[:, 0] = 0.0
-        return values, torch.cat(codes, -1).to(self._narrow())
+        return values, torch.cat(codes, -1)
 
     def _narrow(self) -> torch.dtype:
         """The smallest integer that holds a code."""
