@@ -52,10 +52,9 @@ def arms(base: nn.Module, name: str) -> Iterator[tuple[str, str, Callable[[], An
     configs["v4"] = AdapterConfig(variant="v4", rank=PUBLIC_RANK)
     for variant, config in configs.items():
         yield variant, "s0", lambda c=config: bem.attach(with_shared_weights(base), c)
-    for many, rank in (("s0 of the experts' parameters", ROUTED_RANK.get(name, 64)),):
-        wide = AdapterConfig(variant="s0", rank=rank)
-        yield many, many, lambda c=wide: bem.attach(with_shared_weights(base), c)
-        yield "router, 7 experts and a shared one", many, lambda: routed(with_shared_weights(base))
+    wide, large = AdapterConfig(variant="s0", rank=ROUTED_RANK[name]), "s0, large"
+    yield large, large, lambda: bem.attach(with_shared_weights(base), wide)
+    yield "router, 7 experts and a shared one", large, lambda: routed(with_shared_weights(base))
 
 
 def routed(model: Any) -> Any:
@@ -147,31 +146,72 @@ def where(base: nn.Module, make: Callable[[], Any]) -> None:
 
 
 # --- report ---------------------------------------------------------------------------------------
+
+
+def table(rows: dict[str, dict[str, Any]], before: dict[str, dict[str, Any]]) -> list[str]:
+    """One Markdown table; before: of another version, as `--json` wrote it."""
+    names = ["parameters", "kept", "at work", "added", "of the static LoRA's"]
+    lines = ["| arm | " + " | ".join([*names, *(["before"] if before else [])]) + " |"]
+    lines.append("|---" + "|---:" * (len(names) + bool(before)) + "|")
+    for arm, row in rows.items():
+        at_work = row["added"] - row["parameters"]
+        numbers = (row["parameters"], row["kept"], at_work, row["added"])
+        cells = [f"{number:,.0f}" for number in numbers] + [_ratio(rows, arm)]
+        if before:
+            cells.append(f"{before[arm]['added']:,.0f}, {_ratio(before, arm)}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ratio(rows: dict[str, dict[str, Any]], arm: str) -> str:
+    return f"×{rows[arm]['added'] / rows[rows[arm]['reference']]['added']:.3f}"
+
+
+def report(found: dict[str, Any], before: dict[str, Any]) -> str:
+    text = [
+        "# Memory that an adapter adds",
+        "",
+        "`python benchmarks/memory.py`, float32 on a CPU: every number is a count of bytes, the same on every machine.",
+        "",
+        "parameters: and buffers, that the base does not have. kept: still held besides when a pass is over and its cache "
+        "is gone. at work: the peak of all live tensors over a prefill of 256 tokens and 16 decoded ones, less the bare "
+        "base's. added: parameters and at work, what the gate (limit ×1.05) compares with the static LoRA of as many "
+        "parameters; v3 and v4 have fewer of them by definition.",
+        "",
+    ]
+    for name, rows in found.items():
+        text += [f"## {name}", "", *table(rows, before.get(name, {})), ""]
+    return "\n".join(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", nargs="*", default=["bem-tiny", "smollm2-135m"])
     parser.add_argument("--arms", nargs="*", help="only arms whose name begins with one of these")
     parser.add_argument("--where", action="store_true", help="who holds what, on the screen")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
+    parser.add_argument("--json", type=Path, help="write the numbers there too")
+    parser.add_argument("--before", type=Path, help="what --json wrote, to be shown beside")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.md")
     args = parser.parse_args()
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.base:
         base, _ = bem.load_base(name)
-        rows, reference = {}, {}
-        for arm, of, make in arms(base, name):
+        rows = found[name] = {}
+        for arm, reference, make in arms(base, name):
             if args.arms and not arm.startswith(tuple(args.arms)):
                 continue
             if args.where:
                 print(f"--- {arm} on {name}")
                 where(base, make)
                 continue
-            rows[arm] = row = measured(base, make)
-            reference[arm] = of
-            ratio = row["added"] / rows[of]["added"] if of in rows else float("nan")
-            print(name, arm, row, f"x{ratio:.3f}", flush=True)
-        found[name] = rows
-    if not args.where:
-        args.out.write_text(json.dumps(found))
+            rows[arm] = {**measured(base, make), "reference": reference}
+            print(name, arm, rows[arm], flush=True)
+    if args.where or args.arms:
+        return
+    if args.json:
+        args.json.write_text(json.dumps(found))
+    before = json.loads(args.before.read_text()) if args.before else {}
+    args.out.write_text(report(found, before))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class LentParameter(nn.Parameter):
         """Take storage of its own, with the same numbers."""
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             self.data = self.detach().clone(memory_format=torch.contiguous_format)
-            self.__class__ = nn.Parameter
+            self.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lend(parameter: nn.Parameter, view: Tensor) -> None:
