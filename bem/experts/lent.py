@@ -40,7 +40,7 @@ class LentParameter(nn.Parameter):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in tree_iter(_written(func.__name__, args, kwargs)):
+        for leaf in tree_iter(_written(getattr(func, "__name__", ""), args, kwargs)):
             if isinstance(leaf, LentParameter):
                 leaf.own()
         with torch._C.DisableTorchFunctionSubclass():
@@ -64,5 +64,6 @@ def _written(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What a function writes to: what it works on in place, a tensor or a list, and its `out`."""
     if name in ("__set__", "requires_grad_") and args[-1] is False:
         return ()  # it is frozen, as it was
+    name = name.partition(".")[0]  # of an overload
     inplace = name in WRITES or (name.endswith("_") and not name.endswith("__"))
     return (args[:1] or kwargs) if inplace else kwargs.get("out", ())
