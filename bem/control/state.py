@@ -20,8 +20,10 @@ from torch import Tensor
 from bem.control.controller import Pooled, Running
 from bem.errors import CacheError
 
-KEPT_FEATURES = 128  # newest tokens whose features are kept, so that a crop can end inside a chunk
-FIRST_CHUNKS, FIRST_COLUMNS = 4, 256  # room of a new array; it doubles when it is full
+# Newest tokens whose features are kept, so that a crop can end inside a chunk: of a first piece, which is read at
+# the moment when a pass needs the most memory and is rarely cropped, and in all.
+FIRST_FEATURES, KEPT_FEATURES = 32, 128
+FIRST_CHUNKS, FIRST_COLUMNS = 4, 256  # room of a new array
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class ControlState:
         self.layout, self.device = layout, torch.device(device)
         self.columns = [0] * slots  # tokens of each sequence, padding included
         self.turns = [0] * slots  # most turn starts in each
+        self.oldest = [0] * slots  # first column of each whose features are kept
         self._free = list(range(slots - 1, -1, -1))
         with torch.inference_mode(False):  # inference tensors could not be written to outside of it
             self._allocate(slots)
@@ -79,7 +82,7 @@ class ControlState:
         self.chunk_sums = torch.zeros(slots, chunks, f, **float64)  # of all chunks before this one
         self.controls = torch.zeros(slots, chunks, w, device=self.device)
         self.valid = torch.ones(slots, FIRST_COLUMNS, dtype=torch.bool, device=self.device)
-        self.recent = torch.zeros(slots, KEPT_FEATURES, f, device=self.device)
+        self.recent = torch.zeros(slots, FIRST_FEATURES, f, device=self.device)
 
     # --- sequences --------------------------------------------------------------------------------
 
@@ -111,13 +114,14 @@ class ControlState:
         twin = self.begin()
         for array in self._arrays():
             array[twin] = array[slot]
-        self.columns[twin], self.turns[twin] = self.columns[slot], self.turns[slot]
+        for counted in (self.columns, self.turns, self.oldest):
+            counted[twin] = counted[slot]
         return twin
 
     def _clear(self, slot: int) -> None:
         for array in self._arrays():
             array[slot] = 1 if array is self.valid else 0
-        self.columns[slot] = self.turns[slot] = 0
+        self.columns[slot] = self.turns[slot] = self.oldest[slot] = 0
 
     def select(self, rows: Int[Tensor, " n"]) -> ControlState:
         """A new state whose slots are these slots of this one: kept, repeated or reordered."""
@@ -126,6 +130,7 @@ class ControlState:
         rows, host = rows.to(self.device), rows.tolist()
         other.columns = [self.columns[r] for r in host]
         other.turns = [self.turns[r] for r in host]
+        other.oldest = [self.oldest[r] for r in host]
         other._free = []
         other.running = self.running.select(rows)
         other.conditioning = {n: v.index_select(0, rows) for n, v in self.conditioning.items()}
@@ -168,16 +173,15 @@ class ControlState:
         tokens = features.shape[1]
         rows = self._index(slots)
         starts = torch.tensor([self.columns[s] for s in slots], device=self.device)
-        size = self.layout.chunk_size
+        room, size = self._remember(slots, tokens), self.layout.chunk_size
         for slot in slots:
-            self.columns[slot] += tokens
             self.turns[slot] += begun - -(-tokens // size)
         self._make_room(slots)
         self._write_history(rows, starts, pooled)
         at = starts[:, None] + torch.arange(tokens, device=self.device)
         self.valid[rows[:, None], at] = valid
-        newest = (features * valid[..., None])[:, -KEPT_FEATURES:]
-        self.recent[rows[:, None], at[:, -KEPT_FEATURES:] % KEPT_FEATURES] = newest
+        newest = features[:, -room:] * valid[:, -room:, None]
+        self.recent[rows[:, None], at[:, -room:] % room] = newest
         after = pooled.after()
         for name, array in vars(self.running).items():
             array[rows] = getattr(after, name).detach().to(array.dtype)
@@ -196,34 +200,59 @@ class ControlState:
         self, slots: Sequence[int], features: Float[Tensor, "batch 1 features"]
     ) -> None:
         """A decoded token of each sequence, inside its running chunk."""
-        place = {self.columns[s] for s in slots}
-        running = self.running
+        place, running = {self.columns[s] for s in slots}, self.running
+        room = self._remember(slots, 1)
         if self._is_all(slots) and len(place) == 1:  # the usual batch: no index is needed
             running.sums.add_(features[:, 0])
             running.count.add_(1)
-            self.recent.select(1, place.pop() % KEPT_FEATURES).copy_(features[:, 0])
+            self.recent.select(1, place.pop() % room).copy_(features[:, 0])
         else:
             rows = self._index(slots)
-            at = torch.tensor([self.columns[s] for s in slots], device=self.device) % KEPT_FEATURES
+            at = torch.tensor([self.columns[s] - 1 for s in slots], device=self.device) % room
             running.sums.index_add_(0, rows, features[:, 0].double())
             running.count.index_add_(0, rows, torch.ones_like(rows))
             self.recent[rows, at] = features[:, 0]
-        for slot in slots:
-            self.columns[slot] += 1
         self._make_room(slots)
 
+    def _remember(self, slots: Sequence[int], tokens: int) -> int:
+        """Count so many more tokens of each; returns of how many of them features are kept."""
+        room = self.recent.shape[1]
+        begun = (s for s in slots if self.columns[s])  # of a first piece only the end is kept
+        if room < KEPT_FEATURES and any(self._held(s) + tokens > room for s in begun):
+            self._keep_more()
+            room = KEPT_FEATURES
+        for slot in slots:
+            self.columns[slot] += tokens
+            self.oldest[slot] = max(self.oldest[slot], self.columns[slot] - room)
+        return room
+
+    def _held(self, slot: int) -> int:
+        """Newest columns of a sequence whose features are kept."""
+        return self.columns[slot] - self.oldest[slot]
+
+    def _keep_more(self) -> None:
+        """Put what is kept where it belongs among `KEPT_FEATURES`."""
+        room = self.recent.shape[1]
+        last = torch.tensor(self.columns, device=self.device)[:, None]
+        at = last - 1 - torch.arange(room, device=self.device)
+        rows = torch.arange(len(self), device=self.device)[:, None]
+        with torch.inference_mode(False):
+            more = torch.zeros(len(self), KEPT_FEATURES, self.layout.features, device=self.device)
+        more[rows, at % KEPT_FEATURES] = self.recent[rows, at % room]
+        self.recent = more
+
     def _make_room(self, slots: Sequence[int]) -> None:
-        """Double what is too small. The last row of the history is no chunk's."""
+        """Enlarge what is too small. The last row of the history is no chunk's."""
         columns = max(self.columns[s] for s in slots)
         size = self.layout.chunk_size
-        chunks = max(self.turns[s] + self.columns[s] // size + 1 for s in slots)
+        chunks = max(self.turns[s] - (-self.columns[s] // size) for s in slots)
         if columns > self.valid.shape[1]:
             with torch.inference_mode(False):
-                self.valid = _grown(self.valid, columns, fill=True)
-        if chunks + 2 > self.starts.shape[1]:
+                self.valid = _grown(self.valid, 2 * columns, fill=True)
+        if chunks + 2 > self.starts.shape[1]:  # by a quarter: a row is as wide as all controls
             with torch.inference_mode(False):
                 for name in ("starts", "chunk_sums", "controls"):
-                    setattr(self, name, _grown(getattr(self, name), chunks + 2))
+                    setattr(self, name, _grown(getattr(self, name), chunks + 2 + chunks // 4))
 
     # --- forgetting -------------------------------------------------------------------------------
 
@@ -233,14 +262,14 @@ class ControlState:
         Raises:
             CacheError: the cut lies inside a chunk whose features are no longer kept.
         """
-        rows, columns = self._index(slots), self.columns[slots[0]]
+        rows, oldest = self._index(slots), max(self.oldest[s] for s in slots)
         chunk = self._chunk_of(rows, keep - 1)
         ends = self._ends(rows, chunk)
-        lost = (ends > keep) & (max(keep, columns - KEPT_FEATURES) > keep)
-        if bool(lost.any()):
+        if oldest > keep and bool((ends > keep).any()):
             raise CacheError(
-                f"cannot crop to {keep} tokens: that lies inside a chunk and more than {KEPT_FEATURES} tokens "
-                f"back. Crop to a chunk boundary (row 0: {self.boundaries(slots[0])}) or less far."
+                f"cannot crop to {keep} tokens: that lies inside a chunk, and features are kept from token {oldest} "
+                f"on (the newest {FIRST_FEATURES} of what was read first, later {KEPT_FEATURES}). Crop to a chunk "
+                f"boundary (row 0: {self.boundaries(slots[0])}) or less far."
             )
         state = self._at(rows, keep, chunk, self._features_between(rows, keep, ends))
         for name, array in vars(self.running).items():
@@ -251,11 +280,11 @@ class ControlState:
 
     def _features_between(self, rows: Tensor, keep: int, ends: Tensor) -> Tensor:
         """Sum of the newest features from column `keep` to the end of a chunk (rows, features)."""
-        columns = self.columns[int(rows[0])]
-        at = torch.arange(max(0, columns - KEPT_FEATURES), columns, device=self.device)
+        columns, room = self.columns[int(rows[0])], self.recent.shape[1]
+        at = torch.arange(max(0, columns - room), columns, device=self.device)
         cut = (at >= keep) & (at[None] < ends[:, None])
         cut = (cut & self.valid[rows][:, at])[..., None]
-        return (self.recent[rows][:, at % KEPT_FEATURES] * cut).sum(1, dtype=torch.float64)
+        return (self.recent[rows][:, at % room] * cut).sum(1, dtype=torch.float64)
 
     def _at(self, rows: Tensor, keep: int, chunk: Tensor, gone: Tensor) -> Running:
         """What was running when column `keep` was the next one."""
@@ -318,9 +347,9 @@ class ControlState:
 
 
 def _grown(array: Tensor, room: int, fill: bool = False) -> Tensor:
-    """A copy with at least twice the room along dimension 1."""
+    """A copy with so much room along dimension 1."""
     shape = list(array.shape)
-    shape[1] = max(room, 2 * shape[1])
+    shape[1] = room
     grown = array.new_full(shape, 1) if fill else array.new_zeros(shape)
     grown[:, : array.shape[1]] = array
     return grown

@@ -60,7 +60,7 @@ def _route_cached(context: StepContext, wiring: Wiring, hidden: Tensor, cache: C
     if _stays_in_chunk(context, hidden, layer):
         context.tables, context.updates = layer.running(hidden.dtype)
         context.slot = None
-        layer.append_token(context.acting.controller.features(hidden, context.head_input))
+        layer.append_token(_features(context, hidden))
     else:
         _route_piece(context, wiring, hidden, layer)
 
@@ -97,14 +97,14 @@ def _stays_in_chunk(context: StepContext, hidden: Tensor, layer: ControlLayer) -
 def _route_piece(
     context: StepContext, wiring: Wiring, hidden: Tensor, layer: ControlLayer | None
 ) -> None:
-    controller, (batch, tokens) = context.acting.controller, hidden.shape[:2]
+    batch, tokens = hidden.shape[:2]
     offset = 0 if layer is None else layer.columns
     valid = _valid(context, batch, tokens, offset, hidden.device)
     turns = _turn_starts(context, batch, tokens, offset, valid)
     route = _route(context, batch, tokens, offset, hidden.device)
     context.packed = _documents(context, valid, layer)
     with torch.autocast(hidden.device.type, enabled=False):
-        features = controller.features(hidden, context.head_input)
+        features = _features(context, hidden)
         if (packed := context.packed) is None:
             pooled = _decide(context, wiring, features, valid, turns, route, layer, hidden)
             slot = pooled.slot
@@ -119,6 +119,14 @@ def _route_piece(
     context.slot = (slot if context.packed is not None else _rows(pooled)).flatten()
     if layer is not None and generating_prompt(context, layer):
         layer.count()
+
+
+def _features(context: StepContext, hidden: Tensor) -> Tensor:
+    """What the controller pools of each token. The heads' outputs are let go: the pass outlives its use of them."""
+    features = context.acting.controller.features(hidden, context.head_input)
+    if not context.checkpointing:  # then backward enters once more
+        context.head_input = None
+    return features
 
 
 def generating_prompt(context: StepContext, layer: ControlLayer) -> bool:

@@ -7,7 +7,8 @@ sum of factors) and each row of a batch may follow another. Each expert is kept 
 so that its ranks are ordered by importance and a rank budget is its best approximation.
 
 Parameters are for training: every expert has its own, with its own optimiser state. What acts is a
-`SitePack` made of them, and made anew when one of them changed.
+`SitePack` made of them, and made anew when one of them changed. While nothing trains, parameters of the
+dtype that acts are views of the slab (see `lent`), so that the weights are held once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from bem.adapters.lora import Update
 from bem.errors import AttachError
 from bem.experts.compose import CompositionEngine, Decision, TrustRegion
+from bem.experts.lent import LentParameter, lend
 from bem.experts.singular import singular_form
 from bem.experts.slab import PACKING, Form, Mounting, SitePack, experts_multiplied
 from bem.experts.subspace import orthogonality_error, orthonormality_error
@@ -59,6 +61,7 @@ class ExpertStack(Adapter):
         self.mounting = Mounting(form=form)
         self.region: TrustRegion | None = None  # for the price alone
         self.bases: list[Tensor] = []
+        self.register_state_dict_post_hook(_apart)
         self._forget()
 
     def _forget(self) -> None:
@@ -134,8 +137,7 @@ class ExpertStack(Adapter):
         start, stop = self._span(expert)
         if start == stop:
             return Update(torch.zeros(self.d_out, 0), torch.zeros(0, self.d_in))
-        u, v = (p.detach().clone() for p in self.factors(expert))
-        return Update(u, v)
+        return Update(*map(_own, self.factors(expert)))
 
     @torch.no_grad()
     def clear(self, expert: int) -> None:
@@ -152,8 +154,10 @@ class ExpertStack(Adapter):
                 own.copy_(theirs)
             self.mounting, self.region = other.mounting, other.region
             self.bases, self._engine = list(other.bases), other._engine
-            self._watch.changed(*self.parameters())
             self._packs = acting
+            for pack in acting.values():
+                self._stand_in(pack)
+            self._watch.changed(*self.parameters())
 
     def twin(self) -> ExpertStack:
         """A copy with parameters of its own, made without drawing random numbers."""
@@ -170,8 +174,9 @@ class ExpertStack(Adapter):
         twin.u, twin.v = nn.ParameterDict(), nn.ParameterDict()
         for own, copied in ((self.u, twin.u), (self.v, twin.v)):
             for name, parameter in own.items():
-                copied[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                copied[name] = nn.Parameter(_own(parameter), parameter.requires_grad)
         twin.bases = list(self.bases)
+        twin.register_state_dict_post_hook(_apart)
         twin._forget()
         return twin
 
@@ -228,15 +233,28 @@ class ExpertStack(Adapter):
     def at(self, dtype: torch.dtype) -> SitePack:
         """What acts in a dtype: the same object until a parameter changes. While a parameter trains it
         is made for each call, differentiable where gradients are on."""
-        weights = list(self.parameters())
-        if any(p.requires_grad for p in weights):
-            return self._packed(dtype, lasting=False)
-        with PACKING, torch.inference_mode(False), torch.no_grad():
-            if self._watch.changed(*weights) or any(p.is_inference() for p in weights):
-                self._packs = {}
-            if dtype not in self._packs:
-                self._packs[dtype] = self._packed(dtype, lasting=True)
-            return self._packs[dtype]
+        with torch._C.DisableTorchFunctionSubclass():  # nothing is written to here
+            weights = list(self.parameters())
+            if any(p.requires_grad for p in weights):
+                return self._packed(dtype, lasting=False)
+            with PACKING, torch.inference_mode(False), torch.no_grad():
+                if self._watch.changed(*weights) or any(p.is_inference() for p in weights):
+                    self._packs = {}
+                if dtype not in self._packs:
+                    self._packs[dtype] = self._packed(dtype, lasting=True)
+                    self._stand_in(self._packs[dtype])
+                    self._watch.changed(*weights)
+                return self._packs[dtype]
+
+    def _stand_in(self, pack: SitePack) -> None:
+        """Make parameters of the slab's dtype views of it."""
+        if not pack.lasting or any(p.requires_grad or p.is_inference() for p in self.parameters()):
+            return
+        for expert, rank in enumerate(self.ranks):
+            if rank:
+                for parameter, block in zip(self.factors(expert), pack.block(expert), strict=True):
+                    if (parameter.dtype, parameter.device) == (block.dtype, block.device):
+                        lend(parameter, block)
 
     def _packed(self, dtype: torch.dtype, lasting: bool) -> SitePack:
         us = [u.t().to(dtype) for u in self.u.values()] or [torch.zeros(0, self.d_out, dtype=dtype)]
@@ -296,6 +314,19 @@ class ExpertStack(Adapter):
         most = min(len(self.ranks), self.mounting.most or len(self.ranks))
         n = self.control_width if most == len(self.ranks) else most * self._engine.largest
         return norm_flops(self.region.norm, n)
+
+
+def _apart(stack: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """A saved state is no view of what acts: safetensors would refuse it, and a write to it would go unseen."""
+    for name, parameter in stack.named_parameters(prefix.removesuffix(".")):
+        held = state[name]
+        if isinstance(parameter, LentParameter) and not isinstance(held, nn.Parameter):
+            state[name] = _own(held)
+
+
+def _own(weight: Tensor) -> Tensor:
+    """A copy that shares nothing and lies as a weight does."""
+    return weight.detach().clone(memory_format=torch.contiguous_format)
 
 
 def fixed_updates(

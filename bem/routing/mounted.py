@@ -99,7 +99,9 @@ class Mounted(Attached):
         )
         assert config.router_layer is not None, "bem.mount has resolved it"
         peft_model = attach_parts(model, parts, config.router_layer)
-        return cls(peft_model, adapter, trainable, config, experts)
+        mounted = cls(peft_model, adapter, trainable, config, experts)
+        _ = mounted.pack  # made now: from here on the experts' weights are held once
+        return mounted
 
     # --- what acts --------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """One forward pass: what reaches the sites, in which order, and what two passes never share."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -251,6 +252,20 @@ def test_two_forward_passes_before_one_backward_under_checkpointing_are_right():
     attached_.base.enable_input_require_grads()
     for a, b in zip(plain, gradients(together=True), strict=True):
         assert (a - b).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_the_heads_put_out_is_let_go_once_it_was_read(use_cache):
+    """It is as large as the hidden states of all tokens, and a pass lives on as the last one."""
+    attached_ = attached("pt1")
+    seen = []
+    before = attached_.base.bem_runtime.wiring.controller.features
+    attached_.base.bem_runtime.wiring.controller.features = lambda *given: (
+        seen.append(weakref.ref(given[1])) or before(*given)
+    )
+    probe.forward(attached_.model, ids(20), use_cache=use_cache)
+    assert len(seen) == 1 and seen[0]() is None
+    assert attached_.base.bem_runtime.ambient.last.head_input is None
 
 
 def test_a_linear_attention_layer_may_be_the_router_layer():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bem.control.controller import Controller
-from bem.control.state import FIRST_CHUNKS, KEPT_FEATURES, ControlState, Layout
+from bem.control.state import FIRST_CHUNKS, FIRST_FEATURES, KEPT_FEATURES, ControlState, Layout
 from bem.errors import CacheError
 
 SIZE, FEATURES, WIDTH = 8, 3, 5
@@ -114,6 +114,52 @@ def test_a_cropped_sequence_is_as_if_never_longer(keep):
     assert same(row(shared, 0), row(Sequence(state(), 0).read(x[:keep]).state, 0))
     Sequence(shared, 0).read(x[keep:])
     assert same(row(shared, 0), row(Sequence(state(), 0).read(x).state, 0))
+
+
+@pytest.mark.parametrize("keep", [199, 168, 167, 160])
+def test_of_a_first_piece_only_its_end_can_be_cropped_inside_a_chunk(keep):
+    x = features(200)
+    shared = Sequence(state(), 0).read(x).state
+    assert shared.recent.shape[1] == FIRST_FEATURES
+    if keep % SIZE and keep < 200 - FIRST_FEATURES:
+        with pytest.raises(CacheError, match="features are kept from token 168 on"):
+            shared.crop([0], keep)
+        return
+    shared.crop([0], keep)
+    assert same(row(shared, 0), row(Sequence(state(), 0).read(x[:keep]).state, 0))
+
+
+@pytest.mark.parametrize("decoded", [1, 60, 300])
+def test_what_comes_after_the_first_piece_is_kept_beside_its_end(decoded):
+    x = features(77 + decoded)
+    shared = Sequence(state(), 0).read(x[:77])
+    for t in range(77, 77 + decoded):
+        shared.read(x[t : t + 1])
+    keep = max(77 - FIRST_FEATURES, 77 + decoded - KEPT_FEATURES)
+    shared.state.crop([0], keep)
+    assert same(row(shared.state, 0), row(Sequence(state(), 0).read(x[:keep]).state, 0))
+
+
+def test_a_second_crop_does_not_take_what_the_first_one_lost_for_kept():
+    """200 columns keep features from 72 on; cut to 150 they still begin there, and not at 22."""
+    x = features(200)
+    shared = Sequence(state(), 0).read(x[:120]).read(x[120:]).state
+    shared.crop([0], 150)
+    with pytest.raises(CacheError, match="features are kept from token 88 on"):
+        shared.crop([0], 67)
+    shared.crop([0], 89)
+    assert same(row(shared, 0), row(Sequence(state(), 0).read(x[:89]).state, 0))
+
+
+def test_sequences_of_different_length_keep_their_own_features():
+    shared = state(slots=2)
+    a, b = features(50, 1), features(90, 2)
+    long, short = Sequence(shared, 1).read(b), Sequence(shared, 0).read(a[:20])
+    short.read(a[20:])  # makes room for both
+    for slot, x in ((0, a), (1, b)):
+        shared.crop([slot], len(x) - 21)
+        assert same(row(shared, slot), row(Sequence(state(), 0).read(x[:-21]).state, 0))
+    assert long.state is short.state
 
 
 def test_selecting_repeats_and_reorders_whole_sequences():

@@ -6,6 +6,7 @@ import copy
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import bem
@@ -371,6 +372,78 @@ def test_a_stack_takes_over_what_acts_in_another():
     assert live.at(FLOAT) is new and live.at(FLOAT) is not old
     shadow.u["0"].mul_(3.0)  # what the shadow does afterwards is its own affair
     assert live.at(FLOAT) is new and torch.equal(live.u["0"], new.block(0)[0])
+
+
+def bytes_held(stack, *slabs):
+    """Of parameters and slabs together; a storage counts once."""
+    tensors = [*stack.parameters(), *(t for s in slabs for t in (s.rows_of_u, s.v))]
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def test_frozen_experts_are_held_once(form):
+    stack, once = frozen(filled(form)), 4 * 12 * (D_IN + D_OUT)
+    before = [p.clone() for p in stack.parameters()]
+    slab = stack.at(FLOAT)
+    assert bytes_held(stack, slab) == once
+    assert all(map(torch.equal, stack.parameters(), before))
+    assert stack.at(FLOAT) is slab  # which storage it is is no change
+    changes = (
+        lambda: stack.fill(3, updates_of(seed=9)[3]),
+        lambda: stack.clear(0),
+        lambda: stack.load_state_dict(filled().state_dict()),
+        lambda: stack.half().float(),
+        lambda: stack.take(frozen(filled(form))),
+        lambda: stack.mount(None, None, 1),
+    )
+    for change in changes:
+        change()
+        assert bytes_held(stack, stack.at(FLOAT)) == once
+    other = stack.at(torch.bfloat16)  # parameters of another dtype than what acts: a copy of these
+    assert bytes_held(stack, stack.at(FLOAT), other) == once + once // 2
+
+
+def test_experts_that_train_have_storage_of_their_own_and_leave_the_slab(form):
+    stack = frozen(filled(form))
+    slab = stack.at(FLOAT)
+    before, once = [t.clone() for t in (slab.u, slab.v)], bytes_held(stack, slab)
+    for parameter in stack.parameters():
+        parameter.requires_grad = True
+    assert bytes_held(stack, slab) == 2 * once and all(
+        p.is_contiguous() for p in stack.parameters()
+    )
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(slab.u, before[0]) and torch.equal(slab.v, before[1])
+    assert bytes_held(frozen(stack), stack.at(FLOAT)) == once
+
+
+def test_two_stacks_over_one_slab_do_not_meet():
+    live, shadow = frozen(filled()), frozen(filled())
+    assert shadow.at(FLOAT) is not live.at(FLOAT)
+    live.take(shadow)
+    assert (
+        live.v["3"].data_ptr() == shadow.v["3"].data_ptr() == live.at(FLOAT).block(3)[1].data_ptr()
+    )
+    before = live.v["3"].clone()
+    shadow.v["3"].mul_(2.0)
+    assert torch.equal(live.v["3"], before) and torch.equal(live.at(FLOAT).block(3)[1], before)
+    live.clear(3)
+    assert torch.equal(shadow.v["3"], 2 * before)
+
+
+def test_a_saved_state_is_no_view_of_what_acts(tmp_path):
+    stack = frozen(filled())
+    slab = stack.at(FLOAT)
+    save_file(stack.state_dict(), tmp_path / "stack.safetensors")
+    fresh = ExpertStack(D_IN, D_OUT, RANKS)
+    fresh.load_state_dict(load_file(tmp_path / "stack.safetensors"))
+    assert all(map(torch.equal, fresh.parameters(), stack.parameters()))
+    before = slab.u.clone()
+    for tensor in stack.state_dict().values():
+        tensor.zero_()
+    assert torch.equal(slab.u, before) and stack.at(FLOAT) is slab
 
 
 def test_how_many_experts_are_multiplied_follows_from_sizes_alone():

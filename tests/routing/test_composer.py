@@ -1,12 +1,16 @@
 """What was decided is looked up or composed: the same controls either way."""
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 
 from bem.experts.compose import TrustRegion
 from bem.routing import composer as module
 from bem.routing.action import EXPERT, FADE, FADE_STEPS, RANK, RECORD, STRENGTH, ActionSpace
-from bem.routing.composer import TABLES_KEPT, Composer, Rules
+from bem.routing.composer import TABLES_KEPT, Composer, Rules, Table
 from tests.conftest import make_llama
 from tests.routing.mounted import mounted
 
@@ -58,15 +62,17 @@ def test_all_actions_are_composed_once_for_each_set_of_weights(monkeypatch):
     monkeypatch.setattr(module, "_composed", lambda *args: calls.append(1) or real(*args))
     decided = records((1, 1, 1), (2, 0, 2))
     first = composer(packed(model), decided, rules)
+    once = len(calls)
     first.zero_()  # what is returned is the caller's
     again = composer(packed(model), decided, rules)
-    assert len(calls) == 1 and again.abs().max() > 0
+    assert len(calls) == once and again.abs().max() > 0
     old = packed(model)
     with torch.no_grad():
         next(iter(model.stacks.values())).u["0"].mul_(2.0)
-    assert not torch.equal(composer(packed(model), decided, rules), again) and len(calls) == 2
+    assert not torch.equal(composer(packed(model), decided, rules), again)
+    assert len(calls) == 2 * once
     assert torch.equal(composer(old, decided, rules), again)  # a sequence that began before
-    assert len(calls) == 2
+    assert len(calls) == 2 * once
     for number in range(2 * TABLES_KEPT):
         other = Rules(rules.space, rules.limits, region=TrustRegion(1.0 + number))
         composer(packed(model), decided, other)
@@ -96,3 +102,47 @@ def test_as_many_experts_are_on_at_once_as_the_rules_say():
     assert mounted(make_llama(), shared="c").router.rules.most == 2
     for stack in model.stacks.values():
         assert stack.mounting.most == 2
+
+
+@pytest.mark.parametrize("region", [None, TrustRegion(0.3)])
+def test_a_table_holds_a_byte_for_each_rank_and_says_what_composing_says_of_every_action(region):
+    model = mounted(make_llama(), confidence=0.5, fallback="c")
+    rules = Rules(model.router.space, model.router.limits, 8, 0.5, 3, region)
+    members, width = packed(model), sum(s.control_width for s in model.stacks.values())
+    table, every = Table(members, rules), rules.all_records(torch.device("cpu"))
+    expected = module._composed(members, every, rules).float()
+    assert torch.equal(table(rules.index(every)), expected)
+    strengths = len(rules.space.strengths)
+    assert strengths > 1 and table.codes.dtype == torch.uint8
+    assert table.codes.shape == (rules.actions // strengths, width)
+    assert table.values.shape == (rules.actions, 1 + 2 * len(members))  # two experts at most
+
+
+def test_codes_are_as_narrow_as_the_sites_allow(monkeypatch):
+    model = mounted(make_llama())
+    rules = model.router.rules
+    members = packed(model) * 100
+    table = Table(members, rules)
+    assert table.codes.dtype == torch.int16
+    every = rules.all_records(torch.device("cpu"))
+    assert torch.equal(table(rules.index(every)), module._composed(members, every, rules).float())
+
+
+def test_a_table_does_not_keep_the_weights_that_it_was_made_for():
+    model, composer, decided = mounted(make_llama()), Composer(), records((1, 1, 1))
+    rules = model.router.rules
+    composer(packed(model), decided, rules)
+    old = weakref.ref(packed(model)[0])
+    for stack in model.stacks.values():
+        stack.clear(0)
+    assert model.pack is not None and old() is None
+    composer(packed(model), decided, rules)
+    assert len(composer._tables) == 1
+
+
+def test_a_copy_of_a_composer_makes_tables_of_its_own():
+    model, composer = mounted(make_llama()), Composer()
+    first = composer(packed(model), records((1, 1, 1)), model.router.rules)
+    for other in (copy.deepcopy(composer), pickle.loads(pickle.dumps(composer))):
+        assert not other._tables
+        assert torch.equal(other(packed(model), records((1, 1, 1)), model.router.rules), first)

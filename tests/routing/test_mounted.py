@@ -322,3 +322,44 @@ def test_a_mounted_model_may_be_cast_and_decides_in_float32_still(dtype):
     model.model.float()
     tolerance = 1e-4 if dtype == torch.float64 else 0.2
     assert (logits(model) - before).abs().max() < tolerance
+
+
+def held(mounted_, *packs):
+    """Bytes of the experts' parameters and of what acts; a storage counts once."""
+    tensors = [p for stack in mounted_.stacks.values() for p in stack.parameters()]
+    tensors += [t for pack in packs for m in pack.members for t in (m.rows_of_u, m.v)]
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def test_experts_are_held_once_whatever_happened_to_them(tmp_path):
+    model = mounted(make_llama())
+    once = held(model)
+    assert once == sum(4 * p.numel() for s in model.stacks.values() for p in s.parameters())
+    assert held(model, model.pack) == once
+    with model.training("experts"):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+    assert held(model, model.pack) == once
+    model.save(tmp_path / "router")
+    again = bem.load_router(make_llama(), tmp_path / "router")
+    assert held(again, again.pack) == once
+    shadow = model.shadow()
+    model.adopt(shadow)
+    assert held(model, model.pack, shadow.pack) == once  # one slab for both
+    model.unload("a")
+    assert held(model, model.pack) == once
+
+
+def test_training_leaves_the_pack_that_a_running_sequence_holds():
+    model = mounted(make_llama())
+    pack = model.pack
+    before = [m.rows_of_u.clone() for m in pack.members], [m.v.clone() for m in pack.members]
+    with model.training("experts"):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        ids = torch.arange(3, 23)[None]
+        model.model(input_ids=ids, labels=ids, route=torch.ones_like(ids)).loss.backward()
+        optimizer.step()
+    assert all(map(torch.equal, (m.rows_of_u for m in pack.members), before[0]))
+    assert all(map(torch.equal, (m.v for m in pack.members), before[1]))
+    assert model.pack is not pack
