@@ -225,8 +225,10 @@ class ExperimentRun:
         """Seed by seed, so that every arm has its first numbers early."""
         config = self.inputs.config
         cells = [(plan, seed) for seed in config.seeds for plan in self.plans]
-        # What makes the most stages comes first: the other routes then find them made.
-        cells.sort(key=lambda cell: {"ar1": 0, None: 1}.get(cell[0].arm.route, 2))
+        # What makes the most stages comes first: the other routes then find them made. The bare base, which
+        # rarely ends an answer by itself, takes longest and helps nobody.
+        order = {"ar1": 0, None: 1}
+        cells.sort(key=lambda cell: 3 if cell[0].arm.is_bare else order.get(cell[0].arm.route, 2))
         workers = min(config.workers, len(cells))
         if workers > 1 and not all(self.cells.is_finished(*cell) for cell in cells):
             named = [(p.arm.name, s, n, len(cells)) for n, (p, s) in enumerate(cells, 1)]

@@ -171,6 +171,8 @@ class _Run:
         try:
             while self.trainer.steps < len(batches) and not self._is_over():
                 self._step(batches[self.trainer.steps], on_progress)
+            if self.saved_step != self.trainer.steps:
+                self.save()
             if self.stopper and (self._is_over() or self.trainer.steps == self.config.steps):
                 self.stopper.restore_best()
         except KeyboardInterrupt:
@@ -206,7 +208,7 @@ class _Run:
             on_progress(result)
         looked = self.stopper is not None and self.stopper.look(result.step)
         every = self.config.checkpoint_every
-        if looked or result.step % every == 0 or result.step == self.config.steps:
+        if looked or result.step % every == 0:
             self.save()
 
     def _is_over(self) -> bool:
