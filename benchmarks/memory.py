@@ -178,6 +178,9 @@ def report(found: dict[str, Any], before: dict[str, Any]) -> str:
         "base's. added: parameters and at work, what the gate (limit ×1.05) compares with the static LoRA of as many "
         "parameters; v3 and v4 have fewer of them by definition.",
         "",
+        "Not in it: what decoding leaves behind (pt1, v2: V as one matrix, see grouped.md) is made after the peak of a fresh "
+        "arm's first prefill; the next prefill would find it there. The column kept says how much that is.",
+        "",
     ]
     for name, rows in found.items():
         text += [f"## {name}", "", *table(rows, before.get(name, {})), ""]

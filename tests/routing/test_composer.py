@@ -106,7 +106,7 @@ def test_as_many_experts_are_on_at_once_as_the_rules_say():
 
 @pytest.mark.parametrize("region", [None, TrustRegion(0.3)])
 def test_a_table_holds_a_byte_for_each_rank_and_says_what_composing_says_of_every_action(region):
-    model = mounted(make_llama(), confidence=0.5, fallback="c")
+    model = mounted(make_llama(), confidence=0.5, fallback="c", strengths=(0.5, 1.0))
     rules = Rules(model.router.space, model.router.limits, 8, 0.5, 3, region)
     members, width = packed(model), sum(s.control_width for s in model.stacks.values())
     table, every = Table(members, rules), rules.all_records(torch.device("cpu"))
