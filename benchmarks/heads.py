@@ -179,7 +179,9 @@ def table(turns: Turns) -> list[str]:
         for name, options in rows.items():
             g = gain(losses, plain, options, turns.source)
             left = (options != plain).mean()
-            lines.append(f"| {head} | {name} | {g.observed:+.4f} [{g.lower:+.4f}, {g.upper:+.4f}] | {left:.0%} |")
+            lines.append(
+                f"| {head} | {name} | {g.observed:+.4f} [{g.lower:+.4f}, {g.upper:+.4f}] | {left:.0%} |"
+            )
     return lines
 
 
