@@ -215,8 +215,10 @@ class ExperimentConfig(Section):
 
     @property
     def trains(self) -> bool:
-        """Anything is trained at all."""
-        return self.trains_experts or any(arm.is_trained for arm in self.arms)
+        """Anything is trained at all (X-LoRA's classifier for one)."""
+        routes = {arm.route for arm in self.arms} - {None}
+        own = any(arm.is_trained for arm in self.arms)
+        return own or "xlora" in routes or bool(routes and self.trains_experts)
 
     def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
         """The adapter of one arm: the shared defaults that its variant has, with the arm's changes.

@@ -218,7 +218,7 @@ class RoutingConfig(Section):
     """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
     checkpoint: str | None = None
     """Folder of a saved router with its experts, or the name of a release (`bem-smol`): taken as they are,
-    under the routes ar1 (the router), gold, oracle, random and wrong. None: they are trained."""
+    under the routes ar1 (the router), gold, oracle, random, wrong, arrow and xlora. None: they are trained."""
     training: dict[str, Any] = {}
     """Changes to the experiment's `training` for the experts, which are trained together: {steps: 400}."""
     router: RouterConfig = RouterConfig()
@@ -232,7 +232,9 @@ class RoutingConfig(Section):
 
     def check_routes(self, routes: Sequence[str]) -> None:
         """Raise ValueError for what a `checkpoint` leaves without effect or cannot serve."""
-        others = sorted(set(routes) - {"ar1", "gold", "oracle", "random", "wrong"})
+        others = sorted(
+            set(routes) - {"ar1", "gold", "oracle", "random", "wrong", "arrow", "xlora"}
+        )
         if others:
             raise ValueError(
                 f"route {others[0]} needs training conversations or stages that routing.checkpoint does not hold. "

@@ -33,7 +33,7 @@ from bem.experiments.routing.skills import routed, skills_of
 from bem.experiments.tuning import Search, trial_facts
 from bem.experts.expert import read_expert, write_lora
 from bem.experts.stack import fixed_updates
-from bem.files import locked, made_under, sha256_json, write_json, write_text
+from bem.files import locked, made_under, sha256_file, sha256_json, write_json, write_text
 from bem.releases.named import router_of
 from bem.routing.mount import blank_expert, mount
 from bem.routing.mounted import Mounted, check_files
@@ -125,6 +125,8 @@ class RoutingArtifacts:
         }
         if "validation" in self.inputs.data:
             parts["validation"] = self.inputs.data["validation"]
+        if self.saved is not None:
+            parts["checkpoint"] = sha256_file(self.saved / "manifest.json")
         if tuning is not None:
             parts["tuning"] = tuning.model_dump(mode="json")
         if stage in ("ar0", "ar1"):
