@@ -262,6 +262,8 @@ def _read(
             raise DataError(f"Task {name!r}: hf_splits names no split for {part}.")
         source = (config.hf_dataset, config.hf_config)
         return load_hf(*source, split, config.columns, name, instruction) if split else []
+    if config.dev and not needed:
+        return []  # own held-out rows of a named task: nothing of its own is asked for
     if name in EMBEDDED:
         return embedded(name, part)
     if name in PUBLIC and (part in PUBLIC[name].parts or needed):

@@ -184,3 +184,10 @@ def test_validation_rows_are_no_training_rows_even_as_earlier_turns():
     assert [row.id.split("/")[0] for row in validation_mixture(tasks)] == ["sig2json"] * 6 + [
         "doc2name"
     ] * 6
+
+
+def test_own_held_out_rows_of_a_named_task_need_nothing_else(tmp_path):
+    """A public task's name lends its form and metrics; its own files are not looked for."""
+    entry = TaskConfig(name="json_snips", dev=own(tmp_path, "dev"))
+    task = load_task(entry, need_train=False)
+    assert (len(task.dev), task.train, task.form) == (5, [], TASKS["json_snips"].form)
