@@ -1,4 +1,4 @@
-"""The commands: demo | run | train | evaluate | plan | validate | promote | report | route | index | base | doctor."""
+"""The commands: run | train | evaluate | plan | validate | promote | report | route | index | base | doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import typer
 
 import bem
 from bem.cli.base import base_app
-from bem.cli.demo import demo
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
@@ -22,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, run, evaluate, plan, validate, promote, report, doctor):
+for command in (run, evaluate, plan, validate, promote, report, doctor):
     app.command()(command)
 app.add_typer(train_app, name="train")
 route_app.command()(fit)

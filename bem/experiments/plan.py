@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bem.adapters.budget import match_rank, price
@@ -12,7 +13,6 @@ from bem.config import AdapterConfig, ArmConfig, ExperimentConfig
 from bem.config.adapters import StaticConfig, parse_adapter
 from bem.errors import CheckpointError, ConfigError
 from bem.files import read_json
-from bem.releases.named import static_of
 from bem.report.words import shots
 from bem.runs.folder import written
 from bem.stats.scores import METRICS
@@ -108,7 +108,7 @@ def saved_adapter(config: ExperimentConfig, arm: ArmConfig) -> AdapterConfig:
         ConfigError: it is of another variant than the arm.
     """
     assert arm.checkpoint is not None
-    path = static_of(arm.checkpoint) / "manifest.json"
+    path = Path(arm.checkpoint) / "manifest.json"
     values = read_json(written(path), CheckpointError).get("adapter")
     if values is None:
         raise ConfigError(f"Arm {arm.name}: {arm.checkpoint} holds no single adapter of ours.")

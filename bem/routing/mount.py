@@ -30,7 +30,6 @@ from bem.experts.compose import TrustRegion
 from bem.experts.expert import Expert, Update, check_name, from_updates, read_expert
 from bem.experts.stack import ExpertStack
 from bem.experts.subspace import reserve
-from bem.releases.named import router_of
 from bem.routing.action import ActionSpace
 from bem.routing.composer import Rules
 from bem.routing.hysteresis import Limits
@@ -100,13 +99,11 @@ def _check_names(names: list[str], config: RouterConfig) -> None:
 def load_router(model: Any, folder: str | Path) -> Mounted:
     """Mount what `Mounted.save` wrote.
 
-    Args:
-        folder: of that, or the name of a release (`bem-smol`).
     Raises:
         CheckpointError: missing, foreign or changed files.
         BaseMismatch: made for another base.
     """
-    folder = router_of(folder)
+    folder = Path(folder)
     manifest = check_files(folder)
     checkpoint.check_base(_base_of(manifest, folder), model, str(folder))
     for expert in manifest["experts"]:

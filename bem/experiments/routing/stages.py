@@ -34,7 +34,6 @@ from bem.experiments.tuning import Search, trial_facts
 from bem.experts.expert import read_expert, write_lora
 from bem.experts.stack import fixed_updates
 from bem.files import locked, made_under, sha256_file, sha256_json, write_json, write_text
-from bem.releases.named import router_of
 from bem.routing.mount import blank_expert, mount
 from bem.routing.mounted import Mounted, check_files
 from bem.tasks.scoring import score
@@ -66,7 +65,7 @@ class RoutingArtifacts:
         self.skills = skills_of(self.routing, inputs.tasks)
         self._by_task = {task.name: task for task in inputs.tasks}
         saved = self.routing.checkpoint
-        self.saved = None if saved is None else self._checked(router_of(saved))
+        self.saved = None if saved is None else self._checked(Path(saved))
         """Folder of a router that is taken as it is."""
 
     def _checked(self, folder: Path) -> Path:

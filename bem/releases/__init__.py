@@ -1,1 +1,0 @@
-"""Adapters that ship with this package."""
