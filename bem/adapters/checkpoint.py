@@ -161,7 +161,7 @@ def check_base(saved: BaseIdentity, model: nn.Module, what: str) -> None:
     if here.dtype != saved.dtype:
         raise BaseMismatch(
             f"{start}. It was trained on the base in {saved.dtype}, which is loaded in {here.dtype} here: rounding "
-            f"makes other weights. Load the base with dtype=torch.{saved.dtype.split('+')[0]}, or train the adapter "
+            f"makes other weights. Load the base with dtype='{saved.dtype.split('+')[0]}', or train the adapter "
             f"on the base in {here.dtype}."
         )
     raise BaseMismatch(

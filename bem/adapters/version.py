@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bem.adapters.names import clean_name, innermost
 from bem.adapters.quantised import plain_tensors
+from bem.bases import int4
 from bem.errors import CheckpointError
 from bem.files import sha256_json
 from bem.variants.digest import weights_digest
@@ -184,10 +185,13 @@ def _state(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _identify(tensors: Mapping[str, Tensor]) -> BaseIdentity:
-    shapes = sha256_json([[name, list(t.shape)] for name, t in sorted(tensors.items())])
-    dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
+    plain = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in int4.HELD}
+    shapes = sha256_json([[name, list(t.shape)] for name, t in sorted(plain.items())])
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in plain.values()}
     floating = {d for d in dtypes if "float" in d}
-    return BaseIdentity(weights_digest(tensors), shapes, "+".join(sorted(floating or dtypes)))
+    form = ["int4"] if len(plain) < len(tensors) else []
+    dtype = "+".join([*form, *sorted(floating or dtypes)])
+    return BaseIdentity(weights_digest(tensors), shapes, dtype)
 
 
 def _base_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from bem.bases.cache import MANIFEST, check, kept
+from bem.bases.int4 import with_int4
 from bem.bases.named import NAMED, Kind, Named
 from bem.bases.wheels import fetched
 from bem.errors import BaseError, MissingExtra
 from bem.files import sha256_file
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int4"]
 
 
 def load_base(
@@ -37,9 +38,10 @@ def load_base(
         name: a name of `bem base list`, a folder, a .gguf file (or a folder that holds one), or a
             Hugging Face id. What is not here is fetched once.
         device: torch device.
-        dtype: of the weights; auto: as they were saved; None: float32 on CPU, bfloat16 elsewhere.
+        dtype: of the weights; auto: as they were saved; None: float32 on CPU, bfloat16 elsewhere;
+            int4: bfloat16, and four bits a weight where few rows are computed (CPU; see `int4`).
     Raises:
-        BaseError: nothing of that name can be loaded.
+        BaseError: nothing of that name can be loaded, or not in this form.
     """
     where = str(find_base(name))
     try:
@@ -50,7 +52,10 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(device).eval(), tokenizer  # pyright: ignore
+    model = model.to(device).eval()  # pyright: ignore
+    if dtype == "int4":
+        model = with_int4(model, AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32))
+    return model, tokenizer
 
 
 def find_base(name: str) -> Path | str:
@@ -111,6 +116,8 @@ def _dtype(dtype: Any, device: str) -> Any:
         return torch.float32 if device == "cpu" else torch.bfloat16
     if dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
+    if dtype == "int4":
+        return torch.bfloat16
     if dtype not in get_args(Dtype):
         raise BaseError(f"dtype {dtype!r} is none of {', '.join(get_args(Dtype))}.")
     return getattr(torch, dtype)

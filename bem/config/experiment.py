@@ -84,8 +84,9 @@ class ExperimentConfig(Section):
     """Folder that holds all runs."""
     base: str = "bem-tiny"
     """A name of `bem base list`, a folder, a .gguf file, or a Hugging Face id."""
-    dtype: Literal["auto", "float32", "bfloat16"] | None = None
-    """Of the base's weights; auto: as they were saved; None: float32 on CPU, bfloat16 elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "int4"] | None = None
+    """Of the base's weights; auto: as they were saved; None: float32 on CPU, bfloat16 elsewhere; int4:
+    bfloat16, and four bits a weight where few rows are computed (CPU)."""
     data: DataConfig
     adapters: dict[str, Any] = {}
     """Defaults of every arm: knobs of any variants, each used by the arms whose variant has it."""
