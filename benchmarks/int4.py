@@ -89,7 +89,7 @@ def _decoder(model: Any, batch: int) -> Callable[[], Any]:
 
     def step() -> None:
         model(token, past_key_values=cache, use_cache=True)
-        cache.crop(128)
+        cache.crop(-1)
 
     return step
 

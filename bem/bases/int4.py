@@ -54,7 +54,8 @@ class Int4Linear(nn.Linear):
         # what the kernel computes is (q - 8) * scale + zero
         scales = torch.stack([d, m + 8 * d], -1).transpose(0, 1).contiguous()
         made.register_buffer("scales", scales.bfloat16())
-        return made.train(linear.training)
+        made.training = linear.training
+        return made
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         rows = input.numel() // self.in_features
@@ -119,7 +120,8 @@ def with_int4(model: Any, exact: Any) -> Any:
         made = Int4Linear.of(source)
         off = (dequantised(*quantised(source.weight)) - source.weight).abs().max()
         worst = max(worst, float(off / source.weight.abs().max()))
-        setattr(parent, path.rpartition(".")[2], made.train(linear.training))
+        made.training = linear.training
+        setattr(parent, path.rpartition(".")[2], made)
     if worst:
         log.warning(
             "int4: weights were rounded by up to %.1f %% of a layer's largest.", 100 * worst
@@ -131,6 +133,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Linear]]:
     """(path, parent, layer) of plain linear layers that fit."""
     for above, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            fits = type(child) is nn.Linear and child.in_features % GROUP == 0
-            if fits and child.out_features % 16 == 0:
+            if type(child) is not nn.Linear:
+                continue
+            assert isinstance(child, nn.Linear)
+            if child.in_features % GROUP == 0 and child.out_features % 16 == 0:
                 yield f"{above}.{name}".lstrip("."), parent, child
