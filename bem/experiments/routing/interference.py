@@ -19,13 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from bem.config import RouterConfig
+from bem.errors import CheckpointError
 from bem.experiments.adapted import put_on
 from bem.experiments.routing.skills import routed, unrouted
 from bem.experiments.routing.stages import RoutingArtifacts
+from bem.experts.expert import Expert
 from bem.experts.subspace import interference
+from bem.files import made_under, read_json, sha256_file, sha256_json, write_json
 from bem.routing.mount import mount
 from bem.routing.mounted import Mounted
-from bem.training.data import Example
+from bem.training.data import Example, data_hash
 from bem.training.row_losses import answer_losses
 
 ROWS = 40
@@ -34,12 +38,16 @@ LIMIT = 0.02
 
 Losses = dict[str, float]
 """Expert -> mean loss on its own rows."""
+Rows = dict[str, list[Example]]
+"""Expert -> held-out conversations whose last turn is its own."""
 
 
 def interference_of(
     artifacts: RoutingArtifacts, router: Path, limit: float = LIMIT
 ) -> dict[str, Any]:
     """Measure all three losses; `router` is the folder of the router that routes.
+
+    What does not depend on the router is measured once for all routers over the same experts.
 
     Returns:
         `limit`, and for "mounted" and "routed" the losses of each expert and whether all passed.
@@ -49,20 +57,12 @@ def interference_of(
         for option, name in enumerate(artifacts.skills.experts, 1)
         if (own := _rows_of(artifacts, option))
     }
+    alone, beside = _without_router(artifacts, rows)
     with artifacts.mounted(router) as mounted:
-        beside, chosen = _together(artifacts, mounted, rows)
-        experts, config = list(mounted.experts), mounted.router_config
-    alone: Losses = {}
-    for name, own in rows.items():
-        few = [expert for expert in experts if expert.name in (name, config.shared)]
-        changes = {
-            "fallback": config.fallback if config.fallback == name else None,
-            "orthogonal": False,  # they are trained: nothing to reserve
+        chosen = {
+            name: _loss(artifacts, mounted, [unrouted(row) for row in own])
+            for name, own in rows.items()
         }
-        single = config.model_copy(update=changes)
-        with put_on(artifacts.model, lambda base, f=few, c=single: mount(base, f, c)) as mounted:
-            option = artifacts.skills.experts.index(name) + 1
-            alone[name] = _loss(artifacts, mounted, _own(artifacts, own, option, 1))
     facts: dict[str, Any] = {"limit": limit}
     for kind, losses in (("mounted", beside), ("routed", chosen)):
         compared = interference(alone, losses, limit)
@@ -71,17 +71,43 @@ def interference_of(
     return facts
 
 
-def _together(
-    artifacts: RoutingArtifacts, mounted: Mounted, rows: dict[str, list[Example]]
-) -> tuple[Losses, Losses]:
-    """Losses with all experts mounted: under the makers' labels, and as the router chooses."""
-    beside: Losses = {}
-    chosen: Losses = {}
-    for name, own in rows.items():
-        option = mounted.router.space.option(name)
-        beside[name] = _loss(artifacts, mounted, _own(artifacts, own, option, option))
-        chosen[name] = _loss(artifacts, mounted, [unrouted(row) for row in own])
-    return beside, chosen
+def _without_router(artifacts: RoutingArtifacts, rows: Rows) -> tuple[Losses, Losses]:
+    """(alone, mounted under the makers' labels); kept beside the experts."""
+    folder = artifacts.experts()
+    parts = [sha256_file(folder / "manifest.json"), *(data_hash(own) for own in rows.values())]
+    key, kept = sha256_json(parts), artifacts.folder / "interference.json"
+    if made_under(kept, key):
+        content = read_json(kept, CheckpointError)
+        return content["alone"], content["mounted"]
+    with artifacts.mounted(folder) as mounted:
+        beside = {
+            name: _loss(artifacts, mounted, _own(artifacts, own, option, option))
+            for name, own in rows.items()
+            for option in [mounted.router.space.option(name)]
+        }
+        experts, config = list(mounted.experts), mounted.router_config
+    alone = {name: _alone(artifacts, name, own, experts, config) for name, own in rows.items()}
+    write_json(kept, {"key": key, "alone": alone, "mounted": beside})
+    return alone, beside
+
+
+def _alone(
+    artifacts: RoutingArtifacts,
+    name: str,
+    own: Sequence[Example],
+    experts: Sequence[Expert],
+    config: RouterConfig,
+) -> float:
+    """Loss of one expert on its own rows with nothing else mounted but the shared one."""
+    few = [expert for expert in experts if expert.name in (name, config.shared)]
+    changes = {
+        "fallback": config.fallback if config.fallback == name else None,
+        "orthogonal": False,  # they are trained: nothing to reserve
+    }
+    single = config.model_copy(update=changes)
+    with put_on(artifacts.model, lambda base: mount(base, few, single)) as mounted:
+        option = artifacts.skills.experts.index(name) + 1
+        return _loss(artifacts, mounted, _own(artifacts, own, option, 1))
 
 
 def _rows_of(artifacts: RoutingArtifacts, option: int) -> list[Example]:
