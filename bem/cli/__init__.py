@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import signal
 import sys
 import threading
@@ -23,8 +22,6 @@ PROBLEM = 3
 DEFECT = 70  # EX_SOFTWARE
 INTERRUPTED = 130
 UNREAD = 141  # what a shell says of a command that SIGPIPE ended
-TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of GPU kernels as soon as PEFT imports torchao, on every machine without them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,8 +42,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         if threading.current_thread() is threading.main_thread():
             # A polite kill is a Ctrl-C: what is finished stays, what is running can be resumed.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        for name in TALKATIVE:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        import_module("bem.experiments.start").hush()
         import_module("bem.cli.console").accept_every_character()
         app = import_module("bem.cli.app").app
         code = app(args=arguments, prog_name="bem", standalone_mode=False)

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from bem.config import ExperimentConfig
 from bem.errors import BemError, TrainingError
+from bem.experiments import start
 from bem.experiments.cell import CellRunner
 from bem.experiments.events import Show
 from bem.experiments.inputs import load_inputs
@@ -50,7 +51,7 @@ def run_apart(
     for item in [*cells, *[None] * workers]:
         todo.put(item)
     processes = [
-        context.Process(target=_work, args=(config, todo, messages), daemon=True)
+        context.Process(target=start.work, args=(config, todo, messages), daemon=True)
         for _ in range(workers)
     ]
     for process in processes:
@@ -94,7 +95,7 @@ def _listen(processes: list[Any], messages: Any, show: Show) -> None:
             raise RuntimeError(f"a training process failed:\n{value}")
 
 
-def _work(config: ExperimentConfig, todo: Any, messages: Any) -> None:
+def work(config: ExperimentConfig, todo: Any, messages: Any) -> None:
     """A process: cells from the list until it is empty."""
     # Behind nohup or in a script's background Ctrl-C is ignored, and children inherit that: without
     # this they would not hear the parent's request to save and stop.
