@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-FEW_ROWS = 8
+FEW_ROWS = 32
 """Up to so many rows `few_grouped` is the faster order (benchmarks/results/grouped.md)."""
 
 
