@@ -43,7 +43,9 @@ def test_a_decoded_token_is_updated_as_in_a_prompt_and_no_second_v_is_kept(rows)
     with torch.no_grad():
         update = module.ready(torch.float32, rows)
         wanted = module.update(y, x, control, None)
-        assert torch.allclose(update(y, x, control, None), wanted, atol=1e-5)  # sums of 24 in float32
+        assert torch.allclose(
+            update(y, x, control, None), wanted, atol=1e-5
+        )  # sums of 24 in float32
         module.v.zero_()  # it multiplies by these very weights, not by another form of them
         assert torch.equal(update(y, x, control, None), y)
 
