@@ -4,7 +4,8 @@
     python benchmarks/memory.py --base bem-tiny --where  # who holds what at the worst moment, on the screen
 
 The number is that of the gate (`bem.experiments.measuring.memory`): parameters and buffers that the base does not
-have, and the difference between the peaks of all live tensors over a prefill of 256 tokens and 16 decoded ones. The
+have, and the difference between the peaks of all live tensors over two sequences, a prefill of 256 tokens and 16 decoded
+ones each: what decoding leaves behind lies beside the second prefill. The
 variants of configs/public.yaml stand beside the static LoRA of as many parameters, the router over seven experts of rank
 6 and a shared one of rank 16 (configs/routing.yaml, configs/smollm2.yaml) beside the one of theirs.
 """
@@ -133,7 +134,7 @@ def where(base: nn.Module, make: Callable[[], Any]) -> None:
     held = []
     for model in (base, make()):
         with torch.no_grad(), _Holders() as live:
-            memory._prefill_and_decode(
+            memory.two_sequences(
                 memory.model_of(model).eval(), torch.zeros((1, 256), dtype=torch.long), 16
             )
         held.append((live.peak, Counter(text for _, text in live.at_peak)))
@@ -174,18 +175,15 @@ def report(found: dict[str, Any], before: dict[str, Any]) -> str:
         "`python benchmarks/memory.py`, float32 on a CPU: every number is a count of bytes, the same on every machine.",
         "",
         "parameters: and buffers, that the base does not have. kept: still held besides when a pass is over and its cache "
-        "is gone. at work: the peak of all live tensors over a prefill of 256 tokens and 16 decoded ones, less the bare "
-        "base's. added: parameters and at work, what the gate (limit ×1.05) compares with the static LoRA of as many "
+        "is gone. at work: the peak of all live tensors over two sequences, one after the other, a prefill of 256 tokens and "
+        "16 decoded ones each, less the bare base's: what decoding leaves behind is charged beside the second prefill. added: parameters and at work, what the gate (limit ×1.05) compares with the static LoRA of as many "
         "parameters; v3 and v4 have fewer of them by definition.",
-        "",
-        "Not in it: what decoding leaves behind (pt1, v2: V as one matrix, see grouped.md) is made after the peak of a fresh "
-        "arm's first prefill; the next prefill would find it there. The column kept says how much that is.",
         "",
     ]
     if before:
         text += [
-            "before: the version before experts were held once, whose router had three rank budgets and strengths; with as many, today's "
-            "adds ×1.045 on bem-tiny and ×1.011 on smollm2-135m.",
+            "before: the version before experts were held once, over one sequence. Its router had three rank budgets and strengths; with as "
+            "many, today's adds ×1.045 on bem-tiny and ×1.011 on smollm2-135m.",
             "",
         ]
     for name, rows in found.items():

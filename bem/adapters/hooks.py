@@ -114,6 +114,7 @@ class Runtime:
     ) -> tuple[tuple, dict]:
         ambient, ours = self.ambient, taken_from(kwargs)  # called directly, it gets them itself
         given, ambient.given = ambient.given, None
+        ambient.last = None  # or its tables would lie beside what this pass needs
         if self.wiring is None:
             _refuse_foreign_cache(args, kwargs)
             return args, kwargs
@@ -156,6 +157,8 @@ class Runtime:
         )
         hidden = self._streams.one(args[0] if args else kwargs["hidden_states"])
         enter(context, wiring, hidden, None if context.checkpointing else find_cache(args, kwargs))
+        if context.slot is not None:  # chunks begin: what was spread is of those that are over
+            self._spread = {}
 
     def _behind(self, block: int, module: nn.Module, args: tuple, output: Any) -> Any:
         """Behind a block: FiLM, then whatever must be last."""

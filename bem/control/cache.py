@@ -198,6 +198,8 @@ class ControlLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         rows = indices.tolist()
+        if len(rows) != len(self.state):
+            self.updates = ()  # they were made for so many rows
         self.state = self.state.select(indices)
         self.counts = None if self.counts is None else [self.counts[r] for r in rows]
         if self.tables is not None:

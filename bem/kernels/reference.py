@@ -1,6 +1,7 @@
 """The updates of all variants in plain torch: one layout, one definition.
 
     masked_low_rank    y + U (c * (V x))          c: one row of a table for each token
+    few_grouped        the same of few tokens, V by groups
     kronecker          y + s * sum_t (A_t (x) B_t) x
 
 A rank mask is a k-hot c; a head-group gate is a block of c whose rows of V see that group's inputs
@@ -13,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+FEW_ROWS = 32
+"""Up to so many rows `few_grouped` is the faster order (benchmarks/results/grouped.md)."""
 
 
 def masked_low_rank(
@@ -44,6 +48,31 @@ def masked_low_rank(
     rows = c if slot is None else c.index_select(0, slot)
     h = h * (rows if len(rows) == 1 else rows.view(h.shape))
     return y + F.linear(h.to(u.dtype), u)  # a residual stream in float32 makes a float32 table
+
+
+def few_grouped(
+    y: Float[Tensor, "rows 1 out"],
+    x: Float[Tensor, "rows 1 in"],
+    v: Float[Tensor, "groups part ranks"],
+    c: Float[Tensor, "rows rank"],
+    u: Float[Tensor, "out rank"],
+) -> Float[Tensor, "rows 1 out"]:
+    """`masked_low_rank` of one decoded token per row, in the order that is faster for few of them.
+
+    X_g V_g^T is as fast as one matrix with zeros if c is multiplied where the groups lie, so that the
+    product is not copied into its place beforehand.
+
+    Args:
+        v: V_g^T of every group, a view of V: for each decoded token a view costs as much as a product.
+    """
+    groups, part, ranks = v.shape
+    rows = len(c)
+    if rows == 1:  # every group's slice is a row as it lies
+        h = torch.bmm(x.reshape(groups, 1, part), v).view(1, -1) * c
+        return F.linear(h, u) + y
+    h = torch.bmm(x.reshape(rows, groups, part).transpose(0, 1), v).transpose(0, 1)
+    h = (c.view(rows, groups, ranks) * h).reshape(rows, -1)
+    return F.linear(h, u).unsqueeze(1) + y
 
 
 def _grouped(

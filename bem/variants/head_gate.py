@@ -12,17 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bem.kernels.reference import masked_low_rank
+from bem.kernels.reference import FEW_ROWS, few_grouped, masked_low_rank
 from bem.variants.base import Adapter, Code, Flops, Update, linear64
 from bem.variants.gate_shaping import margin_alignment
 from bem.variants.low_rank import ready_low_rank
 from bem.variants.projection import Ball, norm_flops
 from bem.variants.rank_mask import RankMask
-from bem.variants.watch import ComputeCopies, Watch
-
-FEW_ROWS = 8
-"""So many are decoded with V as one matrix: on a CPU a batch of small products costs more than the
-zeros (benchmarks/results/grouped.md)."""
+from bem.variants.watch import ComputeCopies
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,6 @@ class HeadGate(Adapter):
         self.ball = None if radius is None else Ball(radius)
         self.control_width = rank
         self._cast = ComputeCopies()
-        self._v_watch, self._dense_v = Watch(), torch.empty(0)
         self._seen: tuple[Tensor, Code] | None = None  # gates of the last pass, for the penalty
 
     def control(self, code: Code) -> Tensor:
@@ -88,7 +83,7 @@ class HeadGate(Adapter):
         c = self.scale * gates.repeat_interleave(self.rank // self.gating.groups, -1)
         if self.mask is not None:
             c = c * self.mask(code)
-        return c if self.ball is None else self.ball(self.u, self.dense_v(), c, code.dtype)
+        return c if self.ball is None else self.ball(self.u, self.v, c, code.dtype)
 
     def _read(self, code: Code) -> Tensor:
         """What the gates are made from (batch, chunks, width)."""
@@ -104,8 +99,9 @@ class HeadGate(Adapter):
         return masked_low_rank(y, x, v, control, slot, u)
 
     def ready(self, dtype: torch.dtype, rows: int) -> Update:
-        v = self.dense_v() if rows <= FEW_ROWS else self.v
-        return ready_low_rank(v, self.u, dtype)
+        v, u = self._cast(dtype, self.v, self.u)
+        usual = ready_low_rank(v, u, dtype)
+        return usual if rows > FEW_ROWS else _ready_few(v, u, usual)
 
     def flops(self) -> Flops:
         head = 2 * self.gate.weight.numel() + (self.mask.flops() if self.mask is not None else 0)
@@ -139,11 +135,15 @@ class HeadGate(Adapter):
         off = correlation - torch.diag(correlation.diagonal())
         return self.gating.decorrelation * off.square().sum() / max(1, groups * (groups - 1))
 
-    def dense_v(self) -> Tensor:
-        """V as one (rank, d_in) matrix, zero where a group's rows do not see an input."""
-        if torch.is_grad_enabled() and self.v.requires_grad:
-            return torch.block_diag(*self.v)
-        if self._v_watch.changed(self.v):  # the same tensor while V stays, so that norms are kept
-            with torch.inference_mode(False), torch.no_grad():
-                self._dense_v = torch.block_diag(*self.v)
-        return self._dense_v
+
+def _ready_few(v: Tensor, u: Tensor, otherwise: Update) -> Update:
+    """`few_grouped` with these weights; `otherwise` for an input of another dtype."""
+    v, u = v.detach().mT, u.detach()
+    dtype = v.dtype
+
+    def update(y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
+        if x.dtype != dtype or control is None:
+            return otherwise(y, x, control, slot)
+        return few_grouped(y, x, v, control, u)
+
+    return update

@@ -42,9 +42,8 @@ class LowRank(Adapter):
 
 
 def ready_low_rank(v: Tensor, u: Tensor, dtype: torch.dtype) -> Update:
-    """`masked_low_rank` with these weights; see `Adapter.ready`."""
-    with torch.no_grad():
-        v, u = v.detach().to(dtype), u.detach().to(dtype)
+    """`masked_low_rank` with these weights, which have this dtype; see `Adapter.ready`."""
+    v, u = v.detach(), u.detach()
 
     def update(y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None

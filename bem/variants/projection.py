@@ -59,14 +59,21 @@ class Grams:
         return replace(self, matrices=chosen, sizes=self.sizes[columns])
 
 
-def grams(u: Float[Tensor, "out R"], v: Float[Tensor, "R in"], norm: Norm) -> Grams:
-    """The Gram matrices of weights as they are."""
+def grams(
+    u: Float[Tensor, "out R"],
+    v: Float[Tensor, "R in"] | Float[Tensor, "groups ranks part"],
+    norm: Norm,
+) -> Grams:
+    """The Gram matrices of weights as they are; a V by groups (see `masked_low_rank`) stays so."""
     u, v = u.double(), v.double()
-    lengths = v.norm(dim=1)
-    u, v = u * lengths, v / lengths.clamp(min=TINY)[:, None]
+    d_in = v.shape[-1] * (len(v) if v.dim() == 3 else 1)
+    lengths = v.norm(dim=-1)
+    u, v = u * lengths.flatten(), v / lengths.clamp(min=TINY)[..., None]
     left, right = u.mT @ u, v @ v.mT
+    if v.dim() == 3:
+        right = torch.block_diag(*right)  # groups see different inputs
     matrices = (left * right,) if norm == "frobenius" else (left, right)
-    return Grams(norm, matrices, u.norm(dim=0), len(u) + v.shape[1])
+    return Grams(norm, matrices, u.norm(dim=0), len(u) + d_in)
 
 
 def norm_bound(weights: Grams, c: Float[Tensor, "*chunks R"], eps: float) -> Tensor:
@@ -115,7 +122,7 @@ def low_rank_norm(
 
 def into_ball(
     u: Float[Tensor, "out R"],
-    v: Float[Tensor, "R in"],
+    v: Float[Tensor, "R in"] | Float[Tensor, "groups ranks part"],
     c: Float[Tensor, "*chunks R"],
     radius: float,
     norm: Norm = "frobenius",
@@ -128,7 +135,7 @@ def into_ball(
     Differentiable in c, and in U and V where they want a gradient.
 
     Args:
-        u, v: grouped rows of V are given as one dense matrix.
+        u, v: V may be given by groups, see `masked_low_rank`.
         c: float64 controls.
         radius: largest norm, in the units of the weights; must be > 0.
         dtype: that computes the update.
@@ -207,7 +214,7 @@ class NormCache:
     def __call__(
         self,
         u: Float[Tensor, "out R"],
-        v: Float[Tensor, "R in"],
+        v: Float[Tensor, "R in"] | Float[Tensor, "groups ranks part"],
         dtype: torch.dtype,
         norm: Norm,
     ) -> Grams:

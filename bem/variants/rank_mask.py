@@ -95,7 +95,8 @@ class MaskedLowRank(Adapter):
         return masked_low_rank(y, x, v, control, slot, u)
 
     def ready(self, dtype: torch.dtype, rows: int) -> Update:
-        return ready_low_rank(self.v, self.u, dtype)
+        v, u = self._cast(dtype, self.v, self.u)
+        return ready_low_rank(v, u, dtype)
 
     def flops(self) -> Flops:
         trust = norm_flops(self.ball.norm, self.control_width) if self.ball else 0

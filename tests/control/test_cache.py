@@ -82,6 +82,20 @@ def test_rows_can_be_selected_and_repeated():
     assert close(rest, full.repeat_interleave(2, 0)[:, 22:])
 
 
+@pytest.mark.parametrize("variant", ["pt1", "v4"])
+def test_rows_repeated_while_a_chunk_is_decoded_go_on_each_as_it_would_alone(variant):
+    model, tokens = attached(variant).model, ids(24)
+    repeated = tokens.repeat_interleave(8, 0)
+    full = probe.logits(model, tokens).repeat_interleave(8, 0)
+    _, cache = probe.piece(model, tokens[:, :17], None)
+    for at in (17, 18):  # inside the chunk of 8, which its members were made ready for
+        _, cache = probe.piece(model, tokens[:, at : at + 1], cache)
+    cache.batch_repeat_interleave(8)
+    for at in (19, 20):
+        found, cache = probe.piece(model, repeated[:, at : at + 1], cache)
+        assert close(found[:, 0], full[:, at])
+
+
 def test_a_reset_cache_starts_anew():
     model, tokens = attached().model, ids(30)
     _, cache = probe.piece(model, ids(20), None)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bem.kernels.reference import kronecker, masked_low_rank
+from bem.kernels.reference import few_grouped, kronecker, masked_low_rank
 
 D_IN, D_OUT, RANK, TOKENS = 12, 7, 6, 5
 
@@ -39,6 +39,15 @@ def test_a_grouped_v_is_the_block_diagonal_one(groups, tokens):
     assert torch.allclose(
         masked_low_rank(y, x, v, c, slot, u), masked_low_rank(y, x, dense, c, slot, u)
     )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_form_for_few_tokens_is_the_block_diagonal_one(groups, tokens):
+    y, x, v, c, u = operands(groups)
+    y, x, c = y[0, :tokens, None], x[0, :tokens, None], c[:tokens]  # a batch of one token each
+    dense = masked_low_rank(y, x, torch.block_diag(*v), c, None, u)
+    assert torch.allclose(few_grouped(y, x, v.mT, c, u), dense)
 
 
 def test_masked_ranks_are_the_ranks_left_out():

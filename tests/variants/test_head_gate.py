@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from bem.kernels.reference import FEW_ROWS
 from bem.variants.base import Code
 from bem.variants.head_gate import Gating, HeadGate
 
@@ -34,6 +36,20 @@ def test_the_update_is_the_gated_sum_over_head_groups():
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+def test_a_decoded_token_is_updated_as_in_a_prompt_and_no_second_v_is_kept(rows):
+    module, x, y = gate(), torch.randn(rows, 1, D_IN), torch.randn(rows, 1, D_OUT)
+    control = module.control(code(rows))[0].float()
+    with torch.no_grad():
+        update = module.ready(torch.float32, rows)
+        wanted = module.update(y, x, control, None)
+        assert torch.allclose(
+            update(y, x, control, None), wanted, atol=1e-5
+        )  # sums of 24 in float32
+        module.v.zero_()  # it multiplies by these very weights, not by another form of them
+        assert torch.equal(update(y, x, control, None), y)
+
+
 def test_gates_are_one_at_birth():
     torch.manual_seed(0)
     module = HeadGate(D_IN, D_OUT, RANK, 12.0, Gating(GROUPS, D_CONTROL, HEADS))
@@ -45,7 +61,8 @@ def test_gates_are_one_at_birth():
 def test_the_trust_region_holds_in_every_chunk():
     module = gate(radius=0.3)
     for c in module.control(code())[0]:
-        update = module.u.double() @ torch.diag(c) @ module.dense_v().double()
+        v = torch.block_diag(*module.v).double()
+        update = module.u.double() @ torch.diag(c) @ v
         assert torch.linalg.matrix_norm(update) <= 0.3 + 1e-5
 
 

@@ -42,6 +42,16 @@ def test_the_bound_is_the_dense_norm_and_never_below(seed, d_out, d_in, rank, ki
         assert dense <= float(bound) <= dense * (1 + 1e-4) + 1e-6
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), norms)
+def test_a_v_by_groups_has_the_norm_of_the_block_diagonal_one(seed, groups, ranks, part, kind):
+    u, _, controls = factors(seed, 7, 1, groups * ranks)
+    v = torch.randn(groups, ranks, part, generator=torch.Generator().manual_seed(seed))
+    grouped = norm_bound(grams(u, v, kind), controls, 0.0)
+    dense = norm_bound(grams(u, torch.block_diag(*v), kind), controls, 0.0)
+    assert torch.allclose(grouped, dense, rtol=1e-6)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     seed=st.integers(0, 10_000),

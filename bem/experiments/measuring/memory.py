@@ -27,8 +27,10 @@ def added_memory(
     new_tokens: int = 16,
     batch_size: int = 1,
 ) -> dict[str, float]:
-    """Bytes that each arm needs above the bare base at the worst moment of a prefill and some
-    decoded tokens.
+    """Bytes that each arm needs above the bare base at the worst moment of two sequences, one after the
+    other: a prefill and some decoded tokens each.
+
+    Two, because what an adapter makes while it decodes and keeps lies beside the next prefill.
 
     Args:
         arms: name -> attached adapter. Freshly attached: what an adapter makes in its first pass and
@@ -63,8 +65,8 @@ def whole_memory(model: Any, **work: int) -> float:
 def peak_activations(
     arm: Any, *, prompt_tokens: int = 256, new_tokens: int = 16, batch_size: int = 1
 ) -> int:
-    """Bytes beyond the weights at the worst moment of a prefill and some decoded tokens: activations,
-    keys and values, control.
+    """Bytes beyond the weights at the worst moment of two sequences, one after the other, a prefill and
+    some decoded tokens each: activations, keys and values, control.
 
     On CUDA what the allocator reports. On a CPU the bytes of all live tensors, followed operation
     by operation: the same on every run and machine, unlike a process's resident size; scratch space
@@ -77,11 +79,11 @@ def peak_activations(
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        _prefill_and_decode(model, ids, new_tokens)
+        two_sequences(model, ids, new_tokens)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with _LiveBytes() as live:
-        _prefill_and_decode(model, ids, new_tokens)
+        two_sequences(model, ids, new_tokens)
     return live.peak
 
 
@@ -99,6 +101,12 @@ def _storages(model: nn.Module) -> dict[int, int]:
         for _, tensor in plain_tensors("", each, module)
     )
     return {storage.data_ptr(): storage.nbytes() for storage in held}
+
+
+def two_sequences(model: Any, ids: Tensor, new_tokens: int) -> None:
+    """What is followed: the second begins when the first one's cache is gone."""
+    for _ in range(2):
+        _prefill_and_decode(model, ids, new_tokens)
 
 
 @torch.no_grad()

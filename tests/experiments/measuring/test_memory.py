@@ -8,6 +8,7 @@ import bem
 from bem.adapters.copies import with_shared_weights
 from bem.experiments.measuring import memory as module
 from bem.experiments.measuring.memory import added_memory, peak_activations, weight_bytes
+from bem.variants.head_gate import HeadGate
 
 WORK = {"prompt_tokens": 64, "new_tokens": 4}
 
@@ -30,6 +31,34 @@ class Holding(nn.Module):
 def test_parameters_buffers_and_what_is_held_at_work_count_and_the_base_does_not(micro_llama):
     arms = {"bare": with_shared_weights(micro_llama), "holding": Holding(micro_llama)}
     assert added_memory(arms, micro_llama, **WORK) == {"bare": 0.0, "holding": 12_000.0}
+
+
+class Deriving(nn.Module):
+    """A base that makes 50,000 floats when it decodes its first token, and keeps them."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config, self.device = inner, inner.config, inner.device
+        self.derived = []
+
+    def forward(self, input_ids, logits_to_keep=0, **given):
+        if input_ids.shape[1] == 1 and not self.derived:
+            self.derived.append(torch.ones(50_000))
+        return self.inner(input_ids=input_ids, logits_to_keep=logits_to_keep, **given)
+
+
+def test_what_decoding_leaves_behind_is_charged_beside_the_next_prefill(micro_llama):
+    arms = {"deriving": Deriving(micro_llama)}
+    assert added_memory(arms, micro_llama, **WORK) == {"deriving": 200_000.0}
+
+
+@pytest.mark.parametrize("variant", ["pt1", "v1", "v2"])
+def test_a_head_gated_variant_leaves_less_behind_than_its_v(micro_llama, variant):
+    attached = bem.attach(with_shared_weights(micro_llama), variant, rank=8)
+    with module._LiveBytes() as live:
+        module.two_sequences(attached.model.eval(), torch.zeros((1, 64), dtype=torch.long), 4)
+    gates = [m for m in attached.model.modules() if isinstance(m, HeadGate)]
+    assert live.now < sum(m.v.nbytes for m in gates)
 
 
 @pytest.mark.parametrize("variant", ["s0", "v1", "v4"])
