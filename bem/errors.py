@@ -11,7 +11,7 @@
     ├── TrainingError      training stopped; the last good state is kept
     │   └── Diverged       the loss or a gradient was not finite
     ├── MeasurementError   a number that could not be measured
-    ├── NotAccepted        promotion refused: no verdict says PROMOTE
+    ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
 
 The command line prints these as one message without a traceback; anything else is a defect of ours.
@@ -63,7 +63,7 @@ class MeasurementError(BemError):
 
 
 class NotAccepted(BemError):
-    """Promotion refused: no verdict says PROMOTE."""
+    """Promotion or rollback refused: no verdict says PROMOTE, or it never did."""
 
 
 class MissingExtra(BemError):

@@ -22,7 +22,9 @@ from bem.experiments import run as experiments
 from bem.experiments.events import Show
 from bem.experiments.run import RunResult
 from bem.runs.folder import RunFolder
-from bem.runs.promotion import Pointer, promote
+from bem.runs.promotion import promote
+from bem.runs.release import Release
+from bem.runs.store import Store
 from bem.runs.verdicts import judge_arms, measurements, read_verdicts
 from bem.stats.bootstrap import Bca, bca_bootstrap
 from bem.stats.fdr import Discoveries, benjamini_hochberg_correction
@@ -89,12 +91,16 @@ class BEMv13System:
         return judge_arms(folder.config, measurements(folder, folder.config), family).candidates
 
     def deploy_production(
-        self, variants: Sequence[str], results: RunResult | Path | None = None
-    ) -> list[Pointer]:
+        self,
+        variants: Sequence[str],
+        results: RunResult | Path | None = None,
+        store: str | Path | None = None,
+    ) -> list[Release]:
         """Put arms into use, one after the other: the last one is in use then.
 
         Args:
             results: of which run; None: the one that was validated last.
+            store: folder of the version store; None: `store` beside the run.
         Raises:
             NotAccepted: a verdict is not PROMOTE, or what it rests on was changed.
             MeasurementError: nothing was validated.
@@ -105,7 +111,8 @@ class BEMv13System:
             raise MeasurementError(
                 "nothing was validated yet: call validate_statistical_significance(results) first, or name the run."
             )
-        return [promote(folder, variant) for variant in variants]
+        target = None if store is None else Store(store)
+        return [promote(folder, variant, store=target) for variant in variants]
 
 
 class PerformanceTracker:

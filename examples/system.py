@@ -15,6 +15,6 @@ verdicts = system.validate_statistical_significance(results)
 for name, verdict in verdicts.items():
     print(f"{name}: {verdict.decision}")
 accepted = [name for name, verdict in verdicts.items() if verdict.accepted]
-for pointer in system.deploy_production(accepted):
-    print(f"in use: {pointer.checkpoint}")
+for release in system.deploy_production(accepted):
+    print(f"in use: version {release.short}, {release.source}")
 print(f"report: {results.report}")

@@ -266,7 +266,7 @@ def test_promote_is_refused_without_a_verdict_that_says_so(capsys, tmp_path):
     run = make_run(tmp_path)
     assert "v3 was judged REJECT, not PROMOTE" in problem(capsys, "promote", run.path, "v3")
     code, out, _ = bem_command(capsys, "promote", run.path, "v1")
-    assert code == 0 and "Promoted v1" in out
+    assert code == 0 and "Promoted finished: v1, seed 0: version " in out
     assert "is no run" in problem(capsys, "promote", tmp_path / "nothing", "v1")
 
 

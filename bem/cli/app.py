@@ -1,4 +1,5 @@
-"""The commands: run | train | evaluate | plan | validate | promote | report | route | index | base | doctor."""
+"""The commands: run | train | evaluate | plan | validate | promote |
+rollback | history | store | report | route | index | base | doctor."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from bem.cli.index import index_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.route_fit import fit
-from bem.cli.verdict import promote, validate
+from bem.cli.store import history, promote, rollback, store_app
+from bem.cli.verdict import validate
 
 app = typer.Typer(
     help="Adapt a frozen language model chunk by chunk, and know whether it got better.",
@@ -21,13 +23,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, evaluate, plan, validate, promote, report, doctor):
+for command in (
+    run, evaluate, plan, validate, promote, rollback, history, report, doctor,
+):  # fmt: skip
     app.command()(command)
 app.add_typer(train_app, name="train")
 route_app.command()(fit)
 app.add_typer(route_app, name="route")
 app.add_typer(index_app, name="index")
 app.add_typer(base_app, name="base")
+app.add_typer(store_app, name="store")
 
 
 def _print_version(wanted: bool) -> None:

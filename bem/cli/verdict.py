@@ -1,4 +1,4 @@
-"""`bem validate` and `bem promote`: what the statistics allow."""
+"""`bem validate`: what the statistics allow."""
 
 from __future__ import annotations
 
@@ -74,24 +74,6 @@ def validate(
     decisions = [verdict.decision for verdict in verdicts.values()]
     best = next((d for d in ("PROMOTE", "INCONCLUSIVE") if d in decisions), "REJECT")
     return EXIT_CODES[best]
-
-
-def promote(
-    run: Annotated[Path, typer.Argument(help="Folder of a run: runs/NAME.")],
-    arm: Annotated[str, typer.Argument(help="The arm whose adapter goes into use.")],
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Which seed's checkpoint; default: the first.")
-    ] = None,
-) -> int:
-    """Put an arm's adapter into use; refused unless its verdict says PROMOTE and still holds."""
-    from bem.runs import promotion
-
-    pointer = promotion.promote(run, arm, seed)
-    console = Terminal()
-    promoted = Text.assemble(("Promoted", "green"), f" {arm}: ", (str(pointer.checkpoint), "bold"))
-    console.print(promoted, soft_wrap=True)
-    console.print(Text(f"Pointer: {pointer.path}"), soft_wrap=True)
-    return 0
 
 
 def _keep_the_inputs(out: Path | None, inputs: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and the pointer that says which adapter is in use.
+"""What a run leaves on disk.
 
     runs/NAME/
       config.yaml          the resolved config; a run of that name with another one is refused
@@ -12,7 +12,7 @@
       latency.json         interleaved timings of all arms, and the memory that each adds
       verdicts.json        what was decided, and the sha256 of everything it rests on
       report.html report.md
-    runs/promoted.json     the pointer that `promote` moves
+    runs/store/            the version store that `promote` puts releases into, see `runs.store`
 
 A cell (one arm, one seed) is finished when its `cell.json` exists, which is written last; it holds
 a key of everything that the cell's result depends on.
@@ -34,6 +34,8 @@ from bem.files import json_lines, locked, made_under, read_json, write_json, wri
 
 NOT_COMPARED = {"output", "device", "threads", "workers", "data.root"}
 """Config keys that may change between two commands on one run: they say where, not what."""
+STORE = "store"
+"""Name of the version store that lies beside the runs."""
 MOST_CHANGES = 12
 """Settings that a refusal lists."""
 
@@ -162,6 +164,10 @@ class RunFolder:
         Raises:
             ConfigError: the folder belongs to another config, other data or another base.
         """
+        if self.path.name == STORE:
+            raise ConfigError(
+                f"a run cannot be called {STORE!r}, as the version store beside the runs is: use another --name."
+            )
         resolved = self.path / "config.yaml"
         if not resolved.is_file():
             write_text(resolved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

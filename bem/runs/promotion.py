@@ -1,45 +1,48 @@
-"""The one place that promotes: it moves a pointer if, and only if, a verdict says PROMOTE."""
+"""The one way into use: a verdict that says PROMOTE, on evidence that is still what it was."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from bem.config import ExperimentConfig
-from bem.errors import CheckpointError, NotAccepted
-from bem.files import check_listed, read_json, write_json
-from bem.runs.folder import RunFolder, checkpoint_kind
+from bem.errors import NotAccepted
+from bem.files import sha256_file
+from bem.runs.folder import STORE, RunFolder, checkpoint_kind, written
+from bem.runs.release import Content, Grounds, Release, read_content
+from bem.runs.store import Store
 from bem.runs.verdicts import VerdictFile, evidence, judge_arms, measurements, read_verdicts
 from bem.stats.verdict import Verdict
 
-POINTER = "promoted.json"
 
-
-@dataclass(frozen=True)
-class Pointer:
-    """What is in use."""
-
-    path: Path
-    """The pointer file, beside the runs."""
-    checkpoint: Path
-    arm: str
-    seed: int
-
-
-def promote(run: str | Path, arm: str, seed: int | None = None) -> Pointer:
-    """Point at an arm's checkpoint: one atomic move of `promoted.json` in the folder of all runs.
+def promote(
+    run: str | Path, arm: str, seed: int | None = None, store: Store | None = None
+) -> Release:
+    """Put an arm's adapter into use.
 
     The verdict must say PROMOTE, every file it rests on must be what it was, and judging the
     measurements again must come to the same decision.
 
     Args:
         seed: whose checkpoint; None: the config's first seed. (The verdict is on all seeds.)
+        store: None: the folder `store` beside the run.
     Raises:
-        NotAccepted: no such verdict, or something changed since.
-        CheckpointError: not a finished run, or a file is missing or changed.
+        NotAccepted: no such verdict, something changed since, or the store serves another base.
+        CheckpointError: not a finished run, a file is missing or changed, or the store is damaged.
     """
+    content, grounds = accepted(run, arm, seed)
+    return (store or store_of(run)).promote(content, grounds)
+
+
+def store_of(run: str | Path) -> Store:
+    """The version store that lies beside a run."""
+    return Store(Path(run).parent / STORE)
+
+
+def accepted(run: str | Path, arm: str, seed: int | None = None) -> tuple[Content, Grounds]:
+    """An arm's checkpoint and the verdict that lets it into use; see `promote`."""
     folder = RunFolder(Path(run))
-    config, file = folder.config, read_verdicts(folder.verdicts)
+    config, digest = folder.config, sha256_file(written(folder.verdicts))
+    file = read_verdicts(folder.verdicts)
     _accepted(_verdict_of(arm, config, file))
     _unchanged(folder, config, file, arm)
     again = judge_arms(config, measurements(folder, config), file.judgement.family).candidates[arm]
@@ -49,31 +52,25 @@ def promote(run: str | Path, arm: str, seed: int | None = None) -> Pointer:
     if seed not in config.seeds:
         raise NotAccepted(f"{arm} has no seed {seed}. Seeds: {', '.join(map(str, config.seeds))}.")
     checkpoint = folder.cell(arm, seed).checkpoint
-    _whole(checkpoint, arm)
-    path = folder.path.parent / POINTER
+    if checkpoint_kind(checkpoint) == "peer":
+        raise NotAccepted(
+            f"{arm} is a method of PEFT's, measured beside ours: BEM cannot serve it."
+        )
     manifest = (checkpoint / "manifest.json").relative_to(folder.path)
-    write_json(
-        path,
-        {
-            "run": folder.path.name,
-            "arm": arm,
-            "seed": seed,
-            "checkpoint": str(checkpoint.relative_to(folder.path.parent)),
-            "manifest_sha256": file.evidence[str(manifest)],
-            "verdicts_sha256": file.sha256,
-            "base": config.base,
-        },
-    )
-    return Pointer(path, checkpoint, arm, seed)
+    content = read_content(checkpoint, file.evidence[str(manifest)])
+    return content, Grounds(folder.path.name, arm, seed, folder.verdicts, digest)
 
 
-def current(runs: str | Path) -> Pointer | None:
-    """What is in use, or None."""
-    path = Path(runs) / POINTER
-    if not path.is_file():
-        return None
-    values = read_json(path, CheckpointError)
-    return Pointer(path, path.parent / values["checkpoint"], values["arm"], values["seed"])
+def import_release(store: Store, folder: str | Path) -> Release:
+    """Keep a checkpoint in a store without putting it into use: nobody judged it here.
+
+    Args:
+        folder: of a static adapter, or of a router with its experts.
+    Raises:
+        NotAccepted: the store serves another base.
+        CheckpointError: no checkpoint of ours, a missing or changed file, or the store is damaged.
+    """
+    return store.add(read_content(Path(folder)), str(folder))
 
 
 def _verdict_of(arm: str, config: ExperimentConfig, file: VerdictFile) -> Verdict:
@@ -109,13 +106,3 @@ def _unchanged(folder: RunFolder, config: ExperimentConfig, file: VerdictFile, a
         raise NotAccepted(
             f"Changed since {arm} was judged: {', '.join(changed)}. Run `bem run` again."
         )
-
-
-def _whole(checkpoint: Path, arm: str) -> None:
-    """Every file that the checkpoint's manifest lists is there, unchanged, and can be served."""
-    if checkpoint_kind(checkpoint) == "peer":
-        raise NotAccepted(
-            f"{arm} is a method of PEFT's, measured beside ours: BEM cannot serve it."
-        )
-    manifest = read_json(checkpoint / "manifest.json", CheckpointError)
-    check_listed(checkpoint, manifest.get("files"), CheckpointError)

@@ -39,6 +39,11 @@ def test_a_folder_is_claimed_by_one_config_with_one_set_of_inputs(tmp_path):
         folder.claim(config, {**INPUTS, "base": "2" * 64})
 
 
+def test_no_run_takes_the_place_of_the_version_store(tmp_path):
+    with pytest.raises(ConfigError, match="a run cannot be called 'store'"):
+        RunFolder(tmp_path / "store").claim(make_config(tmp_path, name="store"), INPUTS)
+
+
 def test_a_second_command_on_a_folder_is_refused_while_the_first_works(tmp_path):
     folder = RunFolder(tmp_path / "run")
     refused = pytest.raises(ConfigError, match="Another command is working on")

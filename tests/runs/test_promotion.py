@@ -1,4 +1,4 @@
-"""Only a verdict that says PROMOTE, on evidence that is still what it was, moves the pointer."""
+"""Only a verdict that says PROMOTE, on evidence that is still what it was, puts a release into use."""
 
 import json
 import shutil
@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from bem.errors import CheckpointError, NotAccepted
-from bem.files import read_json, sha256_json, write_json
-from bem.runs.folder import RunFolder, checkpoint_kind
-from bem.runs.promotion import current, promote
+from bem.files import read_json, sha256_file, sha256_json, write_json
+from bem.runs.folder import RunFolder
+from bem.runs.promotion import import_release, promote, store_of
+from bem.runs.store import Store
 from bem.runs.verdicts import judge_run
 from tests.experiments import routed_run
 from tests.experiments.finished_run import make_run
@@ -25,17 +26,35 @@ def run(finished, tmp_path) -> RunFolder:
     return RunFolder(shutil.copytree(finished.path, tmp_path / "finished"))
 
 
-def test_an_accepted_arm_is_pointed_at(run):
-    pointer = promote(run.path, "v1")
-    assert pointer.checkpoint == run.cell("v1", 0).checkpoint
-    assert current(run.path.parent) == pointer
-    assert read_json(pointer.path)["checkpoint"] == "finished/arms/v1/seed-0/checkpoint"
+def version_of(checkpoint) -> str:
+    return read_json(checkpoint / "manifest.json")["version"]["digest"]
 
 
-def test_the_seed_can_be_chosen(run):
-    assert promote(run.path, "v1", seed=1).checkpoint == run.cell("v1", 1).checkpoint
+def nothing_is_in_use(run: RunFolder) -> bool:
+    return not store_of(run.path).path.exists()
+
+
+def test_an_accepted_arm_is_in_use_with_the_verdicts_it_rests_on(run):
+    release = promote(run.path, "v1")
+    assert store_of(run.path).path == run.path.parent / "store"
+    assert store_of(run.path).current() == release
+    assert release.version == version_of(run.cell("v1", 0).checkpoint)
+    assert (release.source, release.kind) == ("finished: v1, seed 0", "adapter")
+    kept = store_of(run.path).shelf.objects / release.verdict
+    assert (
+        release.verdict == sha256_file(run.verdicts)
+        and kept.read_bytes() == run.verdicts.read_bytes()
+    )
+
+
+def test_the_seed_and_the_store_can_be_chosen(run, tmp_path):
+    store = Store(tmp_path / "elsewhere", by="ada")
+    release = promote(run.path, "v1", seed=1, store=store)
+    assert release.version == version_of(run.cell("v1", 1).checkpoint)
+    assert store.current() == release and store.journal.ledger().entries[0].by == "ada"
     with pytest.raises(NotAccepted, match=r"no seed 7\. Seeds: 0, 1"):
         promote(run.path, "v1", seed=7)
+    assert nothing_is_in_use(run)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +67,11 @@ def test_the_seed_can_be_chosen(run):
         ("v9", "No arm 'v9' was judged. Judged: v1, v3, v4"),
     ],
 )
-def test_anything_else_is_refused_and_the_pointer_stays(run, arm, reason):
-    before = promote(run.path, "v1").path.read_bytes()
+def test_anything_else_is_refused_and_what_is_in_use_stays(run, arm, reason):
+    release = promote(run.path, "v1")
     with pytest.raises(NotAccepted, match=reason):
         promote(run.path, arm)
-    assert (run.path.parent / "promoted.json").read_bytes() == before
+    assert store_of(run.path).current() == release
 
 
 def test_a_changed_verdict_is_refused(run):
@@ -65,7 +84,7 @@ def test_a_forged_verdict_does_not_survive_being_judged_again(run):
     _edit_verdict(run, "v3", sign=True)
     with pytest.raises(NotAccepted, match="Judged again, v3 comes out REJECT"):
         promote(run.path, "v3")
-    assert current(run.path.parent) is None
+    assert nothing_is_in_use(run)
 
 
 @pytest.mark.parametrize("arm", ["v1", "s0"])
@@ -92,7 +111,7 @@ def test_changed_weights_are_refused(run):
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match="was changed after saving"):
         promote(run.path, "v1")
-    assert current(run.path.parent) is None
+    assert nothing_is_in_use(run)
 
 
 def test_an_unfinished_run_is_refused(run):
@@ -113,7 +132,7 @@ def test_a_checkpoint_that_mentions_a_router_is_none(run):
     manifest = run.cell("v1", 0).checkpoint / "manifest.json"
     write_json(manifest, {**read_json(manifest), "extra": {"note": '"kind": "router"'}})
     judge_run(run, run.config, ["em", "f1"])
-    assert promote(run.path, "v1").arm == "v1"
+    assert promote(run.path, "v1").kind == "adapter"
 
 
 def _edit_verdict(run: RunFolder, arm: str, sign: bool) -> None:
@@ -125,11 +144,23 @@ def _edit_verdict(run: RunFolder, arm: str, sign: bool) -> None:
     write_json(run.verdicts, values)
 
 
-def test_an_accepted_router_is_pointed_at_and_a_changed_expert_is_refused(tmp_path):
+def test_an_accepted_router_is_in_use_and_a_changed_expert_is_refused(tmp_path):
     folder = routed_run.make_run(tmp_path, ("s0", "ar1"))
-    pointer = promote(folder.path, "ar1")
-    assert checkpoint_kind(pointer.checkpoint) == "router" and current(tmp_path) == pointer
-    weights = next(pointer.checkpoint.rglob("adapter_model.safetensors"))
+    release = promote(folder.path, "ar1")
+    assert release.kind == "router" and store_of(folder.path).current() == release
+    assert {name.split("/")[1] for name in release.files if "/" in name} == {"json", "intent", "qa"}
+    weights = next(folder.cell("ar1", 0).checkpoint.rglob("adapter_model.safetensors"))
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(CheckpointError, match="was changed"):
         promote(folder.path, "ar1")
+
+
+def test_what_nobody_judged_is_imported_and_not_put_into_use(run, tmp_path):
+    store = Store(tmp_path / "elsewhere")
+    checkpoint = run.cell("v3", 0).checkpoint
+    release = import_release(store, checkpoint)
+    assert release.version == version_of(checkpoint) and store.current() is None
+    with pytest.raises(NotAccepted, match="was never in use"):
+        store.rollback(release.version, reason="x")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        import_release(store, tmp_path / "nothing")

@@ -13,6 +13,7 @@ from bem import config as configuration
 from bem.errors import ConfigError, MeasurementError, NotAccepted
 from bem.experiments import run as runner
 from bem.runs import promotion
+from bem.runs.loading import load_current
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,11 @@ def test_the_verdicts_say_what_happened(walked):
 
 def test_what_was_accepted_is_promoted_and_answers_better_than_the_base(walked, micro_base):
     _, result = walked
-    pointer = promotion.promote(result.folder, "learning")
+    release = promotion.promote(result.folder, "learning")
     with pytest.raises(NotAccepted):
         promotion.promote(result.folder, "same")
-    current = promotion.current(result.folder.parent)
-    assert current == pointer
+    store = promotion.store_of(result.folder)
+    assert store.current() == release
 
     model, tokenizer = bem.load_base(str(micro_base))
     asked = tokenizer("User: return 7\nAssistant:", return_tensors="pt", add_special_tokens=False)
@@ -68,7 +69,7 @@ def test_what_was_accepted_is_promoted_and_answers_better_than_the_base(walked, 
     labels[:, : asked["input_ids"].shape[1]] = -100
     with torch.no_grad():
         before = model(ids, labels=labels).loss
-        attached = bem.load(model, current.checkpoint)
+        attached, _ = load_current(store, model)
         after = attached.model(input_ids=ids, labels=labels).loss
     assert after < before - 0.3
 
@@ -90,8 +91,8 @@ def test_the_names_of_the_source_document_go_the_same_way(walked):
     assert {name: v.decision for name, v in verdicts.items()} == {
         name: v.decision for name, v in result.verdicts.items()
     }
-    (pointer,) = system.deploy_production([n for n, v in verdicts.items() if v.accepted])
-    assert promotion.current(result.folder.parent) == pointer
+    (release,) = system.deploy_production([n for n, v in verdicts.items() if v.accepted])
+    assert promotion.store_of(result.folder).current() == release
     with pytest.raises(NotAccepted):
         system.deploy_production(["same"])
     with pytest.raises(ConfigError, match=r"No arm 'lerning'. Arms: frozen, learning, same"):
