@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,18 @@ def layers(model: Any, rounds: int) -> list[str]:
         cells = []
         for rows in ROWS:
             x = torch.randn(rows, d_in, dtype=torch.bfloat16)
-            packed = lambda x=x, m=layer: torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x, m.packed, int4.GROUP, m.scales
-            )  # noqa: E731
-            plain = lambda x=x, m=layer: F.linear(x, m.weight)  # noqa: E731
-            t = timed({"int4": packed, "bfloat16": plain}, rounds * 10)
+            works = {
+                "int4": partial(_four_bits, layer, x),
+                "bfloat16": partial(F.linear, x, layer.weight),
+            }
+            t = timed(works, rounds * 10)
             cells.append(f"{t['int4'] / t['bfloat16']:.2f}")
         lines.append(f"| {d_in} to {d_out} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _four_bits(layer: int4.Int4Linear, x: Any) -> Any:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, layer.packed, int4.GROUP, layer.scales)
 
 
 def steps(models: dict[str, Any], rounds: int) -> list[str]:
