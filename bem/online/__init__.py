@@ -7,6 +7,7 @@ if detector.update(score) is DriftStatus.DRIFT_DETECTED:
 
 from bem.online.canary import Canary, CanaryStatus, Margins
 from bem.online.drift import Alarm, DriftDetector, DriftStatus
+from bem.online.input_drift import InputDrift, InputLook
 from bem.online.kl_region import KlRegion
 from bem.online.penalties import Fisher, OnlineEwc, Strength, exact_fisher, sampled_fisher
 from bem.online.replay import Item, Replay
@@ -18,6 +19,8 @@ __all__ = [
     "DriftDetector",
     "DriftStatus",
     "Fisher",
+    "InputDrift",
+    "InputLook",
     "Item",
     "KlRegion",
     "Margins",

@@ -5,7 +5,7 @@ scores of one conversation or one hour resemble each other: a chart that takes t
 alarms a hundred times too often.
 
     S <- max(0, S + (mean - block mean) / s - k),   alarm when S > h          (Page 1954)
-    k' = k less what the reference's own mean may be wrong by (2 standard errors) and its rhythm
+    k' = k less what the reference's own mean may be wrong by (1.5 standard errors) and its rhythm
     h  from  ARL = (e^(t b) - t b - 1) / (t k') blocks,  b = h + 1.166       (Siegmund 1985, t = 2 k')
     t  solves  k' = t/2 + c t^2/6 where c is the skewness of a block's fall: long tails of bad scores
        alarm more often than normal ones
@@ -24,8 +24,10 @@ from scipy.optimize import brentq
 
 BLOCK = 20
 """Scores in a block, to begin with."""
-SLACK = 0.5
-"""k' in standard deviations of a block mean: best for falls of one such, near best for .5 sd of a score."""
+SLACK = 0.6
+"""k' in standard deviations of a block mean: best for falls of 1.2 of these; for .5 sd of a score, 2.2 of these, near best."""
+ALLOWANCE = 1.5
+"""Standard errors by which the mean of the reference may lie too high."""
 LEAST_BLOCKS = 10
 OVERSHOOT = 1.166  # Siegmund's correction for a chart that is looked at in steps
 
@@ -81,7 +83,7 @@ def learn(scores: np.ndarray, arl: float, bounds: tuple[float, float] | None) ->
     rhythm, noise = _without_rhythm(z, short)
     block, inflation = _blocks(noise, short)
     block_sd = math.sqrt(inflation / block)  # in sd
-    allowance = 2 * math.sqrt(inflation / n)
+    allowance = ALLOWANCE * math.sqrt(inflation / n)
     worst_slack = SLACK * block_sd
     skewness = float((z**3).mean())
     limit = chart_limit(worst_slack / block_sd, arl / block, -skewness / math.sqrt(block))
@@ -122,15 +124,16 @@ def _short_memory(z: np.ndarray) -> float:
 def _without_rhythm(z: np.ndarray, inflation: float) -> tuple[float, np.ndarray]:
     """Amplitude of the strongest slow sine beyond what noise shows, and z without that sine."""
     n = len(z)
-    slowest = max(n // (4 * BLOCK), 1)  # cycles in the reference: a period is 4 blocks or more
+    fastest = max(n // (10 * BLOCK), 1)  # cycles in the reference: a period is 10 blocks or more
     spectrum = np.fft.rfft(z, 4 * n)  # padded: periods between whole fractions of n
-    rows = np.arange(2, 4 * slowest + 1)
+    rows = np.arange(2, 4 * fastest + 1)
     strongest = int(rows[np.abs(spectrum[rows]).argmax()])
     squared = 4 * abs(spectrum[strongest]) ** 2 / n**2
     # the largest of m exponential ordinates is about log m + 0.58; 1.5: seen in noise one time in four
-    squared -= 4 * (math.log(slowest) + 1.5) * inflation / n
-    if squared <= 0:
+    noise = 4 * (math.log(fastest) + 1.5) * inflation / n
+    if squared <= noise:
         return 0.0, z
+    squared -= noise**2 / squared  # a garrote: what stands out is hardly shrunk (Breiman 1995)
     angle = 2 * math.pi * strongest / (4 * n) * np.arange(n)
     basis = np.stack([np.cos(angle), np.sin(angle), np.ones(n)], 1)
     fitted = basis @ np.linalg.lstsq(basis, z, rcond=None)[0]
