@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bem.adapters.peft_method import BemConfig
     from bem.bases.load import load_base
     from bem.experts.expert import read_expert
+    from bem.online.drift import DriftDetector
     from bem.routing.mount import load_router, mount
     from bem.routing.mounted import Mounted
     from bem.routing.router import AgenticRouter
@@ -29,6 +30,7 @@ _WHERE = {
     "Attached": "bem.adapters.attach",
     "BEMv13System": "bem.system",
     "BemConfig": "bem.adapters.peft_method",
+    "DriftDetector": "bem.online.drift",
     "Mounted": "bem.routing.mounted",
     "PerformanceTracker": "bem.system",
     "RouterFit": "bem.training.fit_router",
@@ -52,6 +54,7 @@ __all__ = [
     "Attached",
     "BEMv13System",
     "BemConfig",
+    "DriftDetector",
     "Mounted",
     "PerformanceTracker",
     "RouterFit",

@@ -12,10 +12,12 @@ PERIOD = 1000
 
 
 def gaussian(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Mean .7, standard deviation .1."""
     return rng.normal(0.7, 0.1, n)
 
 
 def bernoulli(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Right in 70 %."""
     return (rng.random(n) < 0.7).astype(float)
 
 
@@ -32,6 +34,7 @@ def autoregressive(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def constant(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Always .7."""
     return np.full(n, 0.7)
 
 

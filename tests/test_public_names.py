@@ -13,6 +13,7 @@ PROMISED = {
     "Attached",
     "BEMv13System",
     "BemConfig",
+    "DriftDetector",
     "Mounted",
     "PerformanceTracker",
     "RouterFit",
@@ -53,6 +54,10 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_importing_loads_no_heavy_library(code):
     loaded = _modules_after(code)
     assert not loaded & set(HEAVY)
+
+
+def test_watching_a_stream_needs_no_torch():
+    assert "torch" not in _modules_after("import bem.online")
 
 
 def test_help_loads_no_heavy_library():

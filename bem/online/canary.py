@@ -232,7 +232,7 @@ class Canary:
             Check(
                 "regression",
                 self._passed(name),
-                self.reason if self._passed(name) is None else self._words(name, 0, "e-value"),
+                self._words(name, int(self._passed(name) is False), "e-value"),
                 metric=name,
                 value=up.mean if up.n else None,
                 limit=-self.metrics[name].margin,

@@ -75,7 +75,10 @@ class SliceMeans:
 
     def state(self) -> dict[str, Any]:
         """JSON values."""
-        return {"reference": dict(self.reference), "since": dict(self.since)}
+        return {
+            which: {name: list(pair) for name, pair in means.items()}
+            for which, means in (("reference", self.reference), ("since", self.since))
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bem.errors import DataError
-from bem.online import KlRegion
+from bem.online.kl_region import KlRegion
 from tests.online.test_penalties import SmallPolicy, named, situations
 
 

@@ -5,8 +5,14 @@ import torch
 from torch import nn
 
 from bem.errors import DataError, Diverged
-from bem.online import Fisher, OnlineEwc, Strength, exact_fisher, sampled_fisher
-from bem.online.penalties import proximal_step
+from bem.online.penalties import (
+    Fisher,
+    OnlineEwc,
+    Strength,
+    exact_fisher,
+    proximal_step,
+    sampled_fisher,
+)
 from bem.routing.action import ActionSpace
 from bem.routing.distribution import HeadsDistribution
 from bem.routing.policy import Actor, Observed
