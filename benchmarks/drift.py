@@ -155,13 +155,16 @@ def false_alarms(first: Alarm, kind: str, streams: int) -> np.ndarray:
     return np.array([alarm is not None for alarm in alarms])
 
 
-def delays(first: Alarm, kind: str, streams: int, shift: float) -> np.ndarray:
-    """(streams,) scores from the change to the alarm; NaN: alarmed before it; inf: never."""
+def delays(first: Alarm, kind: str, streams: int, shift: float, more: int = 0) -> np.ndarray:
+    """(streams,) scores from the change to the alarm; NaN: alarmed before it; inf: never.
+
+    `more` scores come before, for a detector with a long reference.
+    """
     found = []
     for seed in range(streams):
         rng = np.random.default_rng([2, seed])
-        x = STREAMS[kind](SHORT, rng)
-        change = int(rng.integers(2000, 4000))
+        x = STREAMS[kind](SHORT + more, rng)
+        change = int(rng.integers(2000, 4000)) + more
         x[change:] += shift * SD[kind]
         event = first(x)
         found.append(np.inf if event is None else event - change if event > change else np.nan)
@@ -175,7 +178,8 @@ def share(hits: np.ndarray) -> str:
 
 def measured(first: Alarm, kind: str, long: int, short: int) -> dict[str, object]:
     """One row, as JSON values."""
-    falls, rises = (delays(first, kind, short, shift) for shift in (-SHIFT, SHIFT))
+    more = 4 * PERIOD if first is ours_day else 0
+    falls, rises = (delays(first, kind, short, shift, more) for shift in (-SHIFT, SHIFT))
     return {
         "alarms": int(false_alarms(first, kind, long).sum()),
         "long": long,
