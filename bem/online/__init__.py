@@ -2,7 +2,7 @@
 
 detector = DriftDetector()
 if detector.update(score) is DriftStatus.DRIFT_DETECTED:
-    print(detector.alarm)
+    print(detector.alarm.text)
 
 What needs torch is imported from its own module: `penalties`, `kl_region`.
 """

@@ -3,7 +3,7 @@
     detector = DriftDetector()
     for score in stream:                       # higher is better
         if detector.update(score) is DriftStatus.DRIFT_DETECTED:
-            print(detector.alarm)              # since when, in which slice, and what else says so
+            print(detector.alarm.text)         # since when and in which slice
             detector.rearm()
 
 The first `window_size` scores are the reference. After that a CUSUM of block means decides
@@ -61,6 +61,16 @@ class Alarm:
     """Second opinions that say so too: e_detector, vote."""
     slices: tuple[SliceFall, ...]
     """The surest first; empty if no slice was named."""
+
+    @property
+    def text(self) -> str:
+        """One sentence for people."""
+        sure = [f for f in self.slices if f.p_value is not None and f.p_value < 0.05]
+        where = ", ".join(f"{f.name} by {f.fall:.3g}" for f in sure)
+        return (
+            f"scores fell by {self.fall:.3g} ({self.fall_in_sd:.2g} sd) since score {self.since}, found at "
+            f"{self.event}" + (f"; most surely {where}" if where else "")
+        )
 
 
 class DriftDetector:
