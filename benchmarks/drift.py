@@ -117,7 +117,7 @@ def detectors(quick: bool) -> dict[str, tuple[Alarm, int, int]]:
             "river PageHinkley, down": (
                 stepwise(lambda: PageHinkley(mode="down"), "drift_detected"), *few),
             "river ADWIN": (stepwise(ADWIN, "drift_detected"), *few),
-            "river KSWIN": (stepwise(lambda: KSWIN(seed=0), "drift_detected"), *few),
+            "river KSWIN": (stepwise(lambda: KSWIN(seed=0), "drift_detected"), few[0] // 2, few[1] // 2),
         }  # fmt: skip
     if importlib.util.find_spec("frouros"):
         from frouros.detectors.concept_drift import ADWIN as FrourosADWIN
