@@ -53,7 +53,7 @@ STATIONARY = {
 
 @pytest.mark.parametrize("kind", STATIONARY)
 def test_stationary_streams_stay_stable(kind):
-    """5 % of 100,000 scores may alarm: of eight streams of 20,000 two or more do in 1 % of seeds."""
+    """One alarm in 2,000,000 scores: of eight streams of 20,000 two or more have one in 0.3 % of seeds."""
     alarms = 0
     for seed in range(8):
         detector = DriftDetector()
