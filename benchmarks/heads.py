@@ -65,7 +65,7 @@ def read_turns(artifacts: RoutingArtifacts, rows: int) -> Turns:
     gold = [artifacts.skills.route(row) for row in examples]
     encoded = [artifacts.encoded(row) for row in routed(examples, gold)]
     routing = artifacts.routing
-    largest = max(routing.expert_rank, routing.shared_rank)
+    largest = routing.expert_rank + routing.shared_rank
     ranks = tuple(sorted({max(1, largest // 4), max(1, largest // 2), largest}))
     plain = routing.router.model_copy(update={"ranks": ranks, "strengths": (0.5, 1.0, 1.5)})
     artifacts.routing = routing.model_copy(update={"router": plain})
