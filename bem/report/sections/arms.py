@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,7 @@ def arms_of(
     whole = read_json(folder.latency, CheckpointError).get("base_memory_bytes")
     arms = []
     for colour, arm in enumerate(ordered(config)):
-        manifest = folder.cell(arm.name, config.seeds[0]).checkpoint / "manifest.json"
-        rank = _rank(read_json(manifest, CheckpointError), config)
+        rank = _rank_of(folder, config, arm)
         verdict = judgement.candidates.get(arm.name) or judgement.controls.get(arm.name)
         arms.append(
             Arm(
@@ -117,6 +117,28 @@ def _describe(config: ExperimentConfig, arm: ArmConfig, plan: Mapping[str, Any])
         details.append("rank as configured" if arm.match == "none" else f"equal {arm.match}")
     inside = f" ({', '.join(details)})" if details else ""
     return f"{ABOUT.get(variant, variant)}{inside}{where}"
+
+
+def _rank_of(folder: RunFolder, config: ExperimentConfig, arm: ArmConfig) -> str:
+    checkpoint = folder.cell(arm.name, config.seeds[0]).checkpoint
+    manifest = read_json(checkpoint / "manifest.json", CheckpointError)
+    saved = config.routing is not None and config.routing.checkpoint is not None
+    if not arm.route or not saved:
+        return _rank(manifest, config)
+    if "experts" in manifest:
+        folders = [checkpoint / "experts" / each["name"] for each in manifest["experts"]]
+    else:
+        peers = folder.routing(config.seeds[0]) / "peer-experts"
+        folders = [peers / name for name in manifest["peer"]["experts"]]
+    return _saved_ranks(
+        [read_json(f / "adapter_config.json", CheckpointError)["r"] for f in folders]
+    )
+
+
+def _saved_ranks(ranks: list[int]) -> str:
+    """`2 × 4 + 8`, in their order: of experts that were saved no setting knows the ranks."""
+    runs = [(rank, len(list(each))) for rank, each in groupby(ranks)]
+    return " + ".join(f"{count} × {rank}" if count > 1 else str(rank) for rank, count in runs)
 
 
 def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
