@@ -179,7 +179,7 @@ def test_the_report_states_what_was_saved_not_what_the_settings_would_have_made(
     given["routing"]["expert_rank"] = 7
     run(parse(ExperimentConfig, given, "t"))
     report = (tmp_path / "saved" / "report.md").read_text(encoding="utf-8")
-    assert "| 3 × 2 |" in report and "× 7" not in report
+    assert "| 2 × 2 + 2 |" in report and "× 7" not in report
     with pytest.raises(ConfigError, match="a router that was saved, so there is none to train"):
         train_router(parse(ExperimentConfig, given, "t"), 0)
 

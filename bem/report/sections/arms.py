@@ -120,25 +120,20 @@ def _describe(config: ExperimentConfig, arm: ArmConfig, plan: Mapping[str, Any])
 
 
 def _rank_of(folder: RunFolder, config: ExperimentConfig, arm: ArmConfig) -> str:
+    """`_rank`; of experts that were saved no setting knows the ranks: as their files say."""
     checkpoint = folder.cell(arm.name, config.seeds[0]).checkpoint
     manifest = read_json(checkpoint / "manifest.json", CheckpointError)
-    saved = config.routing is not None and config.routing.checkpoint is not None
-    if not arm.route or not saved:
+    if not arm.route or config.routing is None or config.routing.checkpoint is None:
         return _rank(manifest, config)
+    where, names = folder.routing(config.seeds[0]) / "peer-experts", manifest.get("peer", {})
+    names, shared = list(names.get("experts", ())), None
     if "experts" in manifest:
-        folders = [checkpoint / "experts" / each["name"] for each in manifest["experts"]]
-    else:
-        peers = folder.routing(config.seeds[0]) / "peer-experts"
-        folders = [peers / name for name in manifest["peer"]["experts"]]
-    return _saved_ranks(
-        [read_json(f / "adapter_config.json", CheckpointError)["r"] for f in folders]
-    )
-
-
-def _saved_ranks(ranks: list[int]) -> str:
-    """`2 × 4 + 8`, in their order: of experts that were saved no setting knows the ranks."""
-    runs = [(rank, len(list(each))) for rank, each in groupby(ranks)]
-    return " + ".join(f"{count} × {rank}" if count > 1 else str(rank) for rank, count in runs)
+        where, shared = checkpoint / "experts", manifest["router"]["shared"]
+        names = [expert["name"] for expert in manifest["experts"]]
+    ranks = {n: read_json(where / n / "adapter_config.json", CheckpointError)["r"] for n in names}
+    beside = [str(ranks.pop(shared))] if shared in ranks else []
+    runs = ((rank, len(list(each))) for rank, each in groupby(ranks.values()))
+    return " + ".join([*(f"{count} × {rank}" for rank, count in runs), *beside])
 
 
 def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
@@ -148,10 +143,11 @@ def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
     adapter = manifest.get("adapter")
     if adapter is None:
         assert config.routing is not None
-        shared = config.routing.shared_rank if "experts" in manifest else 0
-        experts = manifest["experts"] if "experts" in manifest else manifest["peer"]["experts"]
-        count = len(experts) - (shared > 0)
-        return f"{count} × {config.routing.expert_rank}" + (f" + {shared}" if shared else "")
+        own, shared = config.routing.expert_rank, config.routing.shared_rank
+        if "peer" in manifest:  # the shared one is folded into each
+            return f"{len(manifest['peer']['experts'])} × {own + shared}"
+        count = len(manifest["experts"]) - (shared > 0)
+        return f"{count} × {own}" + (f" + {shared}" if shared else "")
     ranks = [adapter.get("rank_attn"), adapter.get("rank_mlp")]
     if all(r is None for r in ranks):
         return str(adapter["rank"])
