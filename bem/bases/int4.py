@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
+from bem.bases.writes import written
 from bem.errors import BaseError
 
 log = logging.getLogger(__name__)
@@ -35,8 +38,30 @@ HELD = ("packed", "scales")
 """Buffers of a layer beside its weight."""
 
 
+class PackedWeight(nn.Parameter):
+    """The bfloat16 form of a weight, until it is written to (PEFT merging into it, say) or trains: then it is an
+    `nn.Parameter` like any other, and the only form that counts."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_iter(written(func, args, kwargs)):
+            if isinstance(leaf, PackedWeight):
+                leaf.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return PackedWeight, (self.data, self.requires_grad)
+
+
 class Int4Linear(nn.Linear):
-    """A frozen linear layer with its weight in bfloat16 and in groups of four bits."""
+    """A frozen linear layer with its weight in bfloat16 and in groups of four bits.
+
+    After a write to its weight it computes in bfloat16 alone.
+    """
 
     packed: Tensor
     scales: Tensor
@@ -47,7 +72,7 @@ class Int4Linear(nn.Linear):
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         q, d, m = quantised(linear.weight.detach().float())
-        made.weight = nn.Parameter(dequantised(q, d, m).bfloat16(), requires_grad=False)
+        made.weight = PackedWeight(dequantised(q, d, m).bfloat16(), requires_grad=False)
         if linear.bias is not None:
             made.bias = nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
         made.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1))
@@ -60,7 +85,10 @@ class Int4Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         rows = input.numel() // self.in_features
         if not self._few(input, rows):
-            return F.linear(input, self.weight, self.bias)
+            with (
+                torch._C.DisableTorchFunctionSubclass()
+            ):  # a compiler cannot read what would be told
+                return F.linear(input, self.weight, self.bias)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             input.reshape(rows, self.in_features), self.packed, GROUP, self.scales
         )
@@ -71,8 +99,30 @@ class Int4Linear(nn.Linear):
         """The four-bit form is faster, and nothing asks for a gradient or another dtype."""
         if not 0 < rows <= FEW or (torch.is_grad_enabled() and input.requires_grad):
             return False
+        if type(self._parameters["weight"]) is not PackedWeight:
+            return False  # four bits would be those of before
         here = input.device.type == self.packed.device.type == "cpu"
-        return here and input.dtype == self.weight.dtype == torch.bfloat16
+        return here and input.dtype == self.scales.dtype == torch.bfloat16
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A cast or a move is of both forms alike."""
+        with self._both_forms():
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Numbers that come with their four bits are of both forms too."""
+        alike = all(f"{prefix}{name}" in state_dict for name in ("weight", *HELD))
+        with self._both_forms() if alike else nullcontext():
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @contextmanager
+    def _both_forms(self) -> Iterator[None]:
+        """What is written inside is written to both forms."""
+        was = type(self._parameters["weight"])
+        yield
+        weight = self._parameters["weight"]
+        if was is PackedWeight and weight is not None:
+            weight.__class__ = PackedWeight
 
 
 def quantised(

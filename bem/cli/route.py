@@ -301,7 +301,7 @@ def _distil(
     from bem.adapters.copies import without_adapter
     from bem.bases.load import load_base
     from bem.experiments.run import Event, device_of
-    from bem.tasks.load import load_tasks, training_mixture
+    from bem.tasks.load import load_tasks, training_mixture, validation_mixture
     from bem.tasks.retrieval import with_evidence
     from bem.training.distill import distill, divergence
 
@@ -323,6 +323,7 @@ def _distil(
         lambda step: display.show(
             Event("distilling", done=step.step, total=steps, detail=f"KL {step.loss:.4f}")
         ),
+        validation_mixture(tasks),
     )
     made.student.save(out / "adapter", made.training.data_hash, extra={"teacher": str(folder)})
     made.student.save_lora(out / "lora")

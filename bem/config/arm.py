@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from bem.config.adapters import KINDS, TrainingConfig
-from bem.config.section import Section
+from bem.config.section import Folder, Section
 
 KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.model_fields))
 """Of all variants."""
@@ -42,7 +42,7 @@ class ArmConfig(Section):
     shots: int | None = Field(default=None, ge=0)
     """The bare base instead of an adapter, asked behind so many training rows of the same skill, shown as
     earlier turns; 0: zero-shot. Of controls only. None: the adapter, or the route, of this arm."""
-    checkpoint: str | None = None
+    checkpoint: Folder | None = None
     """Folder of a saved adapter of the arm's variant: measured as it is. None: the adapter is trained."""
     match: Literal["parameters", "flops", "none"] = "parameters"
     """What is held within the budget tolerance of the baseline by choosing the rank."""
@@ -92,7 +92,8 @@ def refuse_without_effect(arm: ArmConfig) -> None:
 
 def _refuse_with_checkpoint(arm: ArmConfig) -> None:
     """What is saved is measured as it is."""
-    decided = {"route": arm.route, "shots": arm.is_bare, "training": arm.training}
+    knobs = ", ".join(knob for knob in arm.adapters if knob != "variant")
+    decided = {"route": arm.route, "shots": arm.is_bare, "training": arm.training, knobs: knobs}
     decided["match"] = arm.match != "none" and arm.role != "baseline"
     if given := [name for name, value in decided.items() if value]:
         why = {"match": "Set `match: none`", "route": "Give `routing.checkpoint` instead"}

@@ -158,7 +158,8 @@ class ExperimentConfig(Section):
             self._refuse_odd_tuning(self.tuning, trained)
 
     def _chooses(self, trained: Mapping[str, TrainingConfig]) -> bool:
-        return self.tuning is not None or any(t.patience for t in trained.values())
+        xlora = [self.training] if any(arm.route == "xlora" for arm in self.arms) else []
+        return self.tuning is not None or any(t.patience for t in (*trained.values(), *xlora))
 
     def _refuse_without_validation(self, trained: Mapping[str, TrainingConfig]) -> None:
         if self._chooses(trained):
@@ -170,6 +171,13 @@ class ExperimentConfig(Section):
     def _refuse_odd_tuning(
         self, tuning: TuningConfig, trained: Mapping[str, TrainingConfig]
     ) -> None:
+        if not trained:
+            raise ValueError("tuning has no effect: no adapter is trained here. Remove it")
+        if "routing." in trained and "arms.experts." in trained:
+            raise ValueError(
+                "arms.experts: beside `tuning` the experts of `routing` are recorded under this name. Give the arm "
+                "another one"
+            )
         changes = {f"arms.{arm.name}.": arm.training for arm in self.arms}
         changes["routing."] = self.routing.training if self.routing else {}
         for where, training in trained.items():
@@ -220,6 +228,11 @@ class ExperimentConfig(Section):
         routes = {arm.route for arm in self.arms} - {None}
         own = any(arm.is_trained for arm in self.arms)
         return own or "xlora" in routes or bool(routes and self.trains_experts)
+
+    @property
+    def reads_training_rows(self) -> bool:
+        """Something is trained on them, or shows them as examples."""
+        return self.trains or any(arm.shots for arm in self.arms)
 
     def adapter_of(self, arm: ArmConfig) -> AdapterConfig:
         """The adapter of one arm: the shared defaults that its variant has, with the arm's changes.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from bem.config.adapters import TrainingConfig
-from bem.config.section import Section, Seed
+from bem.config.section import Folder, Section, Seed
 
 
 class RouterConfig(Section):
@@ -216,7 +216,7 @@ class RoutingConfig(Section):
     """Rank of each expert at each site."""
     shared_rank: int = Field(default=0, ge=0)
     """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
-    checkpoint: str | None = None
+    checkpoint: Folder | None = None
     """Folder of a saved router with its experts: taken as they are,
     under the routes ar1 (the router), gold, oracle, random, wrong, arrow and xlora. None: they are trained."""
     training: dict[str, Any] = {}
@@ -242,6 +242,11 @@ class RoutingConfig(Section):
             )
         if self.training:
             raise ValueError("routing.training has no effect with routing.checkpoint. Remove one")
+        for part in ("router", "policy_gradient"):
+            if getattr(self, part) != type(self).model_fields[part].default:
+                raise ValueError(
+                    f"routing.{part} has no effect with routing.checkpoint, whose router is taken as it is. Remove it"
+                )
         if not self.experts:
             raise ValueError(
                 "routing.checkpoint needs routing.experts: which expert serves which skill of the tasks"

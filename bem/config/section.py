@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bem.errors import ConfigError
 
@@ -16,6 +17,8 @@ LARGEST = 1e12
 
 Seed = Annotated[int, Field(ge=0)]
 """Of random numbers."""
+Folder = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))]
+"""A folder of the user's; a leading `~` is their home."""
 
 
 class Section(BaseModel):

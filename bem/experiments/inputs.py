@@ -51,7 +51,7 @@ def load_inputs(config: ExperimentConfig, folder: RunFolder, show: Show) -> RunI
     show(Event("reading the data"))
     tasks = [
         with_evidence(task, folder.evidence, tell_search(task, show))
-        for task in load_tasks(config.data, need_train=config.trains)
+        for task in load_tasks(config.data, need_train=config.reads_training_rows)
     ]
     examples, validation = training_mixture(tasks), validation_mixture(tasks)
     device = device_of(config)

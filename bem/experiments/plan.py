@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bem.adapters.budget import match_rank, price
-from bem.adapters.sites import find_sites
-from bem.config import AdapterConfig, ArmConfig, ExperimentConfig
+from bem.adapters.sites import find_linears, find_sites
+from bem.config import AdapterConfig, ArmConfig, ExperimentConfig, RoutingConfig
 from bem.config.adapters import StaticConfig, parse_adapter
 from bem.errors import CheckpointError, ConfigError
 from bem.files import read_json
 from bem.report.words import shots
-from bem.runs.folder import written
+from bem.routing.mounted import check_files
 from bem.stats.scores import METRICS
 from bem.tasks.load import Task
 from bem.tasks.scoring import QUALITY
@@ -81,9 +81,7 @@ def _plan(model: Any, config: ExperimentConfig, arm: ArmConfig) -> Plan:
         return Plan(arm, None, None)
     if arm.route:
         assert config.routing is not None
-        layer = config.routing.router.router_layer
-        expert = StaticConfig(rank=config.routing.expert_rank, router_layer=layer)
-        return Plan(arm, None, adapted_layers(model, expert))
+        return Plan(arm, None, expert_layers(model, config.routing))
     if arm.checkpoint is not None:
         adapter = saved_adapter(config, arm)
         return Plan(arm, adapter, adapted_layers(model, adapter))
@@ -109,9 +107,18 @@ def saved_adapter(config: ExperimentConfig, arm: ArmConfig) -> AdapterConfig:
     """
     assert arm.checkpoint is not None
     path = Path(arm.checkpoint) / "manifest.json"
-    values = read_json(written(path), CheckpointError).get("adapter")
+    if not path.is_file():
+        raise CheckpointError(
+            f"Arm {arm.name}: {arm.checkpoint} holds no saved adapter: there is no manifest.json (looked in "
+            f"{path.parent.resolve()}). A plain PEFT LoRA gets one from `bem.load(base, folder).save(...)`."
+        )
+    manifest = read_json(path, CheckpointError)
+    values = manifest.get("adapter") if isinstance(manifest, dict) else None
     if values is None:
-        raise ConfigError(f"Arm {arm.name}: {arm.checkpoint} holds no single adapter of ours.")
+        raise ConfigError(
+            f"Arm {arm.name}: {arm.checkpoint} holds no single adapter of ours. A router is taken over by "
+            "routing.checkpoint."
+        )
     adapter = parse_adapter(values, str(path))
     if adapter.variant != config.variant_of(arm):
         raise ConfigError(
@@ -119,6 +126,27 @@ def saved_adapter(config: ExperimentConfig, arm: ArmConfig) -> AdapterConfig:
             f"adapters: {{variant: {adapter.variant}}}"
         )
     return adapter
+
+
+def expert_layers(model: Any, routing: RoutingConfig) -> Layers:
+    """The layers that experts act on: those that will be trained, or those that were saved.
+
+    Raises:
+        CheckpointError: `routing.checkpoint` holds no router.
+        ConfigError: its experts act on layers that this base does not have.
+    """
+    if routing.checkpoint is None:
+        expert = StaticConfig(rank=routing.expert_rank, router_layer=routing.router.router_layer)
+        return adapted_layers(model, expert)
+    sites = find_linears(model)
+    layer_of = {site.name: site.layer for site in sites.found}
+    saved = check_files(Path(routing.checkpoint))["version"]["sites"]
+    if foreign := [name for name in saved if name not in layer_of]:
+        raise ConfigError(
+            f"routing.checkpoint {routing.checkpoint} has experts on {foreign[0]}, which this base does not have: it "
+            "was made for another one."
+        )
+    return Layers(tuple(sorted({layer_of[name] for name in saved})), len(sites.blocks))
 
 
 def adapted_layers(model: Any, adapter: AdapterConfig) -> Layers:

@@ -123,6 +123,11 @@ def train_router(
     if stage not in ("ar0", "ar1"):
         raise ConfigError(f"No stage {stage!r}. Stages: ar0, ar1.")
     _check_seed(config, seed)
+    if config.routing.checkpoint is not None:
+        raise ConfigError(
+            f"routing.checkpoint {config.routing.checkpoint} is a router that was saved, so there is none to train. "
+            "Remove it to train one."
+        )
 
     def up_to(work: ExperimentRun) -> Path:
         routing = work.cells.routing(seed)
@@ -213,8 +218,11 @@ class ExperimentRun:
 
     def try_early(self) -> None:
         """What would end a long run late ends it here: an encoder that is not there, examples that do
-        not fit the base's context."""
+        not fit the base's context, a saved adapter of another base."""
         inputs, config = self.inputs, self.inputs.config
+        for arm in config.arms:
+            if (saved := arm.checkpoint) is not None:
+                load(with_shared_weights(inputs.model), saved)
         if config.routing and any(arm.route == "encoder" for arm in config.arms):
             load_encoder(config.routing.encoder, inputs.device)
         for arm in config.arms:

@@ -67,8 +67,12 @@ class Search:
             won = self.state_of(rate)
             if (won / STATE).is_file() and not (folder / STATE).exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                for name in (METRICS, STATE):
-                    (won / name).replace(folder / name)
+                for name in (
+                    METRICS,
+                    STATE,
+                ):  # a kill in between leaves the state, which is moved again
+                    if (won / name).exists():
+                        (won / name).replace(folder / name)
             shutil.rmtree(self.folder / self.name, ignore_errors=True)
 
     def _at(self, rate: float) -> TrainingConfig:

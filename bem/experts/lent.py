@@ -12,19 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-WRITES = frozenset(
-    (
-        "__set__",
-        "__setitem__",
-        "__iadd__",
-        "__isub__",
-        "__imul__",
-        "__itruediv__",
-        "__idiv__",
-        "__ipow__",
-    )
-)
-"""What writes to a tensor beside the functions whose names end in one underscore; `__set__`: of an attribute."""
+from bem.bases.writes import written
 
 
 class LentParameter(nn.Parameter):
@@ -40,7 +28,7 @@ class LentParameter(nn.Parameter):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in tree_iter(_written(getattr(func, "__name__", ""), args, kwargs)):
+        for leaf in tree_iter(written(func, args, kwargs)):
             if isinstance(leaf, LentParameter):
                 leaf.own()
         with torch._C.DisableTorchFunctionSubclass():
@@ -58,12 +46,3 @@ def lend(parameter: nn.Parameter, view: Tensor) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         parameter.data = view
         parameter.__class__ = LentParameter
-
-
-def _written(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What a function writes to: what it works on in place, a tensor or a list, and its `out`."""
-    if name in ("__set__", "requires_grad_") and args[-1] is False:
-        return ()  # it is frozen, as it was
-    name = name.partition(".")[0]  # of an overload
-    inplace = name in WRITES or (name.endswith("_") and not name.endswith("__"))
-    return (args[:1] or kwargs) if inplace else kwargs.get("out", ())

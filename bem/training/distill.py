@@ -54,6 +54,7 @@ def distill(
     folder: str | Path,
     seed: int,
     on_progress: Callable[[StepResult], None] | None = None,
+    validation: Sequence[Example] = (),
 ) -> Distilled:
     """Fit a static LoRA to a teacher; the teacher and the base stay as they are.
 
@@ -64,6 +65,7 @@ def distill(
         folder: gets the state and the metrics of `fit`; a run that was stopped is resumed from it.
         seed: of the student's start and of the order of the examples.
         on_progress: called after every step.
+        validation: rows on whose answers `config.patience` decides when to stop.
     Raises:
         As `fit`.
     """
@@ -81,6 +83,7 @@ def distill(
             on_progress,
             f"distilling into rank {rank}",
             Objective(f"KL to {_digest(teacher)}", lambda q, batch: _kl_to(teacher, q, batch)),
+            validation,
         )
     return Distilled(student, result)
 

@@ -49,7 +49,7 @@ class EarlyStopping:
     @property
     def best_step(self) -> int | None:
         """Step of the lowest loss, the first of equal ones; None before the first look."""
-        return min(self.looks, key=lambda look: look[1])[0] if self.looks else None
+        return min(self.looks, key=_comparable)[0] if self.looks else None
 
     @property
     def is_over(self) -> bool:
@@ -58,15 +58,17 @@ class EarlyStopping:
         return len(after_best) >= (self.trainer.config.patience or 0)
 
     def look(self, step: int) -> bool:
-        """Measure the loss if it is time to; whether it was."""
+        """Measure the loss if it is time to and was not done at this step; whether it was measured."""
         config = self.trainer.config
-        if step % config.evaluate_every and step != config.steps:
+        is_time = step > 0 and (step % config.evaluate_every == 0 or step == config.steps)
+        if not is_time or (self.looks and self.looks[-1][0] == step):
             return False
         loss = validation_loss(self.trainer.attached, self.trainer.tokenizer, self.rows)
-        self.looks.append((step, loss))
-        if self.best_step == step:
-            state = self.trainer.attached.state_dict()
-            self._best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        now = self.trainer.attached.state_dict()
+        copied = {name: tensor.detach().cpu().clone() for name, tensor in now.items()}
+        looks = [*self.looks, (step, loss)]
+        best = copied if min(looks, key=_comparable)[0] == step else self._best
+        self.looks, self._best = looks, best  # together: an interrupt leaves neither half
         return True
 
     @property
@@ -86,3 +88,8 @@ class EarlyStopping:
         """Take over what `state_dict` gave."""
         self.looks = [(int(step), float(loss)) for step, loss in state["looks"]]
         self._best = {name: tensor.cpu() for name, tensor in state["best"].items()}
+
+
+def _comparable(look: tuple[int, float]) -> float:
+    """A loss that is no number is the worst of all."""
+    return math.inf if math.isnan(look[1]) else look[1]

@@ -169,6 +169,7 @@ class _Run:
         """Take the steps that are left; whatever ends it, the model is in evaluation mode after."""
         model = self.trainer.attached.model.train()
         try:
+            self._look()  # an interrupt may have fallen between a step and its look
             while self.trainer.steps < len(batches) and not self._is_over():
                 self._step(batches[self.trainer.steps], on_progress)
             if self.saved_step != self.trainer.steps:
@@ -206,10 +207,15 @@ class _Run:
                 self.log.add(result)
         if on_progress:
             on_progress(result)
-        looked = self.stopper is not None and self.stopper.look(result.step)
-        every = self.config.checkpoint_every
-        if looked or result.step % every == 0:
+        if not self._look() and result.step % self.config.checkpoint_every == 0:
             self.save()
+
+    def _look(self) -> bool:
+        """Look at the validation rows if it is time to, and save what was seen; whether it was time."""
+        looked = self.stopper is not None and self.stopper.look(self.trainer.steps)
+        if looked:
+            self.save()
+        return looked
 
     def _is_over(self) -> bool:
         return self.stopper is not None and self.stopper.is_over

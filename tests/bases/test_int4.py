@@ -1,6 +1,8 @@
 """Four bits a weight: the file's own blocks, exactly; the faster form by rows; everything else as before."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_few_rows_and_many_rows_compute_the_same_layer(bias):
 def test_the_four_bits_are_what_computes_few_rows_and_nothing_else():
     linear = nn.Linear(64, 48, bias=False)
     layer = Int4Linear.of(linear)
-    layer.weight.zero_()  # frozen
+    layer.weight.data.zero_()  # which nobody sees
     assert float(layer(torch.ones(FEW, 64, dtype=torch.bfloat16)).abs().max()) > 0
     assert float(layer(torch.ones(FEW + 1, 64, dtype=torch.bfloat16)).abs().max()) == 0
     x = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -84,6 +86,62 @@ def test_the_four_bits_are_what_computes_few_rows_and_nothing_else():
     layer.weight.data.normal_()
     layer(x).sum().backward()
     assert torch.equal(x.grad, layer.weight.sum(0, keepdim=True))
+
+
+MERGES = {
+    "as PEFT merges": lambda w: setattr(w, "data", w.data + 1),
+    "in place": lambda w: w.add_(1),
+    "an optimiser": lambda w: torch._foreach_add_([w], 1.0),
+    "another tensor": lambda w: setattr(w, "data", torch.ones_like(w)),
+}
+
+
+@pytest.mark.parametrize("how", MERGES)
+@torch.no_grad()
+def test_a_weight_that_was_written_to_is_what_computes_few_rows_too(how):
+    layer = Int4Linear.of(nn.Linear(64, 48, bias=False))
+    x = torch.randn(FEW, 64, dtype=torch.bfloat16)
+    before = layer(x)
+    MERGES[how](layer.weight)
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
+    assert not torch.equal(layer(x), before)
+
+
+STAYS = {
+    "moved": lambda layer: layer.to("cpu"),
+    "cast to what it is": lambda layer: layer.to(torch.bfloat16),
+    "cast and cast back": lambda layer: layer.float().bfloat16(),
+    "frozen": lambda layer: layer.requires_grad_(False),
+    "copied": copy.deepcopy,
+    "loaded": lambda layer: layer.load_state_dict(copy.deepcopy(layer.state_dict())) and layer,
+    "pickled": lambda layer: pickle.loads(pickle.dumps(layer)),
+}
+
+
+@pytest.mark.parametrize("how", STAYS)
+@torch.no_grad()
+def test_what_changes_no_number_leaves_both_forms(how):
+    layer = Int4Linear.of(nn.Linear(64, 48, bias=False))
+    x = torch.randn(FEW, 64, dtype=torch.bfloat16)
+    before = layer(x)
+    assert not torch.equal(before, F.linear(x, layer.weight))  # so that the forms can be told apart
+    assert torch.equal(STAYS[how](layer)(x), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+def test_both_forms_compile_without_a_break(rows):
+    layer = Int4Linear.of(nn.Linear(64, 48))
+    x = torch.randn(rows, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_weight_that_is_trained_computes_alone():
+    layer = Int4Linear.of(nn.Linear(64, 48, bias=False)).requires_grad_(True)
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
 
 
 def test_many_rows_are_those_of_the_bfloat16_base_to_the_bit():

@@ -39,6 +39,10 @@ def test_every_rung_halves_the_rates_until_one_is_left(rates, rungs):
         ({"tuning": None}, "nothing is chosen"),
         ({"arms": [{"name": "s0", "role": "baseline", "training": {"learning_rate": 1e-3}}]},
          "has no effect beside `tuning`"),
+        ({"arms": [{"name": "s0", "role": "baseline", "checkpoint": "somewhere"}]},
+         "tuning has no effect: no adapter is trained"),
+        ({"arms": [{"name": "experts", "role": "baseline"}, {"name": "ar1", "route": "ar1"}], "routing": {}},
+         "arms.experts: .* Give the arm another one"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(changes, message):
@@ -50,3 +54,18 @@ def test_an_arm_may_have_more_steps_than_the_others():
     arms = [{"name": "s0", "role": "baseline", "training": {"steps": 300}}]
     config = experiment(arms=arms)
     assert config.training_of(config.baseline).steps == 300
+
+
+def test_xloras_classifier_may_be_stopped_early_too():
+    routing = {"experts": {"json": ["sig2json"]}, "checkpoint": "somewhere"}
+    arms = [
+        {"name": "s0", "role": "baseline", "checkpoint": "somewhere"},
+        {"name": "xlora", "route": "xlora", "role": "control"},
+    ]
+    training = {"steps": 10, "patience": 1}
+    config = experiment(tuning=None, routing=routing, arms=arms, training=training)
+    assert config.data.validation_rows == 8
+    with pytest.raises(ConfigError, match="patience needs rows"):
+        experiment(
+            tuning=None, routing=routing, arms=arms, training=training, data={"tasks": ["sig2json"]}
+        )

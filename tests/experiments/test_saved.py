@@ -1,13 +1,14 @@
 """Saved adapters and routers are measured as they are: nothing is trained, nothing is changed."""
 
 import pytest
+import torch
 import yaml
 
 import bem
 from bem.adapters.version import Version
 from bem.config import ExperimentConfig, load, parse
-from bem.errors import CheckpointError, ConfigError
-from bem.experiments.run import run
+from bem.errors import BaseMismatch, CheckpointError, ConfigError
+from bem.experiments.run import run, train_router
 from bem.files import read_json
 from bem.routing.mount import blank_expert, mount
 from bem.runs.folder import RunFolder
@@ -79,6 +80,7 @@ def test_a_run_of_saved_arms_trains_nothing_and_keeps_their_versions(saved, tmp_
         ({"training": {"steps": 3}}, "training has no effect with a checkpoint"),
         ({"role": "candidate"}, "match has no effect with a checkpoint.*Set `match: none`"),
         ({"route": "ar1"}, "Give `routing.checkpoint` instead"),
+        ({"adapters": {"variant": "s0", "rank": 9}}, "rank has no effect with a checkpoint"),
     ],
 )
 def test_what_a_checkpoint_decides_cannot_be_set_beside_it(saved, tmp_path, arm, message):
@@ -96,6 +98,8 @@ def test_what_a_checkpoint_decides_cannot_be_set_beside_it(saved, tmp_path, arm,
     [
         ({"training": {"steps": 3}}, "routing.training has no effect"),
         ({"experts": {}}, "which expert serves which skill"),
+        ({"router": {"switch_cost": 0.3}}, "routing.router has no effect with routing.checkpoint"),
+        ({"policy_gradient": {"iterations": 1}}, "routing.policy_gradient has no effect"),
     ],
 )
 def test_a_saved_router_is_taken_whole(saved, tmp_path, routing, message):
@@ -125,6 +129,59 @@ def test_other_experts_or_another_variant_are_refused_by_name(saved, tmp_path):
     given["arms"][0] = {"name": "s0", "checkpoint": "nowhere", "role": "baseline"}
     with pytest.raises(CheckpointError, match="nowhere"):
         run(parse(ExperimentConfig, given, "t"))
+
+
+def test_a_folder_without_a_manifest_is_no_run_that_has_to_be_finished(saved, tmp_path):
+    given = values(saved, tmp_path)
+    (tmp_path / "lora").mkdir()
+    given["arms"][0] = {"name": "s0", "checkpoint": str(tmp_path / "lora"), "role": "baseline"}
+    with pytest.raises(CheckpointError, match=r"Arm s0: .* no saved adapter: .*bem\.load"):
+        run(parse(ExperimentConfig, given, "t"))
+
+
+def test_a_tilde_is_the_home_folder(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved))
+    given = values(saved, tmp_path)
+    given["arms"][0]["checkpoint"], given["routing"]["checkpoint"] = "~/static", "~/router"
+    assert parse(ExperimentConfig, given, "t") == parse(
+        ExperimentConfig, values(saved, tmp_path), "t"
+    )
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_trained(saved, tmp_path):
+    model = bem.load_base("bem-tiny")[0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] += 1
+    bem.attach(model, "s0", rank=4).save(tmp_path / "other")
+    given = values(saved, tmp_path)
+    given["arms"] = [
+        {"name": "trained", "role": "baseline"},
+        {"name": "other", "checkpoint": str(tmp_path / "other"), "match": "none"},
+    ]
+    del given["routing"]
+    told = []
+    with pytest.raises(BaseMismatch, match="other"):
+        run(parse(ExperimentConfig, given, "t"), told.append)
+    assert not [event for event in told if "training" in event.stage]
+
+
+def test_saved_arms_stand_beside_a_base_that_is_shown_examples(saved, tmp_path):
+    given = values(saved, tmp_path)
+    given["arms"] = [given["arms"][0], {"name": "few", "shots": 1, "role": "control"}]
+    del given["routing"]
+    given["data"] = {"tasks": ["sig2json"], "dev_rows": 2, "train_rows": 9}
+    run(parse(ExperimentConfig, given, "t"))
+    assert load_scores(RunFolder(tmp_path / "saved").cell("few", 0).measurement).n == 2
+
+
+def test_the_report_states_what_was_saved_not_what_the_settings_would_have_made(saved, tmp_path):
+    given = values(saved, tmp_path)
+    given["routing"]["expert_rank"] = 7
+    run(parse(ExperimentConfig, given, "t"))
+    report = (tmp_path / "saved" / "report.md").read_text(encoding="utf-8")
+    assert "| 2 × 2 + 2 |" in report and "× 7" not in report
+    with pytest.raises(ConfigError, match="a router that was saved, so there is none to train"):
+        train_router(parse(ExperimentConfig, given, "t"), 0)
 
 
 def test_the_resolved_config_is_yaml_that_can_be_run_again(saved, tmp_path):

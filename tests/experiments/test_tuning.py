@@ -87,6 +87,15 @@ def test_rates_that_all_diverge_are_an_error_that_names_them(tmp_path):
         search(tmp_path).tuned(lambda *trial: math.nan, silent)
 
 
+def test_a_handing_over_that_was_killed_half_way_is_done_again(tmp_path):
+    tuned = search(tmp_path).tuned(Trainings(), silent)
+    cell, won = tmp_path / "cell", search(tmp_path).state_of(tuned.learning_rate)
+    cell.mkdir()
+    (won / METRICS).replace(cell / METRICS)  # killed here
+    search(tmp_path).hand_over(tuned.learning_rate, cell)
+    assert (cell / STATE).read_text() == (cell / METRICS).read_text() == "0.002 8"
+
+
 def test_the_winner_hands_its_state_over_once(tmp_path):
     tuned = search(tmp_path).tuned(Trainings(), silent)
     cell = tmp_path / "cell"

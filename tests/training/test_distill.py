@@ -142,3 +142,12 @@ def test_the_student_is_saved_as_s0_and_as_a_plain_lora(tokenizer, tmp_path):
     for again in (loaded, plain):
         torch.testing.assert_close(again(input_ids=ids).logits, said, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(sharp_llama()(input_ids=ids).logits, said, atol=1e-3)
+
+
+def test_it_is_stopped_early_where_the_settings_say_so(tokenizer, tmp_path):
+    teacher, given = routed(), rows()
+    patient = settings(steps=4, patience=1, evaluate_every=2)
+    made = distill(
+        teacher, tokenizer, given[:8], 4, patient, tmp_path, seed=0, validation=given[8:]
+    )
+    assert made.training.validation and made.training.best_step in (2, 4)

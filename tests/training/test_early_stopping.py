@@ -1,5 +1,6 @@
 """The step with the lowest loss on rows set aside is kept; a resumed run keeps the same one."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -93,6 +94,35 @@ def test_a_training_cut_in_two_is_the_training_in_one(
             assert all(torch.equal(at_once[name], tensor) for name, tensor in after.items())
         attached.detach()
     assert (result.validation, result.best_step) == (whole.validation, whole.best_step)
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_an_interrupt_between_a_step_and_its_look_loses_no_look(
+    micro_llama, tokenizer, rows, tmp_path, losses, at
+):
+    """Also at the last step, which is looked at in any case."""
+    losses += [3.0, 2.0, 1.0]
+    attached = bem.attach(micro_llama, "s0")
+
+    def stop(result):
+        if result.step == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            attached, tokenizer, rows[:12], config(steps=6), tmp_path, 0, stop, validation=rows[12:]
+        )
+    attached.detach()
+    _, result = trained(micro_llama, tokenizer, rows, tmp_path, steps=6)
+    assert result.validation == [(2, 3.0), (4, 2.0), (6, 1.0)]
+
+
+def test_a_loss_that_is_no_number_is_never_the_lowest(
+    micro_llama, tokenizer, rows, tmp_path, losses
+):
+    losses += [math.nan, 5.0, math.nan]
+    _, result = trained(micro_llama, tokenizer, rows, tmp_path, steps=6)
+    assert result.best_step == 4
 
 
 def test_a_finished_training_is_finished_and_may_be_asked_for_again(

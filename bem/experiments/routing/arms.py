@@ -94,6 +94,7 @@ def _train_peer(peer: Peer, artifacts: RoutingArtifacts, cell: Cell) -> None:
         artifacts.seed,
         lambda step: artifacts.say("training X-LoRA", step.step, steps, f"loss {step.loss:.3f}"),
         "xlora",
+        validation=artifacts.inputs.validation,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,7 @@ def arms_of(
     whole = read_json(folder.latency, CheckpointError).get("base_memory_bytes")
     arms = []
     for colour, arm in enumerate(ordered(config)):
-        manifest = folder.cell(arm.name, config.seeds[0]).checkpoint / "manifest.json"
-        rank = _rank(read_json(manifest, CheckpointError), config)
+        rank = _rank_of(folder, config, arm)
         verdict = judgement.candidates.get(arm.name) or judgement.controls.get(arm.name)
         arms.append(
             Arm(
@@ -119,6 +119,23 @@ def _describe(config: ExperimentConfig, arm: ArmConfig, plan: Mapping[str, Any])
     return f"{ABOUT.get(variant, variant)}{inside}{where}"
 
 
+def _rank_of(folder: RunFolder, config: ExperimentConfig, arm: ArmConfig) -> str:
+    """`_rank`; of experts that were saved no setting knows the ranks: as their files say."""
+    checkpoint = folder.cell(arm.name, config.seeds[0]).checkpoint
+    manifest = read_json(checkpoint / "manifest.json", CheckpointError)
+    if not arm.route or config.routing is None or config.routing.checkpoint is None:
+        return _rank(manifest, config)
+    where, names = folder.routing(config.seeds[0]) / "peer-experts", manifest.get("peer", {})
+    names, shared = list(names.get("experts", ())), None
+    if "experts" in manifest:
+        where, shared = checkpoint / "experts", manifest["router"]["shared"]
+        names = [expert["name"] for expert in manifest["experts"]]
+    ranks = {n: read_json(where / n / "adapter_config.json", CheckpointError)["r"] for n in names}
+    beside = [str(ranks.pop(shared))] if shared in ranks else []
+    runs = ((rank, len(list(each))) for rank, each in groupby(ranks.values()))
+    return " + ".join([*(f"{count} × {rank}" for rank, count in runs), *beside])
+
+
 def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
     """`8`, `8 / 4` where the two sites differ; `7 × 8 + 16`: seven experts and a shared one; `–`: none."""
     if manifest.get("kind") == "bare":
@@ -126,10 +143,11 @@ def _rank(manifest: dict[str, Any], config: ExperimentConfig) -> str:
     adapter = manifest.get("adapter")
     if adapter is None:
         assert config.routing is not None
-        shared = config.routing.shared_rank if "experts" in manifest else 0
-        experts = manifest["experts"] if "experts" in manifest else manifest["peer"]["experts"]
-        count = len(experts) - (shared > 0)
-        return f"{count} × {config.routing.expert_rank}" + (f" + {shared}" if shared else "")
+        own, shared = config.routing.expert_rank, config.routing.shared_rank
+        if "peer" in manifest:  # the shared one is folded into each
+            return f"{len(manifest['peer']['experts'])} × {own + shared}"
+        count = len(manifest["experts"]) - (shared > 0)
+        return f"{count} × {own}" + (f" + {shared}" if shared else "")
     ranks = [adapter.get("rank_attn"), adapter.get("rank_mlp")]
     if all(r is None for r in ranks):
         return str(adapter["rank"])

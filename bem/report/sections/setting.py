@@ -26,12 +26,13 @@ def _training(config: ExperimentConfig) -> str:
     """`200 training steps each`; experts are trained together, for steps of their own."""
     if not config.trains:
         return "all of them as they were saved"
-    steps = f"{config.training.steps} training steps"
+    steps = f"{'up to ' if config.training.patience else ''}{config.training.steps} training steps"
     if not config.trains_experts or not any(arm.route for arm in config.arms):
         return (
             f"{steps} for each adapter" if any(a.is_bare for a in config.arms) else f"{steps} each"
         )
-    together = config.expert_training.steps
+    training = config.expert_training
+    together = f"{'up to ' if training.patience else ''}{training.steps}"
     return f"{steps} for each adapter, {together} for all experts together"
 
 
