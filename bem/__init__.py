@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from bem.adapters.checks import check_adapter
     from bem.adapters.peft_method import BemConfig
     from bem.bases.load import load_base
+    from bem.engine.engine import Engine
+    from bem.engine.request import Request, Sampling
     from bem.experts.expert import read_expert
     from bem.online.drift import DriftDetector
     from bem.routing.mount import load_router, mount
@@ -31,9 +33,12 @@ _WHERE = {
     "BEMv13System": "bem.system",
     "BemConfig": "bem.adapters.peft_method",
     "DriftDetector": "bem.online.drift",
+    "Engine": "bem.engine.engine",
     "Mounted": "bem.routing.mounted",
     "PerformanceTracker": "bem.system",
+    "Request": "bem.engine.request",
     "RouterFit": "bem.training.fit_router",
+    "Sampling": "bem.engine.request",
     "StatisticalValidator": "bem.system",
     "attach": "bem.adapters.attach",
     "bca_bootstrap": "bem.stats",
@@ -55,9 +60,12 @@ __all__ = [
     "BEMv13System",
     "BemConfig",
     "DriftDetector",
+    "Engine",
     "Mounted",
     "PerformanceTracker",
+    "Request",
     "RouterFit",
+    "Sampling",
     "StatisticalValidator",
     "attach",
     "bca_bootstrap",

@@ -10,6 +10,8 @@
     │   └── BaseMismatch   made for another base model
     ├── TrainingError      training stopped; the last good state is kept
     │   └── Diverged       the loss or a gradient was not finite
+    ├── EngineError        a request or a model that the engine cannot serve
+    │   └── QueueFull      too many requests wait
     ├── MeasurementError   a number that could not be measured
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
@@ -56,6 +58,14 @@ class TrainingError(BemError):
 
 class Diverged(TrainingError):
     """The loss or a gradient was not finite."""
+
+
+class EngineError(BemError):
+    """A request or a model that the engine cannot serve."""
+
+
+class QueueFull(EngineError):
+    """Too many requests wait."""
 
 
 class MeasurementError(BemError):

@@ -102,7 +102,8 @@ class Runtime:
             named = dict(zip(self._of_call, args, strict=False)) | kwargs
             if given.turns is None and named.get("labels") is not None:
                 given.turns = turns_from_labels(named["labels"])
-            given.mask = _mask(named.get("attention_mask"), self.ambient.generating is not None)
+            prepared = self.ambient.generating is not None or _is_ragged(find_cache(args, kwargs))
+            given.mask = _mask(named.get("attention_mask"), prepared)
             self.ambient.given = given
 
     def call_ends(self) -> None:
@@ -122,7 +123,7 @@ class Runtime:
         call, mask = ambient.generating, named.get("attention_mask")
         if given is None:
             given = ours
-            given.mask = _mask(mask, call is not None)
+            given.mask = _mask(mask, call is not None or _is_ragged(find_cache(args, kwargs)))
         positions = named.get("position_ids")
         ambient.context = StepContext(
             mask=mask if _is_plain(mask) else given.mask,
@@ -209,16 +210,24 @@ def decoder_of(modules: dict[str, nn.Module], blocks: Sequence[str]) -> nn.Modul
     raise AttachError(f"no module above {blocks[0]} has a forward pass of its own.")
 
 
-def _mask(mask: Any, generating: bool) -> Tensor | None:
-    """The 2-D mask that a caller gave; AttachError if it has another form."""
+def _mask(mask: Any, prepared: bool) -> Tensor | None:
+    """The 2-D mask that a caller gave; AttachError if it has another form.
+
+    prepared: another form is right: a static cache has its masks made before the model is called, a
+        ragged one knows its padding.
+    """
     if mask is None or _is_plain(mask):
         return mask
-    if generating:  # a static cache has its masks made before the model is called
+    if prepared:
         return None
     form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise AttachError(
         f"BEM needs the 2-D attention mask (batch, tokens), got {form}: it tells padding from text."
     )
+
+
+def _is_ragged(cache: Any) -> bool:
+    return bool(cache is not None and cache.layers and getattr(cache.layers[-1], "ragged", False))
 
 
 def _is_plain(mask: Any) -> bool:

@@ -25,6 +25,8 @@ class ControlLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
     is_sliding = False
+    ragged = False
+    """Its rows stand at different places, and it knows itself which tokens of a piece are padding."""
 
     def __init__(
         self, wiring: Wiring, owner: str, is_compileable: bool = False, lowest: Any = None
@@ -84,6 +86,19 @@ class ControlLayer(CacheLayerMixin):
         self.tables = None
         size = self.layout.chunk_size
         self.counts = [c % size + 1 for c in self.counts or ()] if decoded else None
+
+    def real(self, tokens: int) -> Tensor | None:
+        """Bool (batch, tokens): False at a piece's padding; None: whoever calls the model says it."""
+        return None
+
+    def known(self, name: str) -> Tensor | None:
+        """What was said of each row beside its tokens (batch, width); None: nothing was read yet."""
+        return None if self.state is None else self.state.conditioning[name]
+
+    def tell(self, name: str, value: Tensor) -> None:
+        """It holds from now on."""
+        assert self.state is not None
+        self.state.conditioning[name].copy_(value)
 
     def count(self) -> None:
         """Read back, once for a prompt, how full the running chunks are: decoding then counts on."""

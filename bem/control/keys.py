@@ -39,6 +39,10 @@ class ChunkKey:
         """
         return cls(sha256(f"{base} {dtype} {chunk_size} {tokenizer}".encode()).hexdigest())
 
+    def salted(self, salt: str) -> ChunkKey:
+        """The root of those who share chunks among themselves alone."""
+        return ChunkKey(sha256(f"{self.digest} for {salt}".encode()).hexdigest()) if salt else self
+
     def extend(
         self, token_ids: Sequence[int], control: Float[Tensor, " width"], weights: str
     ) -> ChunkKey:

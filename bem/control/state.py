@@ -176,7 +176,7 @@ class ControlState:
         room, size = self._remember(slots, tokens), self.layout.chunk_size
         for slot in slots:
             self.turns[slot] += begun - -(-tokens // size)
-        self._make_room(slots)
+        self.make_room(slots)
         self._write_history(rows, starts, pooled)
         at = starts[:, None] + torch.arange(tokens, device=self.device)
         self.valid[rows[:, None], at] = valid
@@ -212,7 +212,7 @@ class ControlState:
             running.sums.index_add_(0, rows, features[:, 0].double())
             running.count.index_add_(0, rows, torch.ones_like(rows))
             self.recent[rows, at] = features[:, 0]
-        self._make_room(slots)
+        self.make_room(slots)
 
     def _remember(self, slots: Sequence[int], tokens: int) -> int:
         """Count so many more tokens of each; returns of how many of them features are kept."""
@@ -241,7 +241,7 @@ class ControlState:
         more[rows, at % KEPT_FEATURES] = self.recent[rows, at % room]
         self.recent = more
 
-    def _make_room(self, slots: Sequence[int]) -> None:
+    def make_room(self, slots: Sequence[int]) -> None:
         """Enlarge what is too small. The last row of the history is no chunk's."""
         columns = max(self.columns[s] for s in slots)
         size = self.layout.chunk_size
@@ -253,6 +253,17 @@ class ControlState:
             with torch.inference_mode(False):
                 for name in ("starts", "chunk_sums", "controls"):
                     setattr(self, name, _grown(getattr(self, name), chunks + 2 + chunks // 4))
+
+    def drop_padding(self, slots: Sequence[int], padding: Sequence[int]) -> None:
+        """The last piece of each ended with so many columns of padding: forget them.
+
+        A crop inside the running chunk is refused from here on: what stands there is not kept in order.
+        """
+        for slot, columns in zip(slots, padding, strict=True):
+            if columns:
+                self.columns[slot] -= columns
+                self.oldest[slot] = self.columns[slot]
+                self.valid[slot, self.columns[slot] :] = True
 
     # --- forgetting -------------------------------------------------------------------------------
 

@@ -99,7 +99,9 @@ def _route_piece(
 ) -> None:
     batch, tokens = hidden.shape[:2]
     offset = 0 if layer is None else layer.columns
-    valid = _valid(context, batch, tokens, offset, hidden.device)
+    valid = None if layer is None else layer.real(tokens)
+    if valid is None:
+        valid = _valid(context, batch, tokens, offset, hidden.device)
     turns = _turn_starts(context, batch, tokens, offset, valid)
     route = _route(context, batch, tokens, offset, hidden.device)
     context.packed = _documents(context, valid, layer)
@@ -266,7 +268,7 @@ def _conditioning(
         if value is None and call is not None and name in call.given.conditioning:
             whole = rows if context.packed is None else 1
             value = _repeated(call.given.conditioning[name], whole)
-        held = None if layer is None or layer.state is None else layer.state.conditioning[name]
+        held = None if layer is None else layer.known(name)
         if value is None:
             value = pooled.sums.new_zeros(rows, width).float() if held is None else held
         else:
@@ -276,8 +278,8 @@ def _conditioning(
             last, value = value[:, -1], value.gather(1, at)
         else:
             last, value = value, value[:, None].expand(-1, new, -1)
-        if held is not None:
-            held.copy_(last)
+        if layer is not None and held is not None:
+            layer.tell(name, last)
         known[name] = torch.zeros_like(value) if controller.blind else value
     return known
 
@@ -307,6 +309,8 @@ def _documents(context: StepContext, valid: Tensor, layer: ControlLayer | None) 
     """
     if context.documents is None or context.generating is not None or valid.shape[1] == 1:
         return None
+    if layer is not None and layer.ragged:
+        return None  # a row is one sequence
     packed = Documents.of(context.documents, valid)
     if packed is not None and layer is not None:
         layer.refusal = (

@@ -57,10 +57,14 @@ class Pack(Acting):
     def acting(self, applied: Float[Tensor, " width"]) -> str:
         """Digest of the experts that act under an applied control: what a chunk's key holds of the
         weights, so that it stays while the others change."""
+        return _together(self.digests_acting(applied))
+
+    def digests_acting(self, applied: Float[Tensor, " width"]) -> tuple[str, ...]:
+        """Digest of each expert that acts under an applied control."""
         used: set[int] = set()
         for member, control in zip(self.members, applied.split(self._widths), strict=True):
             used |= set(member.engine.owner[control.to(member.v.device) != 0].tolist())
-        return _together(self.expert_digests[e] for e in sorted(used))
+        return tuple(self.expert_digests[e] for e in sorted(used))
 
     @cached_property
     def _widths(self) -> list[int]:

@@ -1,0 +1,126 @@
+"""What acts on a sequence: settled when it is admitted, kept to its end, whatever is swapped meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bem.adapters.version import Version
+from bem.control.wiring import Acting, Wiring
+from bem.engine.request import ChunkAction
+from bem.errors import EngineError
+from bem.files import sha256_json
+from bem.routing.action import EXPERT, RANK, RECORD, STRENGTH
+from bem.routing.mounted import Mounted
+from bem.routing.pack import Pack
+
+STATIC_CHUNK = 64
+"""Tokens of a chunk where nothing changes from chunk to chunk: the unit of the store alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Acts:
+    """One version at work."""
+
+    version: Version
+    controller: str
+    """Digest of all on which a decision depends beside what was read and said: equal for two releases that
+    differ in an expert's weights alone."""
+    acting: Acting | None
+    """None: nothing changes from chunk to chunk."""
+    wiring: Wiring | None
+    dtype: torch.dtype
+
+    @property
+    def chunk_size(self) -> int:
+        """Longest chunk in tokens."""
+        return STATIC_CHUNK if self.acting is None else self.acting.controller.chunk_size
+
+    @property
+    def reads(self) -> dict[str, int]:
+        """Name -> width of what it can be told beside the tokens."""
+        return {} if self.acting is None else self.acting.controller.conditioning
+
+    @property
+    def frozen(self) -> bool:
+        """Does it stay what it is while the model's weights are changed?"""
+        return isinstance(self.acting, Pack)
+
+    def weights(self, applied: Tensor) -> tuple[str, tuple[str, ...]]:
+        """(digest of the weights that act under an applied control, digests by which they can be purged)."""
+        if isinstance(self.acting, Pack):
+            return self.acting.acting(applied), self.acting.digests_acting(applied)
+        return self.version.digest, ()
+
+    def compose_again(self, tail: Tensor) -> Tensor | None:
+        """The control that a decision means under these weights, as it is applied; None: a decision and what
+        is applied are one here.
+
+        Args:
+            tail: the controller's own part of a chunk's control (1, tail width).
+        """
+        pack = self.acting
+        if not isinstance(pack, Pack):
+            return None
+        members = [member.at(self.dtype) for member in pack.members]
+        control = pack.controller.composer(members, tail[:, None, :RECORD], pack.controller.rules)
+        return control[:, 0].to(self.dtype).float()
+
+    def option(self, route: str | int | None) -> int | None:
+        """Option of the expert that a request names.
+
+        Raises:
+            EngineError: there is no such expert.
+        """
+        if route is None:
+            return None
+        if not isinstance(self.acting, Pack):
+            raise EngineError(
+                f"route {route!r} names an expert, and none are mounted: see bem.mount."
+            )
+        space = self.acting.controller.space
+        if isinstance(route, int):
+            found = route if 0 <= route < space.sizes[0] else None
+        else:
+            found = 0 if route == "base" else None
+            found = space.option(route) if route in space.experts else found
+        if found is None:
+            known = ", ".join(["base", *space.experts])
+            raise EngineError(f"no expert {route!r}. Experts, from option 0 on: {known}.")
+        return found
+
+    def actions(self, tails: Tensor, starts: list[int]) -> tuple[ChunkAction, ...]:
+        """What a router did: from the tails of the chunks (chunks, tail width) that begin there."""
+        if not isinstance(self.acting, Pack):
+            return ()
+        space = self.acting.controller.space
+        return tuple(
+            ChunkAction(
+                start,
+                space.name(int(record[EXPERT])),
+                space.ranks[int(record[RANK])] if record[EXPERT] else 0,
+                space.strengths[int(record[STRENGTH])] if record[EXPERT] else 0.0,
+            )
+            for start, record in zip(starts, tails.tolist(), strict=True)
+        )
+
+
+def acts_of(adapted: Any) -> Acts:
+    """What acts on the model for a sequence that begins now.
+
+    Raises:
+        EngineError: its adapter is switched off, or its experts train.
+    """
+    wiring, version = adapted.base.bem_runtime.wiring, adapted.version
+    if isinstance(adapted, Mounted):
+        if wiring is None or adapted.trains == "experts":
+            raise EngineError("the experts are switched off or train: finish that first.")
+        decides = [version.weights["router"], dict(version.config), version.base]
+        sizes = {site: [size.rank, size.scale] for site, size in version.sites.items()}
+        controller = sha256_json([*decides, sizes])
+        return Acts(version, controller, adapted.pack, wiring, adapted.base.dtype)
+    acting = None if wiring is None else wiring.acting()
+    return Acts(version, version.digest, acting, wiring, adapted.base.dtype)

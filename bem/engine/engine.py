@@ -1,0 +1,400 @@
+"""The engine: many requests at once, each adapted and routed by itself, no finished chunk computed twice.
+
+    engine = bem.Engine(adapted, tokenizer)
+    results = engine.generate(["one prompt", "another"], max_new_tokens=64)
+
+or step by step: `submit` puts a request into the queue, every `step` admits what fits, reads a piece of the
+prompts, decodes one token for all that run, and hands out what was finished. One thread drives it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Row
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bem.control.generation import conditioning_of
+from bem.control.keys import ChunkKey
+from bem.engine.acts import Acts, acts_of
+from bem.engine.answers import Reader, ends_of
+from bem.engine.chain import Chains
+from bem.engine.fit import check_probe, longest, mask_dtype
+from bem.engine.request import ChunkAction, FinishReason, Request, Result
+from bem.engine.runner import Piece, Runner
+from bem.engine.sampler import choose
+from bem.engine.scheduler import Waiting, batches, prefill_pieces
+from bem.engine.sequence import Sequence, Spans
+from bem.engine.slab import Slab, SlotLayer
+from bem.engine.store import ChunkStore
+from bem.errors import EngineError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did."""
+
+    step: int
+    seconds: float
+    admitted: int
+    """Requests that left the queue."""
+    prefilled: int
+    """Tokens of prompts that were computed."""
+    reused: int
+    """Tokens of prompts that came from the store."""
+    decoded: int
+    """Tokens generated, the first ones of answers included."""
+    passes: int
+    """Forward passes."""
+    running: int
+    waiting: int
+    finished: tuple[Result, ...]
+
+
+class Engine:
+    """Generates for many requests at once with one adapted model; see the module's docstring."""
+
+    def __init__(
+        self,
+        adapted: Any,
+        tokenizer: Any,
+        slots: int = 8,
+        cache_gib: float = 1.0,
+        *,
+        max_tokens: int | None = None,
+        prefill_tokens: int = 512,
+        queue: int = 1024,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """
+        Args:
+            adapted: what `bem.attach`, `load`, `mount` or `load_router` gave.
+            slots: sequences that run at once.
+            cache_gib: of the chunk store, beside what runs; 0: nothing is stored.
+            max_tokens: of the longest sequence, prompt and answer; None: as the model allows.
+            prefill_tokens: prompt tokens that are read in one step: more, and answers that run wait longer.
+            queue: requests that may wait.
+            seed: of the random numbers of requests that bring no seed.
+            clock: seconds that only grow; deadlines and times are by it.
+        Raises:
+            EngineError: the model cannot be run with rows at different places, or a number makes no sense.
+        """
+        for name, value in (("slots", slots), ("prefill_tokens", prefill_tokens), ("queue", queue)):
+            if value < 1:
+                raise EngineError(f"{name} must be at least 1, got {value}.")
+        self.adapted, self.tokenizer, self.slots = adapted, tokenizer, slots
+        self.prefill_tokens, self.clock = prefill_tokens, clock
+        self.max_tokens = _checked_length(adapted.base, max_tokens)
+        self.store = ChunkStore(int(cache_gib * GIB))
+        self.waiting = Waiting(queue)
+        self._rows: list[Sequence | None] = [None] * slots
+        self._arrived: list[Sequence] = []  # those that run, in the order of admission
+        self._reader = Reader(tokenizer, ends_of(adapted.base, tokenizer))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._undelivered: list[Result] = []
+        self._ids = self._steps = 0
+        self._acts = acts_of(adapted)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        acts, base = self._acts, self.adapted.base
+        blocks = len(self.adapted.plan.sites.blocks)
+        mask, pad = mask_dtype(base), self._reader.pad_id
+
+        def runner(slots: int) -> Runner:
+            control = None if acts.wiring is None else SlotLayer(acts.wiring, slots, base.device)
+            return Runner(self.adapted.model, Slab(blocks, slots), control, pad, mask)
+
+        with torch.inference_mode():
+            check_probe(base, self._alone, lambda *rows: _probed(runner(2), acts, *rows))
+        self._runner = runner(self.slots)
+        root = ChunkKey.root(acts.version.base, base.dtype, acts.chunk_size, self._reader.name)
+        self._chains = Chains(self.store, self._runner.slab, self._runner.control, root)
+
+    def _alone(self, ids: list[int]) -> Tensor:
+        """Logits of a plain forward pass, for `check_probe`."""
+        tokens = torch.tensor([ids], device=self.adapted.base.device)
+        turns = torch.zeros_like(tokens, dtype=torch.bool)
+        turns[0, -2] = True
+        return self.adapted.model(input_ids=tokens, turn_starts=turns).logits[0, -1].float()
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Put a request into the queue; returns its number, under which its result comes.
+
+        Raises:
+            QueueFull: as many as allowed wait already.
+            EngineError: it can never be served: too long, a token without embedding, an unknown expert.
+        """
+        ids = self._reader.ids_of(request.prompt)
+        self._check(request, ids)
+        sequence = Sequence(self._ids, request, ids, len(ids), self.clock())
+        self.waiting.add(sequence)
+        self._ids += 1
+        return sequence.id
+
+    def _check(self, request: Request, ids: list[int]) -> None:
+        entries = self.adapted.base.get_input_embeddings().weight.shape[0]
+        if not ids:
+            raise EngineError("the prompt has no token: give it at least one.")
+        if len(ids) + request.max_new_tokens > self.max_tokens:
+            raise EngineError(
+                f"{len(ids)} prompt tokens and max_new_tokens {request.max_new_tokens} are more than the "
+                f"{self.max_tokens} tokens that a sequence may have. Shorten the prompt or ask for less."
+            )
+        if not 0 <= min(ids) <= max(ids) < entries:
+            raise EngineError(
+                f"token ids {min(ids)} to {max(ids)}: the model has {entries} entries, 0 to {entries - 1}."
+            )
+        if odd := [t for t in request.turn_starts if not 0 <= t < len(ids)]:
+            raise EngineError(f"turn_starts {odd} are outside the prompt's {len(ids)} tokens.")
+        self._acts.option(request.route)
+        if request.evidence is not None:
+            conditioning_of(None, list(request.evidence))
+
+    def cancel(self, id: int) -> bool:
+        """End a request; its result, as far as it came, is handed out by the next step. False: it is over."""
+        for sequence in [*self.waiting, *self._arrived]:
+            if sequence.id == id and sequence.finished is None:
+                self._end(sequence, "cancelled")
+                return True
+        return False
+
+    def generate(
+        self,
+        prompts: Row[str | Row[int] | Request],
+        max_new_tokens: int = 64,
+        ignore_eos: bool = False,
+        **fields: Any,
+    ) -> list[Result]:
+        """Answers to all prompts, in their order.
+
+        Args:
+            prompts: texts, token ids, or whole requests, which are taken as they are.
+            fields: of `Request`, for all that are not whole requests.
+        """
+        wanted = [
+            p if isinstance(p, Request)
+            else Request(p, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **fields)
+            for p in prompts
+        ]  # fmt: skip
+        order, results, others = [], {}, []
+        while len(results) < len(wanted):
+            while len(order) < len(wanted) and len(self.waiting) < self.waiting.most:
+                order.append(self.submit(wanted[len(order)]))
+            for result in self.step().finished:
+                if result.id in order:
+                    results[result.id] = result
+                else:
+                    others.append(result)
+        self._undelivered += others
+        return [results[id] for id in order]
+
+    @property
+    def busy(self) -> bool:
+        """Does anything wait, run, or wait to be handed out?"""
+        return bool(len(self.waiting) or self._arrived or self._undelivered)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> StepStats:
+        """Admit, read a piece of the prompts, decode a token for all, hand out.
+
+        Raises:
+            EngineError: the model was changed in a way that sequences which run cannot follow.
+        """
+        began, passes, reused = self.clock(), self._runner.passes, self.store.stats.reused
+        if self.adapted.base.training:
+            raise EngineError("the model is in training mode: call model.eval() before a step.")
+        for sequence in [*self.waiting, *self._arrived]:
+            if sequence.deadline is not None and began >= sequence.deadline:
+                self._end(sequence, "deadline")
+        admitted = self._admit()
+        prefilled, first = self._prefill()
+        decoded = self._decode()
+        if not len(self.waiting):
+            self._close_ranks()
+        finished, self._undelivered = tuple(self._undelivered), []
+        self._steps += 1
+        return StepStats(
+            self._steps,
+            self.clock() - began,
+            admitted,
+            prefilled,
+            self.store.stats.reused - reused,
+            first + decoded,
+            self._runner.passes - passes,
+            len(self._arrived),
+            len(self.waiting),
+            finished,
+        )
+
+    def _admit(self) -> int:
+        """Give free slots to those who wait."""
+        if not len(self.waiting) or None not in self._rows:
+            return 0
+        acts, admitted = self._current(), 0
+        for slot in [s for s, row in enumerate(self._rows) if row is None]:
+            sequence = self.waiting.take()
+            if sequence is None:
+                break
+            self._begin(sequence, slot, acts)
+            admitted += 1
+        return admitted
+
+    def _begin(self, sequence: Sequence, slot: int, acts: Acts) -> None:
+        request = sequence.request
+        sequence.acts, sequence.slot = acts, slot
+        sequence.route = acts.option(request.route)
+        sequence.spans = Spans(sequence.prompt, request.turn_starts, acts.chunk_size)
+        if request.sampling.temperature:
+            seed = request.sampling.seed
+            if seed is None:
+                seed = int(torch.randint(1 << 62, (), generator=self._generator))
+            sequence.generator = torch.Generator().manual_seed(seed)
+        if (control := self._runner.control) is not None:
+            sequence.control = control.state.begin()
+            control.look_again()
+            for name, told in conditioning_of(None, request.evidence).items():
+                if name in acts.reads:
+                    _check_width(name, told, acts.reads[name])
+                    control.state.conditioning[name][sequence.control] = told
+        self._rows[slot] = sequence
+        self._arrived.append(sequence)
+
+    def _current(self) -> Acts:
+        """What acts on sequences that begin now."""
+        acts, before = acts_of(self.adapted), self._acts
+        if acts.version == before.version and (acts.acting is before.acting or not acts.frozen):
+            return before
+        if acts.wiring is not before.wiring:
+            raise EngineError(
+                "another adapter is active on the model now: make a new engine for it."
+            )
+        if not before.frozen and self._arrived:
+            raise EngineError(
+                f"the adapter's weights were changed in place while {len(self._arrived)} sequences run on them: let "
+                "them finish, or cancel them, before weights are changed."
+            )
+        self._acts = acts
+        return acts
+
+    def _prefill(self) -> tuple[int, int]:
+        """Read a piece of the prompts; returns (tokens read, first tokens of answers)."""
+        budget, first = self.prefill_tokens, 0
+        while budget > 0:
+            ready = self._chains.ready([s for s in self._arrived if s.prefilling])
+            pieces = prefill_pieces(ready, budget)
+            if not pieces:
+                break
+            for batch in batches(pieces):
+                first += self._read(batch)
+            budget -= sum(piece.tokens for piece in pieces)
+        return self.prefill_tokens - budget, first
+
+    def _read(self, pieces: list[Piece]) -> int:
+        """One pass; returns how many tokens were generated."""
+        logits = self._runner.run(pieces)
+        done = [i for i, piece in enumerate(pieces) if not piece.sequence.prefilling]
+        for piece in pieces:
+            if piece.start <= piece.sequence.prompt:  # later chunks are stored when the answer ends
+                self._chains.store_finished(piece.sequence)
+        if not done:
+            return 0
+        ready = [pieces[i].sequence for i in done]
+        rows = logits if len(done) == len(pieces) else logits[done]
+        for sequence, token in zip(ready, choose(rows, ready), strict=True):
+            self._take(sequence, token)
+        return len(done)
+
+    def _take(self, sequence: Sequence, token: int) -> None:
+        """One more token of an answer."""
+        sequence.ids.append(token)
+        assert sequence.spans is not None
+        sequence.spans.grow(len(sequence.ids))
+        if sequence.first_token is None:
+            sequence.first_token = self.clock()
+        if (reason := self._reader.why_over(sequence)) is not None:
+            self._end(sequence, reason)
+
+    def _decode(self) -> int:
+        """One token for all whose prompt was read."""
+        running = [s for s in self._arrived if not s.prefilling]
+        return self._read([Piece(s, 1) for s in running]) if running else 0
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Give back all that a sequence holds; its result waits to be handed out."""
+        sequence.finished = reason
+        actions = ()
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+        else:
+            self._chains.store_finished(sequence)
+            self._chains.let_go(sequence)
+            actions = self._actions(sequence)
+            if (control := self._runner.control) is not None:
+                control.state.free(sequence.control)
+            self._rows[sequence.slot] = None
+            self._arrived.remove(sequence)
+        result = self._reader.result(sequence, reason, self.clock(), actions)
+        self._undelivered.append(result)
+
+    def _actions(self, sequence: Sequence) -> tuple[ChunkAction, ...]:
+        control, acts, spans = self._runner.control, sequence.acts, sequence.spans
+        if control is None or acts is None or spans is None or not sequence.read:
+            return ()
+        tails = control.state.history([sequence.control])[0, 1:, control.layout.applied :]
+        return acts.actions(tails, spans.starts[: len(tails)])
+
+    def _close_ranks(self) -> None:
+        """Move sequences into free slots below them: rows side by side are read without a copy."""
+        while None in self._rows:
+            hole = self._rows.index(None)
+            last = max((s for s, row in enumerate(self._rows) if row is not None), default=-1)
+            if last < hole:
+                return
+            sequence = self._rows[last]
+            assert sequence is not None
+            self._runner.slab.move(last, hole, sequence.read)
+            self._rows[hole], self._rows[last] = sequence, None
+            sequence.slot = hole
+
+
+def _checked_length(model: Any, wanted: int | None) -> int:
+    most = longest(model)
+    if wanted is None:
+        return most
+    if not 2 <= wanted <= most:
+        raise EngineError(
+            f"max_tokens must be in 2 to {most}, what the model allows, got {wanted}."
+        )
+    return wanted
+
+
+def _check_width(name: str, told: Tensor, width: int) -> None:
+    if told.shape != (width,):
+        raise EngineError(f"{name} has {tuple(told.shape)} numbers, the adapter reads {width}.")
+
+
+def _probed(runner: Runner, acts: Acts, prompts: list[list[int]], then: list[int]) -> Tensor:
+    """Logits of sequences at different places, for `check_probe`."""
+    rows = []
+    for slot, (prompt, token) in enumerate(zip(prompts, then, strict=True)):
+        sequence = Sequence(slot, Request(prompt), [*prompt, token], len(prompt), 0.0, acts)
+        sequence.slot = sequence.control = slot
+        sequence.spans = Spans(len(prompt), (), acts.chunk_size)
+        rows.append(sequence)
+    if runner.control is not None:
+        for sequence in rows:
+            sequence.control = runner.control.state.begin()
+    runner.run([Piece(s, s.prompt) for s in rows])
+    return runner.run([Piece(s, 1) for s in rows])

@@ -1,0 +1,98 @@
+"""Which models the engine can run: those whose blocks see every earlier token, wherever a row stands.
+
+What a config says is checked first; then two short sequences at different places are run and compared with
+plain forward passes, because configs do not say everything (positions taken from a mask, a bias by distance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bem.errors import EngineError
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Largest difference of a probe's logits, as a share of the largest logit; others: 0.1."""
+
+
+def config_of(model: Any) -> Any:
+    """Of the text model."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def longest(model: Any) -> int:
+    """Tokens of the longest sequence: positions, or the window of attention that does not reach further.
+
+    Raises:
+        EngineError: the model keeps its past in another form than keys and values of all tokens.
+    """
+    config = config_of(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise EngineError(
+            f"{type(model).__name__} is an encoder and decoder: the engine runs decoders."
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if odd := sorted(kinds - set(KINDS)):
+        raise EngineError(
+            f"{type(model).__name__} has {', '.join(odd)} layers: the engine keeps keys and values of all tokens and "
+            "nothing else. Use generate."
+        )
+    limits = [getattr(config, name, None) for name in POSITIONS]
+    limited = bool(kinds - {"full_attention"}) or not kinds
+    if limited and getattr(config, "use_sliding_window", True):
+        limits += [
+            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        ]
+    return min([n for n in limits if isinstance(n, int) and n > 0], default=1 << 20)
+
+
+def mask_dtype(model: Any) -> torch.dtype:
+    """Form of an attention mask: bool, or what is added to the logits.
+
+    Raises:
+        EngineError: this implementation of attention takes neither.
+    """
+    name = config_of(model)._attn_implementation
+    if name == "sdpa":
+        return torch.bool
+    if name == "eager":
+        return model.dtype
+    raise EngineError(
+        f"attention {name!r} takes no mask per row: call model.set_attn_implementation('sdpa') or load the base "
+        "with attn_implementation='sdpa'."
+    )
+
+
+def check_probe(
+    model: Any, alone: Callable[[list[int]], Tensor], together: Callable[..., Tensor]
+) -> None:
+    """Two sequences at different places give the logits that each gives alone.
+
+    Args:
+        alone: token ids -> logits behind the last (vocabulary).
+        together: prompts, next tokens -> logits behind them (rows, vocabulary), computed as the engine does.
+    Raises:
+        EngineError: they do not, or the model fails.
+    """
+    prompts, then = [[3, 4, 5, 6, 7], [8, 9]], [10, 11]
+    expected = torch.stack([alone([*p, t]) for p, t in zip(prompts, then, strict=True)])
+    name = type(model).__name__
+    try:
+        found = together(prompts, then)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise EngineError(
+            f"{name} does not run on rows at different places: {type(error).__name__} {error}. Use generate."
+        ) from error
+    bound = TOLERANCE.get(model.dtype, 0.1) * float(expected.abs().max())
+    off = float((found - expected).abs().max())
+    if not off <= bound:
+        raise EngineError(
+            f"{name} gives other logits on rows at different places (off by {off:.3g}, at most {bound:.3g} is "
+            "rounding): its positions or masks are not those of the tokens. Use generate."
+        )

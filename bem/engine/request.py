@@ -1,0 +1,139 @@
+"""What the engine is asked for, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bem.errors import EngineError
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. The defaults take the most likely one and change nothing."""
+
+    temperature: float = 0.0
+    """0: the most likely token, whatever else says."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this probability together."""
+    top_k: int = 0
+    """Most likely tokens kept; 0: all."""
+    min_p: float = 0.0
+    """Least probability, as a share of the most likely token's."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or answer (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token in the answer."""
+    frequency_penalty: float = 0.0
+    """The same, times how often it is there."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> added to its logit."""
+    seed: int | None = None
+    """Of this request's own random numbers; None: from the engine's."""
+
+    def __post_init__(self) -> None:
+        bounds = (
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        )
+        for name, holds, bound in bounds:
+            if not holds:
+                raise EngineError(f"{name} must be {bound}, got {getattr(self, name)}.")
+
+    @property
+    def plain(self) -> bool:
+        """Is it the most likely token of the logits as they are?"""
+        changed = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return not (self.temperature or changed or self.logit_bias)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and what is wanted of it."""
+
+    prompt: str | Sequence[int]
+    """Text, or token ids. A chat is brought into its form by whoever asks."""
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    """Strings that end the answer; what stands from there on is not part of it."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end it, beside the model's own."""
+    ignore_eos: bool = False
+    """The model's own ends do not count: always `max_new_tokens` tokens, unless a stop comes."""
+    logprobs: int | None = None
+    """Alternatives per token whose log-probabilities are wanted; 0: of the chosen tokens alone; None: of none."""
+    turn_starts: Sequence[int] = ()
+    """Positions in the prompt that predict the first token of an earlier answer: where its chunks began."""
+    evidence: Sequence[float] | None = None
+    """`EvidenceRecord.features()` of what the prompt shows."""
+    route: str | int | None = None
+    """Expert, by name or option (0 or "base": none), instead of the router's choice."""
+    key: str = ""
+    """On whose behalf: keys are served in turn, however much each has asked."""
+    tenant: str = ""
+    """Chunks are shared among requests of one tenant alone."""
+    timeout_s: float | None = None
+    """From `submit` to the last token; what was generated until then is handed out."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise EngineError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if any(not text for text in self.stop):
+            raise EngineError("stop holds an empty string: every answer would end at once.")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise EngineError(f"logprobs must be at least 0, got {self.logprobs}.")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise EngineError(f"timeout_s must be > 0, got {self.timeout_s}.")
+
+
+@dataclass(frozen=True)
+class ChunkAction:
+    """What a router did in one chunk."""
+
+    start: int
+    """Position of its first token, counted from the prompt's first."""
+    expert: str
+    """"base": none."""
+    rank: int
+    strength: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Of one token of the answer, under the distribution from which it was drawn before any cut-off."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the most likely ones."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer."""
+
+    id: int
+    token_ids: tuple[int, ...]
+    """Of the answer, without the token that ended it."""
+    text: str
+    """Special tokens left out, cut before a stop string."""
+    finish_reason: FinishReason
+    version: str
+    """Digest of what acted from the first token to the last."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that were not computed again."""
+    actions: tuple[ChunkAction, ...] = ()
+    """Of a router, chunk by chunk, prompt included."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    first_token_s: float | None = None
+    """From `submit`; None: there is none."""
+    seconds: float = 0.0
+    """From `submit` to the end."""

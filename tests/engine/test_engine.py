@@ -1,0 +1,50 @@
+"""The engine gives the tokens that `generate` gives, whatever else runs beside."""
+
+import pytest
+
+import bem
+from bem.adapters import checks_probe as probe
+from bem.adapters.checks_models import tiny_model
+from bem.config import EVIDENCE_FEATURES
+from bem.engine.engine import Engine
+from bem.engine.request import Request
+from tests.engine.plain import plain, prompts
+from tests.routing.mounted import mounted
+
+LENGTHS = (3, 17, 30, 9, 1, 24, 8, 41)
+NEW = 21
+EVIDENCE = [0.1 * i for i in range(1, 1 + len(EVIDENCE_FEATURES))]
+
+
+def adapted(variant: str, architecture: str = "llama"):
+    model = tiny_model(architecture)
+    if variant == "router":
+        return mounted(model)
+    if variant in ("s0", "v3"):
+        return probe.perturbed(bem.attach(model, variant, rank=4))
+    return probe.perturbed(bem.attach(model, variant, rank=4, chunk_size=8))
+
+
+def engine_of(subject, tokenizer, **options) -> Engine:
+    return Engine(subject, tokenizer, **{"slots": 3, "prefill_tokens": 16, **options})
+
+
+@pytest.mark.parametrize("cache_gib", [0.0, 0.1])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", ["s0", "pt1", "v1", "v2", "v3", "v4", "router"])
+def test_greedy_tokens_are_those_of_generate_while_others_join_and_leave(
+    variant, architecture, cache_gib, tokenizer
+):
+    subject = adapted(variant, architecture)
+    asked = prompts(*LENGTHS)
+    wanted = [plain(subject, ids, NEW - i) for i, ids in enumerate(asked)]
+    engine = engine_of(subject, tokenizer, cache_gib=cache_gib)
+    requests = [
+        Request(ids, max_new_tokens=NEW - i, ignore_eos=True) for i, ids in enumerate(asked)
+    ]
+    given = engine.generate(requests)
+    assert [list(r.token_ids) for r in given] == wanted
+    again = engine.generate(requests[::-1])  # warm, in another order
+    assert [list(r.token_ids) for r in again] == wanted[::-1]
+    if cache_gib:
+        assert sum(r.cached_tokens for r in again) > 0
