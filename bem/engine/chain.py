@@ -119,13 +119,13 @@ class Chains:
         text, decision = sequence.chain[chunk]
         decided, version = store.decisions.get(decision), acts.version.digest
         if decided is None:
-            return store.why_missing(None, text)
+            return store.why_missing(None, decision, text)
         name = decided.blocks.get(version)
         if name is None:
             name = self._name_anew(acts, parent, decided.running, ids)
         block = None if name is None else store.get(name, ids)
         if name is None or block is None:
-            return store.why_missing(name, text)
+            return store.why_missing(name, decision, text)
         store.decided(decision, version, name, decided.running)
         running = decided.running
         if running is not None and block.applied is not None:
@@ -163,6 +163,7 @@ class Chains:
             parent = sequence.names[-1] if chunk else self._root(sequence)
             name = self._store(sequence, chunk, parent)
             if name is None:
+                store.refused(sequence.chain[chunk][1])
                 sequence.storing = False
                 return
             sequence.names.append(name)

@@ -125,28 +125,30 @@ class ChunkStore:
         """Was a chunk behind this very text computed, whatever acted?"""
         return text in self._seen
 
-    def why_missing(self, name: str | None, text: str) -> Reason:
-        """Why there is no such block; name: None: nobody has decided here before."""
+    def why_missing(self, name: str | None, decision: str, text: str) -> Reason:
+        """Why there is no such block behind a decision; name: None: the decision is not known."""
         if name is not None and name in self.blocks:
             return "collision"
         if text not in self._seen:
             return "new"
-        return "changed" if name is None else self._gone.get(name, "changed")
+        return self._gone.get(decision if name is None else name, "changed")
 
     # --- storing ----------------------------------------------------------------------------------
 
     def put(self, block: Block) -> bool:
         """Take a block in, behind its parent; False: there is no room for it, and none can be made."""
         if not self._make_room(block):
-            _remember(self._gone, block.name, "no room")
             return False
         self.blocks[block.name] = block
-        self._gone.pop(block.name, None)
         if (parent := self.blocks.get(block.parent)) is not None:
             parent.children.add(block.name)
         self._count(block, 1)
         self.stats.stored += len(block.token_ids)
         return True
+
+    def refused(self, decision: str) -> None:
+        """What this decision led to found no room."""
+        _remember(self._gone, decision, "no room")
 
     def decided(self, decision: str, version: str, name: str, running: Running | None) -> None:
         """A decision led to a block, and goes on from this state."""
@@ -245,6 +247,7 @@ class ChunkStore:
                 found.blocks = {v: n for v, n in found.blocks.items() if n in self.blocks}
                 if not found.blocks:
                     del self.decisions[decision]
+                    _remember(self._gone, decision, "evicted")
         self._count(block, -1)
 
     def _count(self, block: Block, sign: int) -> None:

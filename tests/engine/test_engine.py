@@ -1,6 +1,7 @@
 """The engine gives the tokens that `generate` gives, whatever else runs beside."""
 
 import pytest
+import torch
 
 import bem
 from bem.adapters import checks_probe as probe
@@ -19,10 +20,19 @@ EVIDENCE = [0.1 * i for i in range(1, 1 + len(EVIDENCE_FEATURES))]
 def adapted(variant: str, architecture: str = "llama"):
     model = tiny_model(architecture)
     if variant == "router":
-        return mounted(model)
+        return lively(mounted(model))
     if variant in ("s0", "v3"):
         return probe.perturbed(bem.attach(model, variant, rank=4))
     return probe.perturbed(bem.attach(model, variant, rank=4, chunk_size=8))
+
+
+def lively(routed):
+    """A router that changes its mind often."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weights in routed.router.policy.parameters():
+            weights += 0.3 * torch.randn(weights.shape, generator=generator)
+    return routed
 
 
 def engine_of(subject, tokenizer, **options) -> Engine:
