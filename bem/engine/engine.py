@@ -23,7 +23,7 @@ from bem.control.keys import ChunkKey
 from bem.engine.acts import Acts, acts_of
 from bem.engine.answers import Reader, ends_of
 from bem.engine.chain import Chains
-from bem.engine.fit import check_probe, longest, mask_dtype
+from bem.engine.fit import apart, check_probe, longest, mask_dtype
 from bem.engine.request import ChunkAction, FinishReason, Request, Result
 from bem.engine.runner import Piece, Runner
 from bem.engine.sampler import choose
@@ -113,7 +113,7 @@ class Engine:
             return Runner(self.adapted.model, Slab(blocks, slots), control, pad, mask)
 
         with torch.inference_mode():
-            check_probe(base, self._alone, lambda *rows: _probed(runner(2), acts, *rows))
+            check_probe(base, self._alone, lambda *rows: apart(runner(2), acts, *rows))
         self._runner = runner(self.slots)
         root = ChunkKey.root(acts.version.base, base.dtype, acts.chunk_size, self._reader.name)
         self._chains = Chains(self.store, self._runner.slab, self._runner.control, root)
@@ -157,8 +157,17 @@ class Engine:
         if odd := [t for t in request.turn_starts if not 0 <= t < len(ids)]:
             raise EngineError(f"turn_starts {odd} are outside the prompt's {len(ids)} tokens.")
         self._acts.option(request.route)
-        if request.evidence is not None:
-            conditioning_of(None, list(request.evidence))
+        for name, told in self._told(request).items():
+            if told.shape != (self._acts.reads[name],):
+                raise EngineError(
+                    f"{name} has {tuple(told.shape)} numbers, the adapter reads {self._acts.reads[name]}."
+                )
+
+    def _told(self, request: Request) -> dict[str, Tensor]:
+        """What the adapter reads of what is known beside the tokens."""
+        evidence = None if request.evidence is None else list(request.evidence)
+        told = conditioning_of(None, evidence)
+        return {name: value for name, value in told.items() if name in self._acts.reads}
 
     def cancel(self, id: int) -> bool:
         """End a request; its result, as far as it came, is handed out by the next step. False: it is over."""
@@ -264,10 +273,8 @@ class Engine:
         if (control := self._runner.control) is not None:
             sequence.control = control.state.begin()
             control.look_again()
-            for name, told in conditioning_of(None, request.evidence).items():
-                if name in acts.reads:
-                    _check_width(name, told, acts.reads[name])
-                    control.state.conditioning[name][sequence.control] = told
+            for name, told in self._told(request).items():
+                control.state.conditioning[name][sequence.control] = told
         self._rows[slot] = sequence
         self._arrived.append(sequence)
 
@@ -378,23 +385,3 @@ def _checked_length(model: Any, wanted: int | None) -> int:
             f"max_tokens must be in 2 to {most}, what the model allows, got {wanted}."
         )
     return wanted
-
-
-def _check_width(name: str, told: Tensor, width: int) -> None:
-    if told.shape != (width,):
-        raise EngineError(f"{name} has {tuple(told.shape)} numbers, the adapter reads {width}.")
-
-
-def _probed(runner: Runner, acts: Acts, prompts: list[list[int]], then: list[int]) -> Tensor:
-    """Logits of sequences at different places, for `check_probe`."""
-    rows = []
-    for slot, (prompt, token) in enumerate(zip(prompts, then, strict=True)):
-        sequence = Sequence(slot, Request(prompt), [*prompt, token], len(prompt), 0.0, acts)
-        sequence.slot = sequence.control = slot
-        sequence.spans = Spans(len(prompt), (), acts.chunk_size)
-        rows.append(sequence)
-    if runner.control is not None:
-        for sequence in rows:
-            sequence.control = runner.control.state.begin()
-    runner.run([Piece(s, s.prompt) for s in rows])
-    return runner.run([Piece(s, 1) for s in rows])

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bem.engine.acts import Acts
+from bem.engine.request import Request
+from bem.engine.runner import Piece, Runner
+from bem.engine.sequence import Sequence, Spans
 from bem.errors import EngineError
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
@@ -96,3 +100,19 @@ def check_probe(
             f"{name} gives other logits on rows at different places (off by {off:.3g}, at most {bound:.3g} is "
             "rounding): its positions or masks are not those of the tokens. Use generate."
         )
+
+
+def apart(runner: Runner, acts: Acts, prompts: list[list[int]], then: list[int]) -> Tensor:
+    """Logits of sequences at different places, computed as the engine
+    does, for `check_probe`."""
+    rows = []
+    for slot, (prompt, token) in enumerate(zip(prompts, then, strict=True)):
+        sequence = Sequence(slot, Request(prompt), [*prompt, token], len(prompt), 0.0, acts)
+        sequence.slot = sequence.control = slot
+        sequence.spans = Spans(len(prompt), (), acts.chunk_size)
+        rows.append(sequence)
+    if runner.control is not None:
+        for sequence in rows:
+            sequence.control = runner.control.state.begin()
+    runner.run([Piece(s, s.prompt) for s in rows])
+    return runner.run([Piece(s, 1) for s in rows])
