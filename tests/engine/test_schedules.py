@@ -31,7 +31,7 @@ def releases():
 
 @cache
 def expected(release: int, text: int) -> list[int]:
-    live, known = releases()
+    _, known = releases()
     return plain(known[release], TEXTS[text], NEW)
 
 
