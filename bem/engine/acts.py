@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from bem.adapters.version import Version
+from bem.adapters.attached import Attached
+from bem.adapters.version import Version, base_digest
 from bem.control.wiring import Acting, Wiring
 from bem.engine.request import ChunkAction
 from bem.errors import EngineError
@@ -108,12 +110,31 @@ class Acts:
         )
 
 
+def parts_of(adapted: Any) -> tuple[Any, Any]:
+    """(what is called, the Hugging Face model inside) of an adapted model, or of one that nothing is on.
+
+    Raises:
+        EngineError: the model carries an adapter, and only the model was given.
+    """
+    if not isinstance(adapted, PreTrainedModel):
+        return adapted.model, adapted.base
+    if hasattr(adapted, "bem_runtime"):
+        raise EngineError(
+            "this model carries an adapter: give the engine what bem.attach, load or mount returned."
+        )
+    return adapted, adapted
+
+
 def acts_of(adapted: Any) -> Acts:
     """What acts on the model for a sequence that begins now.
 
     Raises:
-        EngineError: its adapter is switched off, or its experts train.
+        EngineError: its experts are switched off, or train.
     """
+    if not isinstance(adapted, Attached):
+        base = parts_of(adapted)[1]
+        version = Version(base_digest(base), {"variant": "none"}, {}, {})
+        return Acts(version, version.digest, None, None, base.dtype)
     wiring, version = adapted.base.bem_runtime.wiring, adapted.version
     if isinstance(adapted, Mounted):
         if wiring is None or adapted.trains == "experts":

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from bem.control.generation import conditioning_of
 from bem.control.keys import ChunkKey
-from bem.engine.acts import Acts, acts_of
+from bem.engine.acts import Acts, acts_of, parts_of
 from bem.engine.answers import Reader, ends_of
 from bem.engine.chain import Chains
-from bem.engine.fit import apart, check_probe, longest, mask_dtype
+from bem.engine.fit import apart, check_probe, config_of, longest, mask_dtype
 from bem.engine.request import ChunkAction, FinishReason, Request, Result
 from bem.engine.runner import Piece, Runner
 from bem.engine.sampler import choose
@@ -75,7 +75,7 @@ class Engine:
     ):
         """
         Args:
-            adapted: what `bem.attach`, `load`, `mount` or `load_router` gave.
+            adapted: what `bem.attach`, `load`, `mount` or `load_router` gave; or a base with nothing on it.
             slots: sequences that run at once.
             cache_gib: of the chunk store, beside what runs; 0: nothing is stored.
             max_tokens: of the longest sequence, prompt and answer; None: as the model allows.
@@ -90,13 +90,14 @@ class Engine:
             if value < 1:
                 raise EngineError(f"{name} must be at least 1, got {value}.")
         self.adapted, self.tokenizer, self.slots = adapted, tokenizer, slots
+        self._model, self._base = parts_of(adapted)
         self.prefill_tokens, self.clock = prefill_tokens, clock
-        self.max_tokens = _checked_length(adapted.base, max_tokens)
+        self.max_tokens = _checked_length(self._base, max_tokens)
         self.store = ChunkStore(int(cache_gib * GIB))
         self.waiting = Waiting(queue)
         self._rows: list[Sequence | None] = [None] * slots
         self._arrived: list[Sequence] = []  # those that run, in the order of admission
-        self._reader = Reader(tokenizer, ends_of(adapted.base, tokenizer))
+        self._reader = Reader(tokenizer, ends_of(self._base, tokenizer))
         self._generator = torch.Generator().manual_seed(seed)
         self._undelivered: list[Result] = []
         self._ids = self._steps = 0
@@ -104,13 +105,13 @@ class Engine:
         self._set_up()
 
     def _set_up(self) -> None:
-        acts, base = self._acts, self.adapted.base
-        blocks = len(self.adapted.plan.sites.blocks)
+        acts, base = self._acts, self._base
+        blocks = config_of(base).num_hidden_layers
         mask, pad = mask_dtype(base), self._reader.pad_id
 
         def runner(slots: int) -> Runner:
             control = None if acts.wiring is None else SlotLayer(acts.wiring, slots, base.device)
-            return Runner(self.adapted.model, Slab(blocks, slots), control, pad, mask)
+            return Runner(self._model, Slab(blocks, slots), control, pad, mask)
 
         with torch.inference_mode():
             check_probe(base, self._alone, lambda *rows: apart(runner(2), acts, *rows))
@@ -120,10 +121,12 @@ class Engine:
 
     def _alone(self, ids: list[int]) -> Tensor:
         """Logits of a plain forward pass, for `check_probe`."""
-        tokens = torch.tensor([ids], device=self.adapted.base.device)
-        turns = torch.zeros_like(tokens, dtype=torch.bool)
-        turns[0, -2] = True
-        return self.adapted.model(input_ids=tokens, turn_starts=turns).logits[0, -1].float()
+        tokens = torch.tensor([ids], device=self._base.device)
+        told = {}
+        if self._acts.wiring is not None:
+            told["turn_starts"] = torch.zeros_like(tokens, dtype=torch.bool)
+            told["turn_starts"][0, -2] = True
+        return self._model(input_ids=tokens, **told).logits[0, -1].float()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -142,7 +145,7 @@ class Engine:
         return sequence.id
 
     def _check(self, request: Request, ids: list[int]) -> None:
-        entries = self.adapted.base.get_input_embeddings().weight.shape[0]
+        entries = self._base.get_input_embeddings().weight.shape[0]
         if not ids:
             raise EngineError("the prompt has no token: give it at least one.")
         if len(ids) + request.max_new_tokens > self.max_tokens:
@@ -222,7 +225,7 @@ class Engine:
             EngineError: the model was changed in a way that sequences which run cannot follow.
         """
         began, passes, reused = self.clock(), self._runner.passes, self.store.stats.reused
-        if self.adapted.base.training:
+        if self._base.training:
             raise EngineError("the model is in training mode: call model.eval() before a step.")
         for sequence in [*self.waiting, *self._arrived]:
             if sequence.deadline is not None and began >= sequence.deadline:

@@ -93,3 +93,16 @@ def test_weights_that_change_under_running_sequences_are_noticed_when_the_next_o
     engine.submit(bem.Request([3, 4], max_new_tokens=9, ignore_eos=True))
     with pytest.raises(EngineError, match="changed in place while 1 sequences run"):
         engine.step()
+
+
+def test_a_base_with_nothing_on_it_runs_too_but_not_one_whose_adapter_was_left_out(tokenizer):
+    model, asked = tiny_model("llama"), prompts(4, 13, 70)
+    engine = Engine(model, tokenizer)
+    given = engine.generate(asked, max_new_tokens=8, ignore_eos=True)
+    again = engine.generate(asked, max_new_tokens=8, ignore_eos=True)
+    assert [r.cached_tokens for r in again] == [3, 12, 69]  # the chunk before a prompt's last token
+    attached = bem.attach(model, "s0", rank=4)  # as it is born: it changes nothing
+    expected = [plain(attached, ids, 8) for ids in asked]
+    assert [list(r.token_ids) for r in given] == [list(r.token_ids) for r in again] == expected
+    with pytest.raises(EngineError, match="carries an adapter"):
+        Engine(model, tokenizer)
