@@ -198,17 +198,18 @@ class Engine:
             else Request(p, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **fields)
             for p in prompts
         ]  # fmt: skip
-        order, results, others = [], {}, []
-        while len(results) < len(wanted):
-            while len(order) < len(wanted) and len(self.waiting) < self.waiting.most:
-                order.append(self.submit(wanted[len(order)]))
+        results: dict[int, Result | None] = {}  # in the order of the prompts
+        others, left = [], len(wanted)
+        while left:
+            while len(results) < len(wanted) and len(self.waiting) < self.waiting.most:
+                results[self.submit(wanted[len(results)])] = None
             for result in self.step().finished:
-                if result.id in order:
-                    results[result.id] = result
+                if result.id in results:
+                    results[result.id], left = result, left - 1
                 else:
                     others.append(result)
         self._undelivered += others
-        return [results[id] for id in order]
+        return [result for result in results.values() if result is not None]
 
     @property
     def busy(self) -> bool:
