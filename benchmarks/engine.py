@@ -203,7 +203,8 @@ def releases(
     engine: Engine, mounted: Any, options: argparse.Namespace
 ) -> list[tuple[str, str, str]]:
     """Hits on the same prompts after one expert was changed, and after going back; for every expert that acted."""
-    asked = [p for s in range(3) for p in prompts(8, 192, 32, options.vocabulary, s)]
+    sets = range(options.sets)
+    asked = [p for s in sets for p in prompts(8, 192, 32, options.vocabulary, s)]
     before, kept, back, stats = mounted.shadow(), [], [], engine.store.stats
 
     def hits(version: Any) -> float:
@@ -252,6 +253,7 @@ def costs(engine: Engine, mounted: Any, options: argparse.Namespace) -> list[tup
         )
         rates.setdefault(several, []).append(clock() - began)
     mixed = statistics.median(rates[False][1:]) / statistics.median(rates[True][1:])
+    two = two_versions(engine, mounted, asked, options.new)
     router, spent = mounted.router, []
     decide = router.decide
 
@@ -269,8 +271,33 @@ def costs(engine: Engine, mounted: Any, options: argparse.Namespace) -> list[tup
     del router.decide
     return [
         ("8 requests with 8 routes: throughput of a single route", f"{mixed:.3f}", ">= 0.9"),
+        (
+            "1 of 8 requests under another version: throughput of one version",
+            f"{two:.3f}",
+            ">= 0.9",
+        ),
         ("the router's decisions: share of the time", f"{100 * share:.1f} %", "<= 2 %"),
     ]
+
+
+def two_versions(engine: Engine, mounted: Any, asked: list, new: int) -> float:
+    """Throughput with the last request under another version, as a share of that under one."""
+    before, release, spent = mounted.shadow(), changed(mounted, "e0"), {}
+    for several in (False, True) * 4:
+        engine.store.clear()
+        mounted.adopt(before)
+        for ids in asked[:-1]:
+            engine.submit(Request(ids, max_new_tokens=new, ignore_eos=True))
+        began = engine.clock()
+        engine.step()
+        if several:
+            mounted.adopt(release)
+        engine.submit(Request(asked[-1], max_new_tokens=new, ignore_eos=True))
+        while engine.busy:
+            engine.step()
+        spent.setdefault(several, []).append(engine.clock() - began)
+    mounted.adopt(before)
+    return statistics.median(spent[False][1:]) / statistics.median(spent[True][1:])
 
 
 def conversation(engine: Engine, new: int) -> None:
@@ -385,6 +412,7 @@ def main() -> None:
     )
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=1000)
+    parser.add_argument("--sets", type=int, default=3, help="of 8 prompts each, for releases")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bem.control.wiring import Acting
+from bem.engine.mixed import can_mix, mixed
 from bem.engine.sequence import Sequence
 from bem.engine.slab import Place, Slab, SlotLayer
+from bem.routing.pack import Pack
 
 HOLD = -1
 """In a route: the action before goes on."""
@@ -65,19 +68,22 @@ class Runner:
         self.model, self.slab, self.control = model, slab, control
         self.pad_id, self.mask_dtype = pad_id, mask_dtype
         self.passes = 0
+        self._mixed: tuple[list[Acting | None], Acting | None] = ([], None)
 
     def run(self, pieces: Row[Piece]) -> Tensor:
         """Logits behind the last token of each piece [pieces, vocabulary], in float32.
 
-        Pieces that cannot share a pass (other versions, a route given or not) run one after another.
+        Pieces that cannot share a pass (a route given or not) run one after another.
         """
-        groups: dict[tuple[int, bool], list[int]] = {}
+        groups: list[list[int]] = []
         for i, piece in enumerate(pieces):
-            sequence = piece.sequence
-            of = id(sequence.acts and sequence.acts.acting), sequence.route is not None
-            groups.setdefault(of, []).append(i)
+            fits = (g for g in groups if _share(pieces[g[0]].sequence, piece.sequence))
+            group = next(fits, None)
+            if group is None:
+                groups.append(group := [])
+            group.append(i)
         logits: list[Tensor | None] = [None] * len(pieces)
-        for group in groups.values():
+        for group in groups:
             for i, row in zip(group, self._pass([pieces[i] for i in group]), strict=True):
                 logits[i] = row
         return torch.stack(logits)  # pyright: ignore[reportArgumentType]
@@ -124,12 +130,24 @@ class Runner:
         return arguments
 
     def _control_begins(self, rows: list[Piece], place: Place, control: SlotLayer) -> None:
-        acts = rows[0].sequence.acts
-        assert acts is not None
         for piece in rows:
             assert piece.sequence.spans is not None
             control.filled[piece.sequence.control] = piece.sequence.spans.filled(piece.start)
-        control.begins(place, [p.sequence.control for p in rows], acts.acting)
+        control.begins(place, [p.sequence.control for p in rows], self._acting(rows, place))
+
+    def _acting(self, rows: list[Piece], place: Place) -> Acting | None:
+        """What acts on these rows; the same object as in the pass before, while it is the same."""
+        acting = [row.sequence.acts and row.sequence.acts.acting for row in rows]
+        if all(one is acting[0] for one in acting):
+            if place.width == 1:  # nobody runs under another one: it need not be held
+                self._mixed = [], None
+            return acting[0]
+        last, mix = self._mixed
+        if len(last) != len(acting) or any(a is not b for a, b in zip(last, acting, strict=True)):
+            packs = [pack for pack in acting if isinstance(pack, Pack)]
+            mix = mixed(packs, place.device)
+            self._mixed = acting, mix
+        return mix
 
     def _told(self, rows: list[Piece], width: int, device: torch.device) -> dict[str, Any]:
         """Turn starts and route, where they say something."""
@@ -149,3 +167,12 @@ class Runner:
             return mask
         least = torch.finfo(self.mask_dtype).min
         return torch.zeros_like(mask, dtype=self.mask_dtype).masked_fill(~mask, least)
+
+
+def _share(one: Sequence, other: Sequence) -> bool:
+    """Can both be in one pass?"""
+    assert one.acts is not None and other.acts is not None
+    if (one.route is None) != (other.route is None):
+        return False
+    a, b = one.acts.acting, other.acts.acting
+    return a is b or (a is not None and b is not None and can_mix(a, b))

@@ -35,17 +35,16 @@ def expected(release: int, text: int) -> list[int]:
     return plain(known[release], TEXTS[text], NEW)
 
 
-EVENTS = st.lists(
-    st.one_of(
-        st.tuples(st.just("submit"), st.integers(0, len(TEXTS) - 1)),
-        st.tuples(st.just("step"), st.integers(1, 6)),
-        st.tuples(st.just("cancel"), st.integers(0, 9)),
-        st.tuples(st.just("swap"), st.integers(0, 2)),
-        st.tuples(st.just("budget"), st.sampled_from([0, 20_000, 60_000, 10**7])),
-    ),
-    min_size=4,
-    max_size=24,
+EVENT = (
+    st.tuples(st.just("submit"), st.integers(0, len(TEXTS) - 1)),
+    st.tuples(st.just("submit"), st.integers(0, len(TEXTS) - 1)),
+    st.tuples(st.just("step"), st.integers(1, 6)),
+    st.tuples(st.just("step"), st.just(1)),
+    st.tuples(st.just("swap"), st.integers(0, 2)),
+    st.tuples(st.just("cancel"), st.integers(0, 9)),
+    st.tuples(st.just("budget"), st.sampled_from([0, 20_000, 60_000, 10**7])),
 )
+EVENTS = st.lists(st.one_of(*EVENT), min_size=10, max_size=30)
 
 
 class Played:
