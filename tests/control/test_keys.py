@@ -105,3 +105,9 @@ def test_tokens_that_are_not_the_cache_s_are_refused():
     cache = attached().model(input_ids=IDS, use_cache=True).past_key_values
     with pytest.raises(CacheError, match="must be what the cache holds"):
         chunk_keys(cache.layers[-1], IDS[:, :5], ROOT, "w")
+
+
+def test_a_salt_gives_another_root_and_none_the_same():
+    assert ROOT.salted("") == ROOT
+    assert len({ROOT, ROOT.salted("a"), ROOT.salted("b")}) == 3
+    assert ROOT.salted("a") == ROOT.salted("a")

@@ -106,3 +106,14 @@ def test_a_base_with_nothing_on_it_runs_too_but_not_one_whose_adapter_was_left_o
     assert [list(r.token_ids) for r in given] == [list(r.token_ids) for r in again] == expected
     with pytest.raises(EngineError, match="carries an adapter"):
         Engine(model, tokenizer)
+
+
+def test_half_precision_runs_and_begins_as_generate_does(tokenizer):
+    model = tiny_model("llama").to(torch.bfloat16)
+    subject = probe.perturbed(bem.attach(model, "v1", rank=4, chunk_size=8))
+    asked = prompts(4, 13, 30)
+    engine = Engine(subject, tokenizer, slots=2)
+    cold, warm = (engine.generate(asked, max_new_tokens=6, ignore_eos=True) for _ in range(2))
+    assert [r.token_ids[0] for r in cold] == [plain(subject, ids, 1)[0] for ids in asked]
+    assert all(len(r.token_ids) == 6 for r in [*cold, *warm])
+    assert [r.cached_tokens for r in warm] == [3, 12, 29]
