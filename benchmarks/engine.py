@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("--base", default="bem-tiny")
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--shared", type=int, default=128, help="tokens of the prefix in common")
     parser.add_argument(
         "--own", type=int, default=24, help="least tokens of each prompt's own text"

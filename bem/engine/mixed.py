@@ -111,7 +111,8 @@ class MixedMember:
         controls = self._controls(control) if slot is None else [control] * len(self.parts)
         for update, (_, rows), c in zip(updates, self.parts, controls, strict=True):
             own = None if slot is None else slot.view(x.shape[:2])[rows].flatten()
-            out[rows] = update(y[rows], x[rows], c, own)
+            done = update(y.index_select(0, rows), x.index_select(0, rows), c, own)
+            out.index_copy_(0, rows, done)
         return out
 
     def _controls(self, control: Tensor) -> list[Tensor]:
