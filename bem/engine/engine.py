@@ -284,7 +284,8 @@ class Engine:
 
     def _current(self) -> Acts:
         """What acts on sequences that begin now."""
-        acts, before = acts_of(self.adapted), self._acts
+        with torch.inference_mode(False):  # what is made here may train later
+            acts, before = acts_of(self.adapted), self._acts
         if acts.version == before.version and (acts.acting is before.acting or not acts.frozen):
             return before
         if acts.wiring is not before.wiring:
