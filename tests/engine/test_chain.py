@@ -1,5 +1,6 @@
 """What is reused is what would have been computed, and as much of it as can be."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -159,3 +160,19 @@ def test_control_a_key_that_holds_names_alone_serves_wrong_tokens(tokenizer, mon
     monkeypatch.undo()
     given = Engine(subject, tokenizer).generate([asked(ids) for ids in asks])
     assert [list(r.token_ids) for r in given] == right
+
+
+def test_nothing_grows_with_the_number_of_requests(tokenizer):
+    engine = engine_of(adapted("router"), tokenizer)
+    engine.store.budget = 40_000
+
+    def live() -> tuple[int, int]:
+        for seed in range(4):
+            engine.generate([asked(ids, max_new_tokens=3) for ids in prompts(20, 9, 31, seed=seed)])
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        return len(tensors), sum(t.nbytes for t in tensors)
+
+    live()
+    first, *later = (live() for _ in range(3))
+    assert later == [first, first]
