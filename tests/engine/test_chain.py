@@ -170,7 +170,8 @@ def test_nothing_grows_with_the_number_of_requests(tokenizer):
         for seed in range(4):
             engine.generate([asked(ids, max_new_tokens=3) for ids in prompts(20, 9, 31, seed=seed)])
         gc.collect()
-        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        # real ones: a compiler's stand-ins, which other tests leave behind, have no size
+        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
         return len(tensors), sum(t.nbytes for t in tensors)
 
     live()
