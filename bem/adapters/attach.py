@@ -32,6 +32,7 @@ from bem.adapters.version import SiteSize
 from bem.config import AdapterConfig, parse_adapter
 from bem.config.adapters import StaticConfig
 from bem.errors import AttachError, CheckpointError
+from bem.releases.named import static_of
 from bem.variants.low_rank import LowRank
 
 __all__ = ["NAME", "Attached", "attach", "attach_parts", "attach_plan", "from_peft", "load"]
@@ -91,13 +92,14 @@ def load(model: Any, folder: str | Path, trainable: bool = False) -> Attached:
     Args:
         model: the base that it was made for.
         folder: written by `Attached.save`; or by PEFT, Trainer or TRL (`PeftModel.save_pretrained`), ours
-            or a plain LoRA, which becomes s0. The latter do not say for which base they were made.
+            or a plain LoRA, which becomes s0. The latter do not say for which base they were made. Or the
+            name of a release: `bem-smol` (its static LoRA).
         trainable: False: frozen, for inference.
     Raises:
-        CheckpointError: missing, foreign or changed files.
+        CheckpointError: neither a folder nor a release; missing, foreign or changed files.
         BaseMismatch: made for another base.
     """
-    folder = Path(folder)
+    folder = static_of(folder)
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} holds no {CONFIG}: not a checkpoint.")
     if (folder / checkpoint.MANIFEST).is_file():

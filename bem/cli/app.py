@@ -1,4 +1,4 @@
-"""The commands: run | train | evaluate | plan | validate | promote |
+"""The commands: demo | run | train | evaluate | plan | validate | promote |
 rollback | history | store | report | route | index | base | doctor."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import typer
 
 import bem
 from bem.cli.base import base_app
+from bem.cli.demo import demo
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    run, evaluate, plan, validate, promote, rollback, history, report, doctor,
+    demo, run, evaluate, plan, validate, promote, rollback, history, report, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(train_app, name="train")

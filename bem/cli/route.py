@@ -21,6 +21,7 @@ from bem.cli.conversation import table_of
 from bem.cli.display import Display, quiet
 from bem.cli.options import Base, ConfigFile, DataFolder, Settings, load
 from bem.errors import ConfigError, DataError
+from bem.releases.named import RELEASES
 
 if TYPE_CHECKING:
     from bem.adapters.attach import Attached
@@ -38,9 +39,17 @@ route_app = typer.Typer(
 )
 
 Router = Annotated[
-    Path, typer.Argument(help="Folder of a router: see `bem route fit` and `bem train router`.")
+    Path,
+    typer.Argument(
+        help="Folder of a router (see `bem route fit`, `bem train router`), or a release: bem-smol."
+    ),
 ]
-Model = Annotated[str, typer.Option("--base", help="bem-tiny, a folder or a Hugging Face id.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--base", help="A name, a folder or a hub id; default: a release's own, else bem-tiny."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 
@@ -63,8 +72,10 @@ def explain(
             "`assistant:` begin turns. `-` reads it from standard input."
         ),
     ],
-    router: Annotated[Path, typer.Option("--router", help="Folder of the router.")],
-    base: Model = "bem-tiny",
+    router: Annotated[
+        Path, typer.Option("--router", help="Folder of the router, or a release: bem-smol.")
+    ],
+    base: Model = None,
     answer: Annotated[
         bool,
         typer.Option("--answer", help="Let the model answer, and show the answer's route too."),
@@ -84,7 +95,12 @@ def explain(
     if as_json:
         named = zip(read.chunks, read.texts, strict=True)
         chunks = [{**asdict(chunk), "text": text} for chunk, text in named]
-        result = {"router": str(router), "base": base, "chunks": chunks, "answer": read.answer}
+        result = {
+            "router": str(router),
+            "base": _base_of(router, base),
+            "chunks": chunks,
+            "answer": read.answer,
+        }
         print(json.dumps(result, ensure_ascii=False))
         return 0
     console = Console()
@@ -105,7 +121,7 @@ def export(
             "--gates", help='Several at once, by how much: \'{"json": 1.0, "sql": 0.5}\'.'
         ),
     ] = None,
-    base: Model = "bem-tiny",
+    base: Model = None,
     device: Device = "auto",
 ) -> int:
     """Write one expert, or all under a fixed gate, as a plain PEFT LoRA for any server that takes those.
@@ -229,17 +245,25 @@ def _read(mounted: Mounted, tokenizer: Any, row: Example, answered: bool, new_to
     return Read(chunks, texts, answer)
 
 
-def _mounted(folder: Path, base: str, device: str) -> tuple[Mounted, Any]:
-    if not folder.is_dir():
+def _mounted(folder: Path, base: str | None, device: str) -> tuple[Mounted, Any]:
+    if not folder.is_dir() and str(folder) not in RELEASES:
         raise ConfigError(
-            f"No router at {folder}. `bem route fit` or `bem train router CONFIG` makes one."
+            f"No router at {folder}, and no release of that name ({', '.join(RELEASES)}). `bem route fit` or "
+            "`bem train router CONFIG` makes one."
         )
     quiet()
     from bem.bases.load import load_base
-    from bem.routing.mount import load_router
+    from bem.routing.mount import load_router, saved_base
 
-    model, tokenizer = load_base(base, device_of(device))
+    dtype: Any = saved_base(folder).dtype.partition("+")[0]  # in another one it is another base
+    model, tokenizer = load_base(_base_of(folder, base), device_of(device), dtype)
     return load_router(model, folder), tokenizer
+
+
+def _base_of(router: Path, base: str | None) -> str:
+    """The base that is named; else that of a release, or bem-tiny."""
+    release = RELEASES.get(str(router))
+    return base or (release.config.base if release else "bem-tiny")
 
 
 def device_of(name: str) -> str:

@@ -94,7 +94,10 @@ def history(store: Folder = DEFAULT) -> int:
 @store_app.command("import")
 def import_one(
     folder: Annotated[
-        Path, typer.Argument(help="Of a static adapter, or of a router with its experts.")
+        Path,
+        typer.Argument(
+            help="Folder of a static adapter or of a router with its experts; or a release: bem-smol."
+        ),
     ],
     store: Folder = DEFAULT,
     by: By = None,

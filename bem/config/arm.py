@@ -43,7 +43,8 @@ class ArmConfig(Section):
     """The bare base instead of an adapter, asked behind so many training rows of the same skill, shown as
     earlier turns; 0: zero-shot. Of controls only. None: the adapter, or the route, of this arm."""
     checkpoint: Folder | None = None
-    """Folder of a saved adapter of the arm's variant: measured as it is. None: the adapter is trained."""
+    """Folder of a saved adapter of the arm's variant, or the name of a release (`bem-smol`): measured as it
+    is. None: the adapter is trained."""
     match: Literal["parameters", "flops", "none"] = "parameters"
     """What is held within the budget tolerance of the baseline by choosing the rank."""
     role: Literal["baseline", "candidate", "control"] = "candidate"

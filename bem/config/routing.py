@@ -217,7 +217,7 @@ class RoutingConfig(Section):
     shared_rank: int = Field(default=0, ge=0)
     """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
     checkpoint: Folder | None = None
-    """Folder of a saved router with its experts: taken as they are,
+    """Folder of a saved router with its experts, or the name of a release (`bem-smol`): taken as they are,
     under the routes ar1 (the router), gold, oracle, random, wrong, arrow and xlora. None: they are trained."""
     training: dict[str, Any] = {}
     """Changes to the experiment's `training` for the experts, which are trained together: {steps: 400}."""

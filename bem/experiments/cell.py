@@ -22,6 +22,7 @@ from bem.experiments.routing.arms import ready_arm
 from bem.experiments.routing.stages import RoutingArtifacts
 from bem.experiments.tuning import Search, trial_facts
 from bem.files import sha256_file, sha256_json, write_json
+from bem.releases.named import router_of, static_of
 from bem.runs.folder import Cell
 from bem.stats.files import save
 from bem.stats.measurement import Measurement, RouterFacts
@@ -226,14 +227,14 @@ def cell_key(inputs: RunInputs, plan: Plan, seed: int) -> str:
         facts["training"] = {"max_length": config.training.max_length}
     elif plan.arm.checkpoint is not None:
         facts["training"] = {"max_length": config.training.max_length}
-        facts["checkpoint"] = sha256_file(Path(plan.arm.checkpoint) / "manifest.json")
+        facts["checkpoint"] = sha256_file(static_of(plan.arm.checkpoint) / "manifest.json")
     elif plan.adapter is not None:
         facts["adapter"] = seeded(plan, seed).model_dump(mode="json")
     elif config.routing is not None:
         facts["training"] = config.expert_training.model_dump(mode="json")
         facts["route"] = [plan.arm.route, config.routing.model_dump(mode="json")]
         if config.routing.checkpoint is not None:
-            path = Path(config.routing.checkpoint) / "manifest.json"
+            path = router_of(config.routing.checkpoint) / "manifest.json"
             facts["checkpoint"] = sha256_file(path)
     return sha256_json(facts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bem.adapters.budget import match_rank, price
@@ -13,6 +12,7 @@ from bem.config import AdapterConfig, ArmConfig, ExperimentConfig, RoutingConfig
 from bem.config.adapters import StaticConfig, parse_adapter
 from bem.errors import CheckpointError, ConfigError
 from bem.files import read_json
+from bem.releases.named import router_of, static_of
 from bem.report.words import shots
 from bem.routing.mounted import check_files
 from bem.stats.scores import METRICS
@@ -102,11 +102,11 @@ def saved_adapter(config: ExperimentConfig, arm: ArmConfig) -> AdapterConfig:
     """The adapter of an arm's checkpoint, by its manifest.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or no such folder or release.
         ConfigError: it is of another variant than the arm.
     """
     assert arm.checkpoint is not None
-    path = Path(arm.checkpoint) / "manifest.json"
+    path = static_of(arm.checkpoint) / "manifest.json"
     if not path.is_file():
         raise CheckpointError(
             f"Arm {arm.name}: {arm.checkpoint} holds no saved adapter: there is no manifest.json (looked in "
@@ -140,7 +140,7 @@ def expert_layers(model: Any, routing: RoutingConfig) -> Layers:
         return adapted_layers(model, expert)
     sites = find_linears(model)
     layer_of = {site.name: site.layer for site in sites.found}
-    saved = check_files(Path(routing.checkpoint))["version"]["sites"]
+    saved = check_files(router_of(routing.checkpoint))["version"]["sites"]
     if foreign := [name for name in saved if name not in layer_of]:
         raise ConfigError(
             f"routing.checkpoint {routing.checkpoint} has experts on {foreign[0]}, which this base does not have: it "

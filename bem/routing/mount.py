@@ -30,6 +30,7 @@ from bem.experts.compose import TrustRegion
 from bem.experts.expert import Expert, Update, check_name, from_updates, read_expert
 from bem.experts.stack import ExpertStack
 from bem.experts.subspace import reserve
+from bem.releases.named import router_of
 from bem.routing.action import ActionSpace
 from bem.routing.composer import Rules
 from bem.routing.hysteresis import Limits
@@ -99,11 +100,13 @@ def _check_names(names: list[str], config: RouterConfig) -> None:
 def load_router(model: Any, folder: str | Path) -> Mounted:
     """Mount what `Mounted.save` wrote.
 
+    Args:
+        folder: of that, or the name of a release: `bem-smol`.
     Raises:
-        CheckpointError: missing, foreign or changed files.
+        CheckpointError: neither a folder nor a release; missing, foreign or changed files.
         BaseMismatch: made for another base.
     """
-    folder = Path(folder)
+    folder = router_of(folder)
     manifest = check_files(folder)
     checkpoint.check_base(_base_of(manifest, folder), model, str(folder))
     for expert in manifest["experts"]:
@@ -129,6 +132,16 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
                 "these files."
             )
     return mounted
+
+
+def saved_base(folder: str | Path) -> BaseIdentity:
+    """The base that a saved router, or a release's, was made for.
+
+    Raises:
+        CheckpointError: neither a folder nor a release; missing, foreign or changed files.
+    """
+    folder = router_of(folder)
+    return _base_of(check_files(folder), folder)
 
 
 def _base_of(manifest: dict[str, Any], folder: Path) -> BaseIdentity:

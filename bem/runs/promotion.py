@@ -7,6 +7,7 @@ from pathlib import Path
 from bem.config import ExperimentConfig
 from bem.errors import NotAccepted
 from bem.files import sha256_file
+from bem.releases.named import router_of
 from bem.runs.folder import STORE, RunFolder, checkpoint_kind, written
 from bem.runs.release import Content, Grounds, Release, read_content
 from bem.runs.store import Store
@@ -65,12 +66,13 @@ def import_release(store: Store, folder: str | Path) -> Release:
     """Keep a checkpoint in a store without putting it into use: nobody judged it here.
 
     Args:
-        folder: of a static adapter, or of a router with its experts.
+        folder: of a static adapter, or of a router with its experts; or the name of a release, whose
+            router it is: `bem-smol`.
     Raises:
         NotAccepted: the store serves another base.
-        CheckpointError: no checkpoint of ours, a missing or changed file, or the store is damaged.
+        CheckpointError: neither a folder nor a release, no checkpoint of ours, a missing or changed file, or the store is damaged.
     """
-    return store.add(read_content(Path(folder)), str(folder))
+    return store.add(read_content(router_of(folder)), str(folder))
 
 
 def _verdict_of(arm: str, config: ExperimentConfig, file: VerdictFile) -> Verdict:

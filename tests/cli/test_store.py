@@ -62,7 +62,7 @@ def test_what_is_refused_is_one_message(store, capsys, tmp_path):
         (["rollback", "beef", "--reason", "x"], "has no whole version 'beef'"),
         (["history", "--store", tmp_path / "none"], "is no version store. `bem promote` makes one"),
         (["store", "collect", "--keep", "0"], "keep must be 1 or more"),
-        (["store", "import", tmp_path / "none"], "manifest.json is missing"),
+        (["store", "import", tmp_path / "none"], "no release of that name. Releases: bem-smol"),
     ):
         code, out = bem_command(capsys, *arguments)
         assert code == 3 and message in out and "Traceback" not in out

@@ -34,6 +34,7 @@ from bem.experiments.tuning import Search, trial_facts
 from bem.experts.expert import read_expert, write_lora
 from bem.experts.stack import fixed_updates
 from bem.files import locked, made_under, sha256_file, sha256_json, write_json, write_text
+from bem.releases.named import router_of
 from bem.routing.mount import blank_expert, mount
 from bem.routing.mounted import Mounted, check_files
 from bem.tasks.scoring import score
@@ -64,18 +65,21 @@ class RoutingArtifacts:
         self.folder = inputs.folder.routing(seed)
         self.skills = skills_of(self.routing, inputs.tasks)
         self._by_task = {task.name: task for task in inputs.tasks}
+        self.shares = bool(self.routing.shared_rank)
+        """One expert acts in every chunk, beside the chosen one."""
         saved = self.routing.checkpoint
-        self.saved = None if saved is None else self._checked(Path(saved))
+        self.saved = None if saved is None else self._checked(router_of(saved))
         """Folder of a router that is taken as it is."""
 
     def _checked(self, folder: Path) -> Path:
         """The folder, if it holds the experts that the config names."""
         saved = [expert["name"] for expert in check_files(folder)["experts"]]
+        self.shares = SHARED in saved  # no setting knows what was saved
         named = list(self._names())
         if saved != named:
             raise ConfigError(
                 f"routing.checkpoint {self.routing.checkpoint} holds the experts {', '.join(saved)}; "
-                f"routing.experts (and shared_rank) say {', '.join(named)}."
+                f"routing.experts say {', '.join(named)}."
             )
         return folder
 
@@ -246,7 +250,7 @@ class RoutingArtifacts:
             name: ", ".join(skill for skill, owner in owners if owner == option)
             for option, name in enumerate(self.skills.experts, 1)
         }
-        return about | ({SHARED: "acts in every chunk"} if self.routing.shared_rank else {})
+        return about | ({SHARED: "acts in every chunk"} if self.shares else {})
 
     def _rank(self, name: str) -> int:
         return self.routing.shared_rank if name == SHARED else self.routing.expert_rank
@@ -254,7 +258,7 @@ class RoutingArtifacts:
     def _router_config(self, seed: int | None = None) -> RouterConfig:
         seed = self.seed if seed is None else seed
         changes: dict[str, Any] = {"seed": self.routing.router.seed + seed}
-        if self.routing.shared_rank:
+        if self.shares:
             changes["shared"] = SHARED
         return self.routing.router.model_copy(update=changes)
 
