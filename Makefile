@@ -4,9 +4,8 @@ PYTHON ?= python3
 
 .PHONY: demo test check clean
 
-demo: $(VENV)/.installed  ## train, measure and judge the quickstart arms, and write the reports
-	$(VENV)/bin/bem run configs/quickstart.yaml
-	$(VENV)/bin/bem run configs/quickstart_routing.yaml
+demo: $(VENV)/.installed  ## train and judge a small comparison, then judge a shipped router on a real base
+	$(VENV)/bin/bem demo
 
 test: $(VENV)/.installed-dev  ## every test
 	VENV=$(VENV) scripts/test
@@ -22,7 +21,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet -e .
+	$(VENV)/bin/python -m pip install --quiet -e '.[gguf]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python

@@ -51,7 +51,7 @@ def doctor() -> int:
     if missing:
         console.print(f"\n[red]{len(missing)} thing(s) missing[/]; each says what to do.")
         return 3
-    console.print("\n[green]Ready.[/] Try `bem run configs/quickstart.yaml`.")
+    console.print("\n[green]Ready.[/] Try `bem demo`.")
     return 0
 
 

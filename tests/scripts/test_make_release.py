@@ -115,7 +115,10 @@ def test_nothing_in_it_says_where_the_run_was(finished, released):
     texts = [p for p in released.folder.rglob("*") if p.suffix in (".md", ".yaml", ".json")]
     assert len(texts) > 5
     for path in texts:
-        assert str(finished.path.parent) not in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        assert str(finished.path.parent) not in text and str(Path(bem.__file__).parent) not in text, path
+    config = read_json(released.static / "adapter_config.json", CheckpointError)
+    assert config["base_model_name_or_path"] == "bem-tiny"
 
 
 def test_the_demo_measures_it_on_its_own_rows_and_trains_nothing(released, tmp_path):
