@@ -366,7 +366,9 @@ def make(run: Path, release: Shipped, rows: int, most_mb: float, data: str | Non
         root = config.data.model_copy(update={"root": data})
         config = config.model_copy(update={"data": root})
     inputs = load_inputs(config, folder, lambda event: None)
-    inputs.model.name_or_path = config.base  # what PEFT's files call it; else a folder of this machine
+    inputs.model.name_or_path = (
+        config.base
+    )  # what PEFT's files call it; else a folder of this machine
     with whole_folder(release.folder, _ours, CheckpointError) as work:
         made = replace(release, folder=work)
         differ = 0.0

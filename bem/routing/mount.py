@@ -81,8 +81,22 @@ def _mount(
     first = next(iter(parts))
     parts[first] = replace(parts[first], controller=_router(sites, config, rules))
     mounted = Mounted.inject(model, parts, config, loaded)
+    if as_they_are:
+        _put_back(mounted, loaded)
     mounted.name_what_acts()
     return mounted
+
+
+def _put_back(mounted: Mounted, experts: Sequence[Expert]) -> None:
+    """PEFT takes what it injects through the base's dtype: the bits that bfloat16 lacks are lost."""
+    for site, stack in mounted.stacks.items():
+        for number, expert in enumerate(experts):
+            if not stack.ranks[number]:
+                continue
+            saved = expert.updates[site]
+            pairs = zip(stack.factors(number), (saved.u, saved.v), strict=True)
+            if not all(torch.equal(held.detach().to(value), value) for held, value in pairs):
+                stack.put(number, saved)
 
 
 def _check_names(names: list[str], config: RouterConfig) -> None:
@@ -154,14 +168,27 @@ def _base_of(manifest: dict[str, Any], folder: Path) -> BaseIdentity:
 
 
 def blank_expert(
-    model: Any, name: str, rank: int, layer: int | None = None, about: str = ""
+    model: Any,
+    name: str,
+    rank: int,
+    layer: int | None = None,
+    about: str = "",
+    alpha: float | None = None,
 ) -> Expert:
     """An expert that is yet to be trained: LoRA's start, at both sites of every layer from `layer` on
-    (None: a quarter of the way up). The update is zero."""
+    (None: a quarter of the way up). The update is zero.
+
+    Args:
+        alpha: of LoRA, whose scale is alpha / rank: the first factor starts larger by it, so that a step of Adam
+            moves the update as far whatever the rank (a fixed scale moves it in proportion to the rank). None: 1.
+    """
     sites = find_sites(model)
+    scale = 1.0 if alpha is None else alpha / rank
     generator = torch.Generator().manual_seed(int(hashlib.md5(name.encode()).hexdigest()[:8], 16))
     updates = {
-        site.name: Update(torch.zeros(site.d_out, rank, device="cpu"), _born(site, rank, generator))
+        site.name: Update(
+            torch.zeros(site.d_out, rank, device="cpu"), _born(site, rank, generator) * scale
+        )
         for site in sites.above(sites.router_layer(layer))
     }
     return from_updates(name, updates, source="blank", about=about)

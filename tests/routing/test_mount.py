@@ -13,6 +13,7 @@ from bem.adapters.checks import check_adapter
 from bem.control.keys import ChunkKey, chunk_keys
 from bem.errors import AttachError, BaseMismatch, CheckpointError
 from bem.experts.expert import from_updates
+from bem.routing.mount import blank_expert
 from bem.routing.mounted import is_router
 from tests.conftest import make_llama
 from tests.routing.mounted import expert, mounted
@@ -97,6 +98,21 @@ def test_a_shared_expert_is_always_there():
     alone = bem.mount(make_llama(), experts[2:], chunk_size=8)
     wanted = logits(alone.model, route=route(1))
     torch.testing.assert_close(logits(model.model, route=route(0)), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_with_alpha_a_first_step_of_adam_goes_as_far_whatever_the_rank():
+    def moved(rank: int, alpha: float | None) -> float:
+        """Mean |output| after every number of the second factor went one step in its gradient's direction."""
+        update = next(iter(blank_expert(make_llama(), "a", rank, alpha=alpha).updates.values()))
+        x = torch.randn(200, update.v.shape[1], generator=torch.Generator().manual_seed(2))
+        seen = x @ update.v.T  # the gradient of a loss that wants more of every output
+        return float((seen * seen.sign()).sum(-1).mean())
+
+    assert not blank_expert(make_llama(), "a", 2, alpha=8).updates.popitem()[1].u.any()
+    assert moved(2, 16) == pytest.approx(moved(16, 16), rel=0.2)
+    assert moved(16, None) == pytest.approx(
+        8 * moved(2, None), rel=0.2
+    )  # without it: in proportion
 
 
 def perturbed(model):
@@ -277,6 +293,18 @@ def test_a_base_in_another_dtype_is_refused_with_what_to_do(tmp_path):
     folder = mounted(make_llama()).save(tmp_path / "router")
     with pytest.raises(BaseMismatch, match=r"Load the base with dtype='float32'"):
         bem.load_router(make_llama().to(torch.bfloat16), folder)
+
+
+def test_experts_that_trained_in_float32_on_a_bfloat16_base_come_back_bit_for_bit(tmp_path):
+    model = mounted(make_llama().to(torch.bfloat16))
+    with model.training("experts"), torch.no_grad():
+        for _, parameter in model.named_parameters():
+            parameter += torch.randn_like(parameter) / 8  # numbers that bfloat16 does not have
+    folder = model.save(tmp_path / "router")
+    again = bem.load_router(make_llama().to(torch.bfloat16), folder)
+    assert again.version == model.version
+    ids = torch.randint(2, 320, (1, 90))
+    assert torch.equal(again.model(ids).logits, model.model(ids).logits)
 
 
 def test_a_policy_of_another_router_is_refused_and_the_model_is_left_as_it_was(tmp_path):

@@ -116,7 +116,9 @@ def test_nothing_in_it_says_where_the_run_was(finished, released):
     assert len(texts) > 5
     for path in texts:
         text = path.read_text(encoding="utf-8")
-        assert str(finished.path.parent) not in text and str(Path(bem.__file__).parent) not in text, path
+        assert (
+            str(finished.path.parent) not in text and str(Path(bem.__file__).parent) not in text
+        ), path
     config = read_json(released.static / "adapter_config.json", CheckpointError)
     assert config["base_model_name_or_path"] == "bem-tiny"
 
