@@ -201,8 +201,8 @@ tags: [bem, lora, routing]
 {about}
 
 For `{base}` in {dtype}. `router/`: {experts}, and the router that chooses between them in every chunk of up to
-{chunk} tokens; each expert is a plain PEFT LoRA. `static/`: one LoRA of rank {rank}, about as many parameters, trained on the
-same rows.
+{chunk} tokens; each expert is a plain PEFT LoRA. `static/`: one LoRA of rank {rank}, trained on the same rows. Router and experts
+together have {parameters} parameters against it.
 
 ```python
 import bem
@@ -311,7 +311,8 @@ def _verdict(
     headline = words.headline({ROUTER: plain}, STATIC)
     gates = words.gates(verdict)
     apart = [gate for gate in gates if gate.name.startswith(("slice.", "regression."))]
-    passed = sum(gate.state == "pass" for gate in apart)
+    states = [gate.state for gate in apart]
+    passed, failed = states.count("pass"), states.count("fail")
     changes = words.gate_changes(config.gates)
     return {
         "router": f"`{router}` (the router)",
@@ -321,13 +322,14 @@ def _verdict(
         "n": scores.n,
         "sources": len(set(scores.clusters if scores.clusters is not None else scores.ids)),
         "seeds": len(config.seeds),
+        "parameters": next(g.value for g in gates if g.name == "budget.parameters"),
         "changes": f"Gates other than the defaults: {changes}." if changes else "",
         "gates": "\n".join(
             f"| {gate.name} | {gate.value} | {gate.limit} | {gate.state} |"
             for gate in gates
             if gate not in apart
         ),
-        "reported": f"Of {len(apart)} guards of single tasks, slices and metrics, {passed} passed."
+        "reported": f"Of {len(apart)} guards of single tasks, slices and metrics {passed} passed and {failed} failed."
         if apart
         else "",
     }

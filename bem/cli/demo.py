@@ -98,13 +98,13 @@ def _tell(
     """What came out, whatever it is; the verdict on the real base, if there is one, comes first."""
     _print(console, (second or first).headline, "bold")
     _print(console, f"\n{STORY}")
-    _part(console, 1, f"two candidates for {first.config.base}, trained and judged here", first)
+    _part(console, 1, f"candidates for {first.config.base}, trained and judged here", first)
     if second is None:
         _print(console, f"\n2. Left out, a shipped router on a real base: {why}")
         return
     title = (
-        f"the router of {release.name} on {second.config.base}, against one LoRA of about as many "
-        "parameters; trained before, measured and judged here"
+        f"the router of {release.name} on {second.config.base}, against the static LoRA beside it; trained before, "
+        "measured and judged here"
     )
     _part(console, 2, title, second)
     show_routed(console, second.result.folder, second.config)
@@ -115,6 +115,8 @@ def _part(console: Console, number: int, title: str, done: Done) -> None:
     _print(console, f"\n{number}. {title[:1].upper()}{title[1:]}:", "bold")
     for verdict in done.result.verdicts.values():
         show_decision(console, verdict)
+    if changes := words.gate_changes(done.config.gates):
+        _print(console, f"Gates other than the defaults: {changes}.", "dim")
 
 
 def _keep(console: Console, done: Done, release: Shipped | None) -> None:
@@ -145,7 +147,7 @@ def _kept(done: Done, release: Shipped | None, store: Store) -> str:
         )
     if release is None:
         return "No verdict says PROMOTE, so nothing was put into use."
-    kept = import_release(store, release.name)
+    kept = import_release(store, release.address)
     return (
         f"No verdict says PROMOTE, so nothing was put into use. {release.name} is kept in {store.path}, version "
         f"{kept.short}, to be served by its version."

@@ -4,7 +4,7 @@
       README.md      card: what it is, data and licences, training, verdict and its evidence
       config.yaml    the run that it comes from: base, dtype, tasks, which expert serves which skill, gates
       router/        the experts and the router between them: `bem.load_router(model, "bem-smol")`
-      static/        the static LoRA of as many parameters: `bem.load(model, "bem-smol")`
+      static/        a static LoRA that was trained on the same rows: `bem.load(model, "bem-smol")`
       held-out/      TASK.jsonl.gz: conversations that neither was trained on
 
 `scripts/make_release.py` makes such a folder out of a finished run.
@@ -28,6 +28,11 @@ class Shipped:
     name: str
     folder: Path
     about: str = ""
+
+    @property
+    def address(self) -> str:
+        """What `bem.load` and a config take: its name, or its folder if the package does not have it."""
+        return self.name if RELEASES.get(self.name) == self else str(self.folder)
 
     @property
     def card(self) -> Path:

@@ -41,12 +41,11 @@ def skill_of(row: Example) -> str:
 
 
 def skills(tasks: Sequence[Task]) -> list[str]:
-    """The skills of all rows: tasks in their order, what is asked for by name."""
-    return [
-        skill
-        for task in tasks
-        for skill in sorted({skill_of(row) for row in task.train + task.dev})
-    ]
+    """The skills of all rows and of the turns before them: tasks in their order, what is asked for by name."""
+    rows = [row for task in tasks for row in task.train + task.dev]
+    found = {skill for row in rows for skill in (skill_of(row), *row.meta.get("skills", ()))}
+    order = {task.name: place for place, task in enumerate(tasks)}
+    return sorted(found, key=lambda skill: (order.get(skill.partition("/")[0], len(order)), skill))
 
 
 def characters(row: Example) -> int:

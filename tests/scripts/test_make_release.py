@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ TASKS = [
 
 def make_release(*arguments):
     spec = importlib.util.spec_from_file_location("make_release", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["make_release"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main([str(argument) for argument in arguments])
 

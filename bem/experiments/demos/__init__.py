@@ -30,7 +30,6 @@ def of_release(release: Shipped, output: str, rows: int = ROWS) -> ExperimentCon
     """
     made = release.config
     assert made.routing is not None, "scripts/make_release.py refuses a run without experts"
-    checkpoint = release.name if RELEASES.get(release.name) == release else str(release.folder)
     gates = made.gates.model_dump(mode="json")
     # Too few rows to guard a single task or slice: the run that the release comes from guarded them.
     gates["waived"] = sorted({*gates["waived"], "slices"})
@@ -42,9 +41,9 @@ def of_release(release: Shipped, output: str, rows: int = ROWS) -> ExperimentCon
         "seeds": made.seeds[:1],
         "workers": 2,
         "data": {"tasks": [_held_out(release, task) for task in made.data.tasks], "dev_rows": rows},
-        "routing": {"checkpoint": checkpoint, "experts": made.routing.experts},
+        "routing": {"checkpoint": release.address, "experts": made.routing.experts},
         "arms": [
-            {"name": "static-lora", "checkpoint": checkpoint, "role": "baseline"},
+            {"name": "static-lora", "checkpoint": release.address, "role": "baseline"},
             {"name": "router", "route": "ar1"},
         ],
         "training": {"max_length": made.training.max_length},

@@ -46,6 +46,21 @@ def test_a_list_that_is_not_one_to_one_is_refused(experts, message):
         skills_of(RoutingConfig(experts=experts), TASKS)
 
 
+def test_what_was_saved_may_serve_skills_that_no_row_asks_for():
+    experts = {"j": ["forms/json"], "s": ["sql"], "k": ["forms/kind"], "q": ["qa"]}
+    skills = skills_of(RoutingConfig(experts=experts, checkpoint="saved"), TASKS)
+    assert skills.experts == ("j", "s", "k", "q")  # in the order in which they were saved
+    assert skills.owner == {"forms/json": 1, "forms/kind": 3, "qa": 4}
+
+
+def test_a_skill_of_an_earlier_turn_is_one_too():
+    talk = Example("t", "x", ("y",), task="qa", meta={"skills": ["sql", "forms/last", "qa"]})
+    tasks = [*TASKS, Task("qa", [], [talk], ("em",), "em", max_new_tokens=2)]
+    skills = skills_of(RoutingConfig(), tasks)
+    assert list(skills.owner) == ["forms/json", "forms/kind", "forms/last", "qa", "sql"]
+    assert len(skills.route(talk)) == 3
+
+
 def test_a_row_is_routed_turn_by_turn_and_unrouted_again():
     skills = skills_of(RoutingConfig(experts={"f": ["forms"], "q": ["qa"]}), TASKS)
     row = Example("r", "x", ("y",), task="qa", meta={"skills": ["qa", "qa"]})
