@@ -44,6 +44,9 @@ Router = Annotated[
         help="Folder of a router (see `bem route fit`, `bem train router`), or a release: bem-smol."
     ),
 ]
+RouterOption = Annotated[
+    Path, typer.Option("--router", help="Folder of the router, or a release: bem-smol.")
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -72,9 +75,7 @@ def explain(
             "`assistant:` begin turns. `-` reads it from standard input."
         ),
     ],
-    router: Annotated[
-        Path, typer.Option("--router", help="Folder of the router, or a release: bem-smol.")
-    ],
+    router: RouterOption,
     base: Model = None,
     answer: Annotated[
         bool,
@@ -95,13 +96,8 @@ def explain(
     if as_json:
         named = zip(read.chunks, read.texts, strict=True)
         chunks = [{**asdict(chunk), "text": text} for chunk, text in named]
-        result = {
-            "router": str(router),
-            "base": _base_of(router, base),
-            "chunks": chunks,
-            "answer": read.answer,
-        }
-        print(json.dumps(result, ensure_ascii=False))
+        result = {"router": str(router), "base": _base_of(router, base), "chunks": chunks}
+        print(json.dumps(result | {"answer": read.answer}, ensure_ascii=False))
         return 0
     console = Console()
     console.print(table_of(read.chunks, read.texts, mounted.router.chunk_size))
