@@ -32,7 +32,7 @@ from bem.routing.mounted import Mounted
 from bem.training.data import Example, data_hash
 from bem.training.row_losses import answer_losses
 
-ROWS = 40
+ROWS = 20
 """Held-out conversations per expert."""
 LIMIT = 0.02
 
