@@ -216,9 +216,6 @@ class RoutingConfig(Section):
     """Rank of each expert at each site."""
     shared_rank: int = Field(default=0, ge=0)
     """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Of LoRA, for every expert at the start of its training: its scale is alpha / its rank. None: a scale of 1,
-    under which an expert of few ranks learns in proportion to them more slowly."""
     checkpoint: Folder | None = None
     """Folder of a saved router with its experts, or the name of a release (`bem-smol`): taken as they are,
     under the routes ar1 (the router), gold, oracle, random, wrong, arrow and xlora. None: they are trained."""

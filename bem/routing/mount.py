@@ -168,27 +168,14 @@ def _base_of(manifest: dict[str, Any], folder: Path) -> BaseIdentity:
 
 
 def blank_expert(
-    model: Any,
-    name: str,
-    rank: int,
-    layer: int | None = None,
-    about: str = "",
-    alpha: float | None = None,
+    model: Any, name: str, rank: int, layer: int | None = None, about: str = ""
 ) -> Expert:
     """An expert that is yet to be trained: LoRA's start, at both sites of every layer from `layer` on
-    (None: a quarter of the way up). The update is zero.
-
-    Args:
-        alpha: of LoRA, whose scale is alpha / rank: the first factor starts larger by it, so that a step of Adam
-            moves the update as far whatever the rank (a fixed scale moves it in proportion to the rank). None: 1.
-    """
+    (None: a quarter of the way up). The update is zero."""
     sites = find_sites(model)
-    scale = 1.0 if alpha is None else alpha / rank
     generator = torch.Generator().manual_seed(int(hashlib.md5(name.encode()).hexdigest()[:8], 16))
     updates = {
-        site.name: Update(
-            torch.zeros(site.d_out, rank, device="cpu"), _born(site, rank, generator) * scale
-        )
+        site.name: Update(torch.zeros(site.d_out, rank, device="cpu"), _born(site, rank, generator))
         for site in sites.above(sites.router_layer(layer))
     }
     return from_updates(name, updates, source="blank", about=about)

@@ -142,7 +142,7 @@ class RoutingArtifacts:
         """What the experts are, before they are trained."""
         routing = self.routing.model_dump(mode="json")
         return {
-            "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank", "alpha")],
+            "experts": [routing[key] for key in ("experts", "expert_rank", "shared_rank")],
             "stack": [routing["router"][key] for key in OF_THE_STACK],
         }
 
@@ -188,7 +188,7 @@ class RoutingArtifacts:
         """Experts that were not trained yet, on the base."""
         layer, config = self.routing.router.router_layer, self._router_config(seed)
         blanks = [
-            blank_expert(self.model, name, self._rank(name), layer, about, self.routing.alpha)
+            blank_expert(self.model, name, self._rank(name), layer, about)
             for name, about in self._names().items()
         ]
         with put_on(self.model, lambda base: mount(base, blanks, config)) as mounted:
