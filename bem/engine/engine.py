@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bem.bases.limits import text_config
 from bem.control.keys import ChunkKey
 from bem.engine.acts import Acts, parts_of
 from bem.engine.answers import Reader, ends_of
 from bem.engine.chain import Chains
-from bem.engine.fit import apart, check_probe, config_of, longest, mask_dtype
+from bem.engine.fit import apart, check_probe, longest, mask_dtype
 from bem.engine.intake import Intake, told_of
 from bem.engine.request import ChunkAction, FinishReason, Request, Result
 from bem.engine.runner import Piece, Runner
@@ -109,7 +110,7 @@ class Engine:
 
     def _set_up(self) -> None:
         acts, base = self._versions.current, self._base
-        blocks = config_of(base).num_hidden_layers
+        blocks = text_config(base).num_hidden_layers
         mask, pad = mask_dtype(base), self._reader.pad_id
 
         def runner(slots: int) -> Runner:
