@@ -171,7 +171,7 @@ class Engine:
     def versions(self) -> dict[str, str]:
         """Name -> digest of what is kept; "" is what is in use."""
         kept = {name: acts.version.digest for name, acts in self._versions.kept.items()}
-        return {"": self._versions.current.version.digest, **kept}
+        return {"": self._versions.in_use().version.digest, **kept}
 
     def cancel(self, id: int) -> bool:
         """End a request; its results, as far as they came, are handed out by the next step. False: it is over."""
@@ -198,12 +198,12 @@ class Engine:
             else Request(p, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **fields)
             for p in prompts
         ]  # fmt: skip
-        ours: list[int] = []
+        ours: set[int] = set()
         results: dict[tuple[int, int], Result] = {}
         others, left = [], sum(request.n for request in wanted)
         while left > len(results):
             while len(ours) < len(wanted) and self.waiting.has_room(wanted[len(ours)].n):
-                ours.append(self.submit(wanted[len(ours)]))
+                ours.add(self.submit(wanted[len(ours)]))
             for result in self.step().finished:
                 if result.id in ours:
                     results[result.id, result.index] = result
@@ -257,6 +257,9 @@ class Engine:
         if not len(self.waiting) or None not in self._rows:
             return 0
         acts, admitted = self._versions.renew(len(self._arrived)), 0
+        for sequence in [s for s in self.waiting if self._versions.is_gone(s.acts)]:
+            sequence.error = "the version that it names was changed in place while it waited."
+            self._end(sequence, "error")
         for slot in [s for s, row in enumerate(self._rows) if row is None]:
             sequence = self.waiting.take()
             if sequence is None:

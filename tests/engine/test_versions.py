@@ -65,3 +65,27 @@ def test_versions_that_are_not_there_are_refused_by_name(tokenizer):
         engine.keep("next", static)
     (result,) = engine.generate([asked([3, 4], version=static.version.digest)])
     assert result.version == static.version.digest
+
+
+def test_the_digest_of_what_was_just_adopted_names_it(tokenizer):
+    live = adapted("router")
+    release = changed_expert(live, "a")
+    engine = Engine(live, tokenizer)
+    with pytest.raises(EngineError, match="no version here"):
+        engine.submit(asked([3, 4], version=release.version.digest))
+    live.adopt(release)
+    engine.submit(asked([3, 4], version=release.version.digest))
+    assert engine.versions == {"": release.version.digest}
+
+
+def test_a_version_that_is_changed_in_place_while_a_request_for_it_waits_is_not_served(tokenizer):
+    static = adapted("v1")
+    engine = Engine(static, tokenizer)
+    number = engine.submit(asked([3, 4], version=static.version.digest))
+    other = engine.submit(asked([3, 4]))
+    static.load_state_dict({n: t + 1 for n, t in static.state_dict().items()})
+    results = {}
+    while engine.busy:
+        results |= {r.id: r for r in engine.step().finished}
+    assert results[number].finish_reason == "error" and "changed in place" in results[number].error
+    assert list(results[other].token_ids) == plain(static, [3, 4], NEW)
