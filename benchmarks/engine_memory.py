@@ -88,13 +88,6 @@ def main() -> None:
     engine.keep("next", mounted.shadow())
     generator, began, lines = torch.Generator().manual_seed(0), time.process_time(), []
     size, process = options.requests // options.parts, psutil.Process()
-    for part in range(options.parts):
-        answers = serve(engine, range(part * size, (part + 1) * size), generator)
-        gc.collect()
-        stats, resident = engine.store.stats, process.memory_info().rss / MIB
-        held = f"{stats.nbytes / MIB:.1f} | {stats.evicted} | {time.process_time() - began:.0f}"
-        lines.append(f"| {(part + 1) * size} | {answers} | {resident:.1f} | {held} |")
-        print(lines[-1], flush=True)
     head = [
         "# Memory of the engine\n",
         f"bem-tiny with 4 experts, one thread, {engine.slots} slots, a store of {engine.store.budget / MIB:.0f} MiB. "
@@ -103,7 +96,14 @@ def main() -> None:
         "| requests | answers of this part | resident, MiB | store, MiB | tokens thrown out | CPU seconds |",
         "|---|---|---|---|---|---|",
     ]
-    options.out.write_text("\n".join([*head, *lines, ""]))
+    for part in range(options.parts):
+        answers = serve(engine, range(part * size, (part + 1) * size), generator)
+        gc.collect()
+        stats, resident = engine.store.stats, process.memory_info().rss / MIB
+        held = f"{stats.nbytes / MIB:.1f} | {stats.evicted} | {time.process_time() - began:.0f}"
+        lines.append(f"| {(part + 1) * size} | {answers} | {resident:.1f} | {held} |")
+        print(lines[-1], flush=True)
+        options.out.write_text("\n".join([*head, *lines, ""]))
 
 
 if __name__ == "__main__":
