@@ -57,7 +57,6 @@ def confirmation(folder: RunFolder, task: str, rows: Path) -> ExperimentConfig:
         "output": made.output,
         "base": made.base,
         "dtype": made.dtype,
-        "workers": 2,
         "data": {"tasks": [{"name": task, "dev": str(rows), **metric}]},
         "routing": {
             "checkpoint": str(folder.routing(seed) / "ar1"),
@@ -70,7 +69,6 @@ def confirmation(folder: RunFolder, task: str, rows: Path) -> ExperimentConfig:
                 "role": "baseline",
             },
             {"name": "ar1", "route": "ar1"},
-            {"name": "gold", "route": "gold", "role": "control"},
         ],
         "training": {"max_length": made.training.max_length},
         "gates": made.gates.model_dump(mode="json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Row
 from typing import Any
 
+from bem.bases.limits import own_ends
 from bem.engine.request import FinishReason, Result
 from bem.engine.sequence import Sequence
 
@@ -15,10 +16,8 @@ take several tokens, and some tokens have no text."""
 
 def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer: the model's own, and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    listed = [] if own is None else [own] if isinstance(own, int) else [int(i) for i in own]
     mark = tokenizer.eos_token_id
-    return frozenset([*listed, *([] if mark is None else [mark])])
+    return frozenset([*own_ends(model), *([] if mark is None else [mark])])
 
 
 class Reader:
@@ -46,6 +45,8 @@ class Reader:
         if request.stop and (text := self._cut(sequence)) is not None:
             sequence.text = text
             return "stop"
+        if sequence.matcher is not None and sequence.matcher.done:
+            return "stop"
         return "length" if len(sequence.ids) == sequence.most else None
 
     def _cut(self, sequence: Sequence) -> str | None:
@@ -68,6 +69,7 @@ class Reader:
         """What is handed out; now: by the engine's clock."""
         answer, first = sequence.answer, sequence.first_token
         acts, began = sequence.acts, sequence.submitted
+        scored = (sequence.first or sequence).prompt_logprobs
         return Result(
             id=sequence.id,
             token_ids=tuple(answer),
@@ -78,6 +80,9 @@ class Reader:
             cached_tokens=sequence.cached,
             actions=actions,
             logprobs=tuple(sequence.logprobs[: len(answer)]),
+            prompt_logprobs=tuple(scored),
+            index=sequence.sample,
+            error=sequence.error,
             first_token_s=None if first is None else first - began,
             seconds=now - began,
         )
