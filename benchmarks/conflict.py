@@ -19,6 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rich.console import Console
+
 from bem.cli.display import Display
 from bem.config import ExperimentConfig, parse
 from bem.experiments import run as runner
@@ -90,7 +92,7 @@ def main() -> None:
     write_text(kept, "\n".join(lines) + "\n")
     print(f"{len(rows)} rows from {len({row.group for row in rows})} sources", flush=True)
     config = confirmation(folder, args.task, kept)
-    with Display() as display:
+    with Display(Console()) as display:
         result = runner.run(config, display.show, command=f"python {' '.join(sys.argv)}")
     print(words.headline(result.verdicts, config.baseline.name))
     print(result.report)
