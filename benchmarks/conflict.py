@@ -59,7 +59,8 @@ def confirmation(folder: RunFolder, task: str, rows: Path) -> ExperimentConfig:
         "output": made.output,
         "base": made.base,
         "dtype": made.dtype,
-        "data": {"tasks": [{"name": task, "dev": str(rows), **metric}]},
+        "seeds": made.seeds[:1],
+        "data": {"tasks": [{"name": task, "dev": str(rows), **metric}], "dev_rows": None},
         "routing": {
             "checkpoint": str(folder.routing(seed) / "ar1"),
             "experts": made.routing.experts,
