@@ -39,7 +39,10 @@ UNSEEN = ("qa_strategy", "tool_bfcl", "qa_xquad_en", "qa_hotpot500", "gen_e2e")
 PER_SET = 60
 HOMOGLYPHS = str.maketrans("aceopxyi", "асеорхуі")
 LEET = str.maketrans("aeiost", "4310$7")
-FILLER = "The library opens at nine and closes at six. Tea is served in the hall, and children are welcome. " * 6
+FILLER = (
+    "The library opens at nine and closes at six. Tea is served in the hall, and children are welcome. "
+    * 6
+)
 Score = Callable[[str], float]
 
 DISGUISES: dict[str, Callable[[str], str]] = {
@@ -108,7 +111,9 @@ class Sets:
         self.red = [t for t in (first_turn(r["input"]) for r in pairs) if t]
         self.chosen = [r["references"][0] for r in pairs]
         self.rejected = [r["meta"]["rejected"] for r in pairs]
-        self.personal = [(r["input"], r["meta"]["spans"]) for r in texts(data, "safety_pii") if final]
+        self.personal = [
+            (r["input"], r["meta"]["spans"]) for r in texts(data, "safety_pii") if final
+        ]
 
 
 ORDINARY_DEV = tuple(name for name in ORDINARY if name not in ("sql_wikisql", "qa_babi"))
@@ -116,10 +121,16 @@ ORDINARY_DEV = tuple(name for name in ORDINARY if name not in ("sql_wikisql", "q
 
 def compared(s: Sets) -> dict[str, tuple[list[str], list[str]]]:
     return {
-        "harmful instructions, in distribution (against ordinary requests)": (s.harmful, s.ordinary),
+        "harmful instructions, in distribution (against ordinary requests)": (
+            s.harmful,
+            s.ordinary,
+        ),
         "abusive tweets, in distribution (against the other tweets)": (s.abusive, s.neither),
         "XSTest, unsafe against safe": (s.unsafe, s.safe),
-        "**untouched**: hh first turns (red-teaming, many harmless) against requests of unseen sets": (s.red, s.unseen),
+        "**untouched**: hh first turns (red-teaming, many harmless) against requests of unseen sets": (
+            s.red,
+            s.unseen,
+        ),
         "**untouched**: hh rejected against chosen answers": (s.rejected, s.chosen),
     }
 
@@ -151,13 +162,19 @@ def table_of_flags(s: Sets, detector: ViolationDetector) -> list[str]:
         "abusive: tweets": s.abusive,
         "untouched: hh first turns": s.red,
     }
-    return ["| texts | flagged [95 %] |", "|---|---|", *(f"| {n} | {flagged(g)} |" for n, g in rows.items() if g)]
+    return [
+        "| texts | flagged [95 %] |",
+        "|---|---|",
+        *(f"| {n} | {flagged(g)} |" for n, g in rows.items() if g),
+    ]
 
 
 def table_of_disguises(s: Sets, detector: ViolationDetector) -> list[str]:
     lines = ["| disguise | flagged [95 %] |", "|---|---|"]
     for name, put_on in DISGUISES.items():
-        lines.append(f"| {name} | {share([detector.check(put_on(t)).flagged for t in s.harmful])} |")
+        lines.append(
+            f"| {name} | {share([detector.check(put_on(t)).flagged for t in s.harmful])} |"
+        )
     return lines
 
 
@@ -218,13 +235,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "detector.md")
     args = parser.parse_args()
     detector, s = ViolationDetector(), Sets(args.data, args.final)
+    scorers = {
+        "detector": detector.score,
+        "its harm alone": lambda t: detector.check(t).scores["harm"],
+        **peers(args.peers),
+    }
     page = [
         "# The violation detector on prompts that it was not made from\n",
         "`python benchmarks/detector.py DIR_OF_THE_PUBLIC_SETS --peers DIR --final`, what the sets are: its docstring. "
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; CPU time, one thread.\n",
         f"Trained and calibrated as `{json.dumps(dict(detector.weights.about))}`; limits "
         + ", ".join(f"{c.name} {c.limit:.3f}" for c in detector.weights.categories) + ".\n",
-        "## Ranking\n", *table_of_areas(s, {"detector": detector.score, **peers(args.peers)}),
+        "## Ranking\n", "(alt-profanity-check was itself trained on the tweets, dev side included.)\n", *table_of_areas(s, scorers),
         "\n## At its limits\n", *table_of_flags(s, detector),
         "\n## Disguises, on harmful instructions\n", *table_of_disguises(s, detector),
         "\n## Personal data (untouched: safety_pii, dev)\n", *table_of_personal(s),

@@ -115,7 +115,9 @@ def fit(
     )
 
 
-def lexicon(abusive: Sequence[str], harmless: Sequence[str], others: Sequence[str]) -> dict[int, float]:
+def lexicon(
+    abusive: Sequence[str], harmless: Sequence[str], others: Sequence[str]
+) -> dict[int, float]:
     """Digest -> share, of the words that hardly occur outside abusive tweets."""
     bad, good = (Counter(w for t in ts for w in set(WORD.findall(t))) for ts in (abusive, harmless))
     known = {w for t in others for w in WORD.findall(t)}
@@ -164,7 +166,9 @@ def main() -> None:
     detector = ViolationDetector(args.out)
     checked = [detector.check(text) for text in held]
     limited = tuple(
-        replace(c, limit=max(LEAST, conformal_limit([k.scores[c.name] for k in checked], ALPHA / 2)))
+        replace(
+            c, limit=max(LEAST, conformal_limit([k.scores[c.name] for k in checked], ALPHA / 2))
+        )
         for c in detector.weights.categories
     )
     write_weights(args.out, replace(detector.weights, categories=limited))

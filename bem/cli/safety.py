@@ -149,8 +149,8 @@ def _leaks(basis: Path, adapter: Path, base: str) -> dict[str, dict[str, float]]
     from bem.routing.mount import load_router
     from bem.routing.mounted import is_router
     from bem.safety.basis import read_basis
-    from bem.safety.protect import Guard, protect
     from bem.safety.knob import Knob
+    from bem.safety.protect import Guard, protect
 
     read = read_basis(basis)
     model, _ = load_base(base)
@@ -174,7 +174,9 @@ def _show_checked(console: Console, checked: Checked, as_json: bool) -> None:
 
 
 def _show_basis(console: Console, basis: SafetyBasis) -> None:
-    table = Table("block", "held-out AUROC", "along one direction", "best of 100 random", "protected")
+    table = Table(
+        "block", "held-out AUROC", "along one direction", "best of 100 random", "protected"
+    )
     protected = {layer.block for layer in basis.layers}
     for t in basis.about["tried"]:
         value, low, high = t["held_out_auroc"]

@@ -113,7 +113,14 @@ def read_basis(folder: str | Path) -> SafetyBasis:
         )
         basis = SafetyBasis(card["base"], layers, card["about"])
         stated = card["digest"]
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        SafetensorError,
+        json.JSONDecodeError,
+    ) as error:
         raise CheckpointError(
             f"{folder} holds no safety basis that can be read: {type(error).__name__} {error}."
         ) from None

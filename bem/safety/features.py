@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from zlib import crc32
 
 import numpy as np
@@ -26,7 +27,7 @@ LONGEST_WORD = 32
 def buckets(text: str) -> tuple[Counter[int], Counter[int]]:
     """(words, characters): bucket -> how often, of a folded text; characters lie behind the words."""
     words = WORD.findall(text)
-    pairs = (f"{a} {b}" for a, b in zip(words, words[1:], strict=False))
+    pairs = (f"{a} {b}" for a, b in pairwise(words))
     of_words = Counter(crc32(w.encode()) % BUCKETS for w in (*words, *pairs))
     of_characters: Counter[int] = Counter()
     for word in words:

@@ -10,7 +10,7 @@ harmless prompts by at most `kl_limit` nats per token on average.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ RANDOM_BASES = 100
 LOW_SHARE = 0.005
 """Of harmless tokens so many lie below `low`, in each direction."""
 UNNAMED_CATEGORIES = 6
+MOST_CLAMPED = 40
 DEPTHS = (0.4, 0.5, 0.6, 0.7, 0.8)
 """Blocks that are tried, as shares of the depth."""
 NOT_COVERED = (
@@ -87,8 +88,40 @@ def fit_basis(
             that was not accepted.
     """
     options, base = options or FitOptions(), innermost(model)
+    names, blocks = _checked(base, harmful, harmless, options)
+    rng = np.random.default_rng(options.seed)
+    bad_order, good_order = rng.permutation(len(harmful)), rng.permutation(len(harmless))
+    reader, first = Reader(base, tokenizer, [names[b] for b in blocks]), 3 * len(harmless) // 5
+    tell(f"reading {len(harmful)} harmful prompts")
+    bad = reader.last_tokens([harmful[i] for i in bad_order])
+    tell(f"reading {len(harmless)} harmless prompts")
+    good, tokens = reader.all_tokens([harmless[i] for i in good_order], first)
+    named = None if categories is None else [categories[i] for i in bad_order]
+    tried = [
+        _layer(block, bad[:, n], good[:, n], tokens[:, n], named, options)
+        for n, block in enumerate(blocks)
+    ]
+    layers = _best(tried, options.keep)
+    held = [harmless[i] for i in good_order[first:]][:MOST_CLAMPED]
+    tell(f"clamping the base on {len(held)} harmless prompts")
+    about = {
+        "tried": [t.about() for t in tried],
+        "harmless_kl": _limited_kl(base, tokenizer, names, layers, held, options),
+        "prompts": [len(harmful), len(harmless)],
+        "options": _plain(options),
+        "not covered": list(NOT_COVERED),
+    }
+    return SafetyBasis(base_digest(base), layers, about)
+
+
+def _checked(
+    base: Any, harmful: Sequence[str], harmless: Sequence[str], options: FitOptions
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(names of all blocks, numbers of those to try) of a base on which a basis can be fitted."""
     if hasattr(base, "bem_runtime"):
-        raise SafetyError("fit a basis on the bare base: detach the adapter, or load the base anew.")
+        raise SafetyError(
+            "fit a basis on the bare base: detach the adapter, or load the base anew."
+        )
     if min(len(harmful), len(harmless)) < 20:
         raise SafetyError(
             f"a basis needs at least 20 prompts of each kind, got {len(harmful)} harmful and {len(harmless)} harmless."
@@ -99,32 +132,24 @@ def fit_basis(
     blocks = options.blocks or tuple(sorted({min(depth - 1, int(depth * x)) for x in DEPTHS}))
     if not all(0 <= b < depth for b in blocks):
         raise SafetyError(f"blocks {blocks} must lie in 0..{depth - 1}.")
-    rng = np.random.default_rng(options.seed)
-    bad_order, good_order = rng.permutation(len(harmful)), rng.permutation(len(harmless))
-    reader = _Reader(base, tokenizer, [sites.blocks[b] for b in blocks])
-    tell(f"reading {len(harmful)} harmful prompts")
-    bad = reader.last_tokens([harmful[i] for i in bad_order])
-    tell(f"reading {len(harmless)} harmless prompts")
-    good, tokens = reader.all_tokens([harmless[i] for i in good_order], 3 * len(harmless) // 5)
-    named = None if categories is None else [categories[i] for i in bad_order]
-    tried = [
-        _layer(block, bad[:, n], good[:, n], tokens[:, n], named, options)
-        for n, block in enumerate(blocks)
-    ]
+    return sites.blocks, blocks
+
+
+def _best(tried: Sequence[_Tried], keep: int) -> tuple[ProtectedLayer, ...]:
+    """The accepted blocks with the highest held-out AUROC, bottom to top.
+
+    Raises:
+        SafetyError: none was accepted.
+    """
     accepted = [t for t in tried if t.held_out.value > t.best_random]
-    about: dict[str, Any] = {"tried": [t.about() for t in tried], "options": _plain(options)}
     if not accepted:
         raise SafetyError(
-            f"no block was accepted: held-out AUROC {[round(t.held_out.value, 3) for t in tried]} in blocks {list(blocks)} "
-            f"is not above the best random basis, {[round(t.best_random, 3) for t in tried]}."
+            f"no block was accepted: held-out AUROC {[round(t.held_out.value, 3) for t in tried]} in blocks "
+            f"{[t.layer.block for t in tried]} is not above the best random basis, "
+            f"{[round(t.best_random, 3) for t in tried]}."
         )
-    best = sorted(accepted, key=lambda t: -t.held_out.value)[: options.keep]
-    layers = tuple(sorted((t.layer for t in best), key=lambda layer: layer.block))
-    held = [harmless[i] for i in good_order[3 * len(harmless) // 5 :]]
-    tell(f"clamping the base on {min(40, len(held))} harmless prompts")
-    about |= _kl_about(base, tokenizer, sites.blocks, layers, held[:40], options)
-    about |= {"prompts": [len(harmful), len(harmless)], "not covered": list(NOT_COVERED)}
-    return SafetyBasis(base_digest(base), layers, about)
+    best = sorted(accepted, key=lambda t: -t.held_out.value)[:keep]
+    return tuple(sorted((t.layer for t in best), key=lambda layer: layer.block))
 
 
 @dataclass(frozen=True)
@@ -182,28 +207,29 @@ def _numbers(categories: Sequence[str | None] | None, states: Tensor) -> list[in
     return [order.index(str(c)) for c in categories]
 
 
-def _kl_about(
+def _limited_kl(
     base: Any,
     tokenizer: Any,
     blocks: Sequence[str],
     layers: Sequence[ProtectedLayer],
     prompts: Sequence[str],
     options: FitOptions,
-) -> Mapping[str, Any]:
-    """KL(base || clamped) in nats per token of harmless prompts, at some kappas.
+) -> dict[str, float]:
+    """kappa -> KL(base || clamped) in nats per token of harmless prompts.
 
     Raises:
-        SafetyError: it is above the limit.
+        SafetyError: it is above the limit at the kappa of the options.
     """
     kappas = sorted({options.kappa, 0.6, 1.0})
-    measured = dict(zip(map(str, kappas), harmless_kl(base, tokenizer, blocks, layers, prompts, kappas), strict=True))  # fmt: skip
+    kl = harmless_kl(base, tokenizer, blocks, layers, prompts, kappas)
+    measured = dict(zip(map(str, kappas), kl, strict=True))
     if not measured[str(options.kappa)] <= options.kl_limit:
         raise SafetyError(
             f"not accepted: at kappa {options.kappa} the clamp moves harmless prompts by "
             f"{measured[str(options.kappa)]:.3f} nats per token, at most {options.kl_limit} are allowed. Lower kappa, "
             "protect fewer blocks or directions, or give more harmless prompts."
         )
-    return {"harmless_kl": measured}
+    return measured
 
 
 @torch.no_grad()
@@ -255,8 +281,8 @@ def prompt_ids(tokenizer: Any, prompt: str, device: Any) -> Tensor:
     return torch.tensor([ids], device=device)
 
 
-class _Reader:
-    """States behind some blocks."""
+class Reader:
+    """States of prompts behind some blocks of a base."""
 
     def __init__(self, base: Any, tokenizer: Any, blocks: Sequence[str]):
         self.base, self.tokenizer = base, tokenizer

@@ -96,7 +96,9 @@ class Knob:
         """
         lowest, highest = (float(to.min()), float(to.max())) if isinstance(to, Tensor) else (to, to)
         if not 0 <= lowest <= highest <= 1:
-            raise SafetyError(f"kappa must lie in [0, 1], a request asked for {lowest} to {highest}.")
+            raise SafetyError(
+                f"kappa must lie in [0, 1], a request asked for {lowest} to {highest}."
+            )
         before = getattr(self._asked, "kappa", None)
         level = self._level
         self.audit.append(Move(self._clock(), level, highest, max(level, highest), who, why))

@@ -128,7 +128,7 @@ KINDS: dict[str, Kind] = {
         _ip,
     ),
     "phone with country": Kind(
-        re.compile(r"(?<![\w+])(?:\+|00)\d{1,3}[ .()/-]{0,2}\d(?:[ .()/-]{0,2}\d){5,12}(?!\w)"), _phone
+        re.compile(r"(?<![\w+])\+\d{1,3}[ .()/-]{0,2}\d(?:[ .()/-]{0,2}\d){5,12}(?!\w)"), _phone
     ),
     "phone in parts": Kind(
         re.compile(NUMBER.format(r"(?:1[ .-])?\(?\d{3}\)?[ .-]{1,2}\d{3}[ .-]\d{4}(?:x\d{1,5})?")), _phone

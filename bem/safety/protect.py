@@ -31,6 +31,7 @@ from bem.adapters.sites import ATTN_OUT, MLP_DOWN
 from bem.adapters.version import base_digest
 from bem.errors import BaseMismatch, SafetyError
 from bem.routing.modes import mode
+from bem.routing.mounted import Mounted
 from bem.safety.basis import ProtectedLayer, SafetyBasis
 from bem.safety.directions import coordinates
 from bem.safety.knob import Knob
@@ -66,6 +67,8 @@ class Clamp:
         directions, low, high = self._on(hidden.device)
         c, r = coordinates(hidden.float(), directions)
         if isinstance(kappa, Tensor):
+            if kappa.numel() != len(hidden):
+                raise SafetyError(f"{kappa.numel()} kappas for a batch of {len(hidden)} rows.")
             kappa = kappa.to(hidden.device, torch.float32).view(-1, *[1] * (hidden.dim() - 1))
         lift = (low + kappa * (high - low) - c).clamp(min=0) * r
         lifted = hidden + (lift @ directions.mT).to(hidden.dtype)
@@ -101,14 +104,19 @@ class Guard:
         Raises:
             SafetyError: a writer leaks, or its protection or a clamp was taken away.
         """
+        runtime = self.attached.base.bem_runtime
+        if others := sorted(set(runtime.plans) - {self.attached.name}):
+            raise SafetyError(f"adapter {others[0]!r} on the same model is not guarded: delete it.")
         for site, forbidden, update in _writers(self.attached, self.basis):
             held = update.forbidden
             if held is None or held.basis.shape != forbidden.basis.shape:
                 raise SafetyError(f"{site} is not protected any more: call protect() again.")
-        stages = self.attached.base.bem_runtime.last
+        stages = runtime.last
         for layer in self.basis.layers:
             if not stages.get(layer.block) or not isinstance(stages[layer.block][-1], Clamp):
-                raise SafetyError(f"the clamp behind block {layer.block} is not the last stage there.")
+                raise SafetyError(
+                    f"the clamp behind block {layer.block} is not the last stage there."
+                )
         leaks = self.leaks()
         worst = max(leaks, key=leaks.__getitem__, default=None)
         if worst is not None and not leaks[worst] <= TOLERANCE:
@@ -156,6 +164,10 @@ def protect(attached: Attached, basis: SafetyBasis, knob: Knob | None = None) ->
     layers = {site.name: site.layer for site in attached.plan.sites.found}
     for _, forbidden, update in _writers(attached, basis):
         update.protect(forbidden)
+    if isinstance(attached, Mounted):  # importance of ranks, and digests, are of what acts now
+        for _, _, stack in _writers(attached, basis):
+            stack.canonicalise()
+        attached.name_what_acts()
     for site, parts in adapters_of(base, attached.name):
         if parts.film is not None:
             parts.film.protect(basis.forbidden(layers[site]))

@@ -36,10 +36,10 @@ NAMED = re.compile(
 )
 LEET = str.maketrans("4@35$07!|8+", "aaessotilbt")
 LEET_SIGNS = re.compile(r"[4@35$017!|8+]")
-ORDINARY = re.compile(r"^[#(\"']*(\d+([.,:]\d+)*[a-z]{1,3}|[a-z]+\d{1,4}|[a-z']+[!.,?)\"'|]+)$")
+ORDINARY = re.compile(r"^[#(\"']*(\d+([.,:]\d+)*[a-z]{0,3}|[a-z]+\d{0,4}|[a-z']+)[!.,?;:)\"'|]*$")
 """Words in which a digit or a sign is just that: 4th, 10kg, mp3, wow!"""
 SPACED = re.compile(r"(?<![^\W_])[^\W_](?: [^\W_]){2,}(?![^\W_])")
-SPACED_SHORT = re.compile(r"(?:(?<=\s\s)|^)[^\W_] [^\W_](?=\s\s|$)")
+SPACED_SHORT = re.compile(r"(?<=\s\s)[^\W_] [^\W_](?=\s\s|$)|^[^\W_] [^\W_](?=\s\s)")
 MARKED = re.compile(r"(?<![^\W_])[^\W_](?:([._*~/|-])[^\W_])(?:\1[^\W_])*(?![^\W_])")
 CUT = re.compile(r"(?<=[^\W\d_])[-._*~|](?=[^\W\d_])")
 """Letters apart by spaces (two between words), by marks; words that are cut by marks."""
@@ -47,8 +47,55 @@ BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
 HEXADECIMAL = re.compile(r"(?<![^\W_])(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ :,]?){12,}")
 ESCAPES = re.compile(r"%[0-9a-fA-F]{2}|&#?\w+;|\\u[0-9a-fA-F]{4}")
 COMMON = frozenset(
-    "the to of and in is how for what do i you can me my it that on with are write make be this an as from by or at "
-    "without into about their get use using your people someone create give explain develop teach steps guide".split()
+    [
+        "the",
+        "to",
+        "of",
+        "and",
+        "in",
+        "is",
+        "how",
+        "for",
+        "what",
+        "do",
+        "i",
+        "you",
+        "can",
+        "me",
+        "my",
+        "it",
+        "that",
+        "on",
+        "with",
+        "are",
+        "write",
+        "make",
+        "be",
+        "this",
+        "an",
+        "as",
+        "from",
+        "by",
+        "or",
+        "at",
+        "without",
+        "into",
+        "about",
+        "their",
+        "get",
+        "use",
+        "using",
+        "your",
+        "people",
+        "someone",
+        "create",
+        "give",
+        "explain",
+        "develop",
+        "teach",
+        "steps",
+        "guide",
+    ]
 )
 """Words by which a reading shows to be English."""
 
@@ -95,7 +142,8 @@ def fold(text: str) -> str:
     """Lower case and plain letters: NFKC, no accents, nothing invisible, no look-alikes, single spaces."""
     if not text.isascii():
         text = "".join(map(_character, unicodedata.normalize("NFKD", text)))
-        text = re.sub(r"\S+", _latin, text).casefold()
+        latin = any("a" <= c <= "z" for c in text.lower())  # or it is just another language
+        text = (re.sub(r"\S+", _latin, text) if latin else text).casefold()
     return " ".join(text.lower().split())
 
 
@@ -140,7 +188,7 @@ def _joined(text: str) -> str:
     """Without what stands between the letters of a word; a text of few such marks stays."""
     for pattern in (MARKED, SPACED_SHORT, SPACED):
         text = pattern.sub(lambda m: re.sub(r"[^\w]|_", "", m[0]), text)
-    return CUT.sub("", text) if len(CUT.findall(text)) > 2 else text
+    return CUT.sub("", text) if len(CUT.findall(text)) > 3 else text
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -156,7 +204,9 @@ def _from_base64(code: str) -> bytes:
 
 
 def _hexadecimal(text: str) -> list[str]:
-    return _readable(HEXADECIMAL, text, lambda code: bytes.fromhex(re.sub(r"0x|\\x|[ :,]", "", code)))
+    return _readable(
+        HEXADECIMAL, text, lambda code: bytes.fromhex(re.sub(r"0x|\\x|[ :,]", "", code))
+    )
 
 
 def _readable(pattern: re.Pattern[str], text: str, decode: Callable[[str], bytes]) -> list[str]:

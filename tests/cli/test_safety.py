@@ -1,7 +1,6 @@
 """`bem safety` checks texts and adapters, fits a basis, and says what both are worth."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 import bem
 from bem.bases.load import load_base
 from bem.cli import main
+from tests.safety.test_fit import BLUE, RED
 
 
 def run(capsys, *arguments):
@@ -33,10 +33,10 @@ def test_a_question_without_a_subject_is_one_message(capsys):
 
 
 def test_from_prompts_to_a_checked_adapter(capsys, micro_base, tmp_path):
-    rng = random.Random(0)
-    for name, words in (("bad", ["knife", "alarm", "harm"]), ("good", ["bread", "table", "seven"])):
-        rows = [{"input": " ".join(rng.choices(words, k=6))} for _ in range(40)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name, texts in (("bad", RED), ("good", BLUE)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"input": t}) + "\n" for t in texts)
+        )
     code, out = run(
         capsys, "fit", "--harmful", tmp_path / "bad.jsonl", "--harmless", tmp_path / "good.jsonl", "--out",
         tmp_path / "basis", "--base", micro_base, "--keep", 1, "--directions", 2, "--kl-limit", 100,
@@ -49,7 +49,15 @@ def test_from_prompts_to_a_checked_adapter(capsys, micro_base, tmp_path):
         for parameter in attached.parameters():
             parameter.normal_()
     attached.save(tmp_path / "adapter")
-    given = ("check", "--basis", tmp_path / "basis", "--adapter", tmp_path / "adapter", "--base", micro_base)
+    given = (
+        "check",
+        "--basis",
+        tmp_path / "basis",
+        "--adapter",
+        tmp_path / "adapter",
+        "--base",
+        micro_base,
+    )
     code, out = run(capsys, *given, "--json")
     leaks = json.loads(out)
     assert code == 0 and max(x["before"] for x in leaks.values()) > 0.05

@@ -35,7 +35,9 @@ def test_a_writer_leaves_alone_what_is_protected_behind_it_and_above():
 def test_equal_directions_in_two_blocks_count_once():
     basis = make_basis(make_llama(), blocks=(1,))
     layer = basis.layers[0]
-    twice = type(basis)(basis.base, (layer, type(layer)(2, layer.directions, layer.low, layer.high)), {})
+    twice = type(basis)(
+        basis.base, (layer, type(layer)(2, layer.directions, layer.low, layer.high)), {}
+    )
     assert twice.forbidden(0).basis.shape == (32, 3)
 
 

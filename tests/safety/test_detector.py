@@ -89,7 +89,9 @@ def test_a_stream_stops_at_the_first_flagged_piece_and_sees_across_pieces(detect
 
 def test_threads_agree(detector):
     found: list[float] = []
-    threads = [threading.Thread(target=lambda: found.append(detector.score(HARM))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: found.append(detector.score(HARM))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -100,7 +102,11 @@ def test_threads_agree(detector):
 def test_the_files_are_small_and_hold_no_word_in_clear():
     sizes = [path.stat().st_size for path in SHIPPED.iterdir()]
     assert sum(sizes) <= 2 * 2**20
-    assert set(path.name for path in SHIPPED.iterdir()) == {"README.md", "config.json", "model.safetensors"}
+    assert set(path.name for path in SHIPPED.iterdir()) == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     assert all(isinstance(word, int) for word in read_weights(SHIPPED).words)
 
 

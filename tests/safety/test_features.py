@@ -7,7 +7,9 @@ from bem.safety.features import BUCKETS, tf_idf
 
 
 def test_both_halves_have_length_one_and_lie_apart():
-    index, value = tf_idf("bread for my neighbour and bread", np.ones(2 * BUCKETS, dtype=np.float32))
+    index, value = tf_idf(
+        "bread for my neighbour and bread", np.ones(2 * BUCKETS, dtype=np.float32)
+    )
     words = index < BUCKETS
     assert np.square(value[words]).sum() == pytest.approx(1, rel=1e-5)
     assert np.square(value[~words]).sum() == pytest.approx(1, rel=1e-5)
@@ -19,7 +21,9 @@ def test_it_is_scikit_learns_tf_idf():
     words = text.TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, use_idf=False, token_pattern=r"[^\W_]+(?:'[^\W_]+)?"
     )
-    letters = text.TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, use_idf=False)
+    letters = text.TfidfVectorizer(
+        analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, use_idf=False
+    )
     for vectorizer, part in ((words, slice(0, BUCKETS)), (letters, slice(BUCKETS, None))):
         expected = vectorizer.fit_transform([t.replace("'", "") for t in texts]).toarray()
         for row, t in zip(expected, texts, strict=True):

@@ -13,20 +13,24 @@ from bem.safety.protect import protect
 from tests.conftest import make_llama, make_tokenizer
 
 FEW = FitOptions(blocks=(1, 2), keep=1, directions=2, kl_limit=100.0)
+WORDS = (["knife", "alarm", "harm"], ["bread", "table", "seven"])
 
 
-def prompts(words, n, seed):
+def prompts(kind, n, seed):
+    """Six words each, of which one in five is the other kind's: nothing tells them apart without fail."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(words, k=6)) for _ in range(n)]
+    return [
+        " ".join(rng.choice(WORDS[kind ^ (rng.random() < 0.2)]) for _ in range(6)) for _ in range(n)
+    ]
 
 
-RED = prompts(["knife", "alarm", "harm"], 50, 0)
-BLUE = prompts(["bread", "table", "seven"], 50, 1)
+RED, BLUE = prompts(0, 100, 0), prompts(1, 100, 1)
+CATEGORIES = [str(i % 3) for i in range(100)]
 
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit_basis(make_llama(), make_tokenizer(), RED, BLUE, FEW, [str(i % 3) for i in range(50)])
+    return fit_basis(make_llama(), make_tokenizer(), RED, BLUE, FEW, CATEGORIES)
 
 
 def test_prompts_that_differ_make_a_basis_with_its_evidence(fitted, tmp_path):
@@ -35,7 +39,7 @@ def test_prompts_that_differ_make_a_basis_with_its_evidence(fitted, tmp_path):
     tried = fitted.about["tried"]
     assert [t["block"] for t in tried] == [1, 2]
     best = max(tried, key=lambda t: t["held_out_auroc"][0])
-    assert best["held_out_auroc"][0] > best["best_of_random"] and best["held_out"] == [20, 20]
+    assert best["held_out_auroc"][0] > best["best_of_random"] and best["held_out"] == [40, 40]
     assert set(fitted.about["harmless_kl"]) == {"0.3", "0.6", "1.0"}
     assert read_basis(fitted.write(tmp_path / "b")).about == fitted.about
 
@@ -49,7 +53,7 @@ def test_it_guards_the_base_it_was_made_for(fitted):
 
 
 def test_prompts_that_do_not_differ_make_none():
-    same = prompts(["bread", "table", "seven"], 50, 2)
+    same = prompts(1, 100, 2)
     with pytest.raises(SafetyError, match="not above the best random"):
         fit_basis(make_llama(), make_tokenizer(), same, BLUE, FEW)
 
@@ -63,7 +67,7 @@ def test_a_clamp_that_changes_harmless_prompts_too_much_is_not_accepted():
 def test_the_same_seed_makes_the_same_basis_and_the_model_stays(fitted):
     model = make_llama()
     before = model(torch.arange(3, 20)[None]).logits
-    again = fit_basis(model, make_tokenizer(), RED, BLUE, FEW, [str(i % 3) for i in range(50)])
+    again = fit_basis(model, make_tokenizer(), RED, BLUE, FEW, CATEGORIES)
     assert again.digest == fitted.digest
     assert torch.equal(model(torch.arange(3, 20)[None]).logits, before)
 

@@ -34,7 +34,7 @@ def test_each_kind_is_found_with_its_place(text, kind, data):
     [
         "card 4111 1111 1111 1112",  # a wrong check digit
         "pay to DE88 3704 0044 0532 0130 00",
-        "number 666-22-1234, 000-12-3456, 123-00-4567",  # never issued
+        "values 666-22-1234, 000-12-3456, 123-00-4567",  # never issued
         "536221234 apples",  # nine digits without a word for them
         "version 1.2.3.4.5 of 300.1.2.3",
         "at 12:30:45 on 2024-05-01 or 01/05/2024",

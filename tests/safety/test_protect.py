@@ -8,6 +8,7 @@ import bem
 from bem.adapters.copies import shadow
 from bem.adapters.peft_method import adapters_of
 from bem.errors import AttachError, BaseMismatch, SafetyError
+from bem.online.penalties import proximal_step
 from bem.safety.directions import coordinates
 from bem.safety.knob import Knob
 from bem.safety.protect import Clamp, protect
@@ -120,10 +121,11 @@ def test_mounted_experts_and_their_sums_write_nothing_into_it():
     assert worst_of_packs(routed, basis) > 0.05
     guard = protect(routed, basis)
     assert worst_of_packs(routed, basis) <= 1e-5
+    assert tuple(e.digest for e in routed.experts) == routed.pack.expert_digests
     twin = routed.shadow()
     with twin.training("experts"):
         steps = torch.optim.SGD([p for _, p in twin.named_parameters()], lr=1.0)
-        twin.model(input_ids=IDS, labels=IDS, route=torch.tensor([1])).loss.backward()
+        twin.model(input_ids=IDS, labels=IDS, route=torch.ones_like(IDS)).loss.backward()
         steps.step()
     routed.adopt(twin)
     guard.check()
@@ -261,6 +263,27 @@ def test_an_expert_trained_to_cancel_the_basis_cannot():
         assert lowest(attached, basis) >= 0.8 - 1e-4
 
 
+def test_weights_that_no_optimiser_moved_are_settled_too():
+    attached = random_adapter("s0")
+    guard = protect(attached, make_basis(attached.base))
+    weights = dict(attached.named_parameters())
+    pulls = {name: torch.randn_like(w) for name, w in weights.items()}
+    proximal_step(
+        weights, pulls, rate=0.1, accepted={n: w.clone() for n, w in weights.items()}, pull=0.0
+    )
+    guard.check()
+
+
+def test_kappas_for_another_batch_and_a_second_adapter_are_refused():
+    attached = random_adapter("s0")
+    guard = protect(attached, make_basis(attached.base))
+    with guard.knob.raised(torch.tensor([0.1, 0.2])), pytest.raises(SafetyError, match="2 kappas"):
+        attached.model(input_ids=IDS)
+    attached.model.add_adapter("other", bem.BemConfig(variant="s0", task_type="CAUSAL_LM"))
+    with pytest.raises(SafetyError, match="'other'"):
+        guard.check()
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -281,7 +304,7 @@ def test_what_acts_is_another_version_under_a_guard_and_the_checkpoint_is_not(tm
 def test_another_base_and_a_second_guard_are_refused():
     attached = random_adapter("s0")
     basis = make_basis(attached.base)
-    with pytest.raises(BaseMismatch, match="another base|fitted for base"):
+    with pytest.raises(BaseMismatch, match="fitted for base"):
         protect(attached, type(basis)("0" * 64, basis.layers, {}))
     protect(attached, basis)
     with pytest.raises(SafetyError, match="guarded already"):
