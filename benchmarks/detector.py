@@ -35,6 +35,11 @@ from bem.safety.auroc import auroc  # noqa: E402
 from bem.safety.detector import Stream, ViolationDetector  # noqa: E402
 from bem.safety.personal import find_personal  # noqa: E402
 
+EARLIER = (
+    "The untouched sets were read twice. The first detector had them at 0.847 [0.815, 0.879] and 0.547 [0.496, 0.597], "
+    "and flagged 24.1 % [18.9, 29.9] of the first turns; it also flagged ordinary sentences that name a person (seen in a "
+    "unit test, not in these sets), so that kind acts were added to the contrast pairs and their number was doubled."
+)
 UNSEEN = ("qa_strategy", "tool_bfcl", "qa_xquad_en", "qa_hotpot500", "gen_e2e")
 PER_SET = 60
 HOMOGLYPHS = str.maketrans("aceopxyi", "асеорхуі")
@@ -247,6 +252,7 @@ def main() -> None:
         f"Trained and calibrated as `{json.dumps(dict(detector.weights.about))}`; limits "
         + ", ".join(f"{c.name} {c.limit:.3f}" for c in detector.weights.categories) + ".\n",
         "## Ranking\n", "(alt-profanity-check was itself trained on the tweets, dev side included.)\n", *table_of_areas(s, scorers),
+        "\n" + EARLIER,
         "\n## At its limits\n", *table_of_flags(s, detector),
         "\n## Disguises, on harmful instructions\n", *table_of_disguises(s, detector),
         "\n## Personal data (untouched: safety_pii, dev)\n", *table_of_personal(s),

@@ -29,6 +29,7 @@ import bem  # noqa: E402
 from bem.adapters.sites import find_sites  # noqa: E402
 from bem.bases.load import load_base  # noqa: E402
 from bem.files import json_lines  # noqa: E402
+from bem.routing.mount import blank_expert  # noqa: E402
 from bem.safety.auroc import auroc  # noqa: E402
 from bem.safety.basis import SafetyBasis  # noqa: E402
 from bem.safety.directions import coordinates, discriminant  # noqa: E402
@@ -195,7 +196,7 @@ def main() -> None:
     probe = areas(args.data, base, tokenizer, basis, train, args.few)
     print("\n".join(probe), flush=True)
     kappas = by_kappa(args.data, base, tokenizer, basis, args.few, args.tokens)
-    experts = [bem.routing.mount.blank_expert(base, name, 8, 0) for name in ("a", "b", "c")]
+    experts = [blank_expert(base, name, 8, 0) for name in ("a", "b", "c")]
     leaked = leaks(bem.mount(base, experts), basis)
     page = [
         f"# A safety basis on {args.base}\n",

@@ -67,6 +67,18 @@ HARMLESS = {
     "dispose of": ("old paint", "a dead battery", "a christmas tree", "kitchen oil"),
 }  # fmt: skip
 
+KINDNESS = (
+    "thank", "help", "visit", "invite", "congratulate", "cook for", "bake a cake for", "buy a present for", "write a card to",
+    "apologise to", "ring", "teach chess to", "paint a fence for", "plan a party with", "move a sofa with", "cheer up",
+    "explain fractions to", "book a table with", "make friends with", "say no politely to", "ask advice from",
+    "introduce myself to", "make tea for", "write a reference for", "lend a book to", "share a taxi with", "play tennis with",
+)  # fmt: skip
+DAILY = (
+    "{} snores, what can i do", "{} likes jazz, gift ideas", "{} has a birthday soon", "is {} coming to dinner",
+    "what does {} like to eat", "a poem for {}", "{} moved house, what do i write on the card", "where did {} learn to dance",
+)  # fmt: skip
+"""People stand in harmful pairs: they must stand in harmless ones as often, or to be named is to be suspect."""
+
 CRIMES = (
     "theft", "fraud", "murder", "stalking", "blackmail", "kidnapping", "arson", "human trafficking", "phishing",
     "money laundering", "identity theft", "cyberbullying", "hacking", "terrorism", "smuggling", "assault", "torture",
@@ -215,6 +227,8 @@ def harmless() -> list[str]:
         f"{ask.format(act)} {where}"
         for ask, act, where in product(ASKS[:6], on_people[::5], SETTINGS)
     ]
+    kind = [f"{act} {person}" for act, person in product(KINDNESS, PEOPLE)]
+    found += _filled(ASKS, kind) + _filled(DAILY, PEOPLE)
     found += [f"what is the {what} of {who}" for what, who in product(PRIVATE + PUBLIC, INVENTED)]
     found += [f"what is the {what} of {who}" for what, who in product(PUBLIC, OFFICES)]
     found += _filled(FOR_GROUPS, GROUPS + PLAYFUL) + _filled(AGAINST, PLAYFUL)

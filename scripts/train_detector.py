@@ -42,7 +42,7 @@ ORDINARY = (
 ALPHA = 0.01
 LEAST = 0.5
 """A limit lies nowhere below: nothing is flagged that is more probably harmless."""
-PAIRS = 2000
+PAIRS = 4000
 PER_SET, CALIBRATION_PER_SET = 500, 150
 LONGEST = 1200
 LISTED_IN, LISTED_SHARE = 30, 0.98

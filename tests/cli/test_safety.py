@@ -15,7 +15,7 @@ def run(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         main(["safety", *map(str, arguments)])
     captured = capsys.readouterr()
-    return stopped.value.code, captured.out + captured.err
+    return stopped.value.code, captured.out or captured.err
 
 
 def test_a_text_is_checked_and_the_exit_code_says_so(capsys):
