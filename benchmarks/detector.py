@@ -36,9 +36,11 @@ from bem.safety.detector import Stream, ViolationDetector  # noqa: E402
 from bem.safety.personal import find_personal  # noqa: E402
 
 EARLIER = (
-    "The untouched sets were read twice. The first detector had them at 0.847 [0.815, 0.879] and 0.547 [0.496, 0.597], "
+    "The untouched sets were read three times, and nothing was changed because of them. The first detector had them at 0.847 [0.815, 0.879] and 0.547 [0.496, 0.597], "
     "and flagged 24.1 % [18.9, 29.9] of the first turns; it also flagged ordinary sentences that name a person (seen in a "
-    "unit test, not in these sets), so that kind acts were added to the contrast pairs and their number was doubled."
+    "unit test, not in these sets), so that kind acts were added to the contrast pairs and their number was doubled "
+    "(0.842 [0.809, 0.875] and 0.550 [0.499, 0.600]); the last flagged the mere beginning of a request, so that beginnings "
+    "were added. The numbers above are of the detector that ships."
 )
 UNSEEN = ("qa_strategy", "tool_bfcl", "qa_xquad_en", "qa_hotpot500", "gen_e2e")
 PER_SET = 60

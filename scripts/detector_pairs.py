@@ -245,6 +245,13 @@ def harmful() -> list[str]:
     return found
 
 
+def beginnings(texts: Iterable[str]) -> list[str]:
+    """The first one to three words of texts: what a stream shows first says nothing yet."""
+    cut = {" ".join(text.split()[:n]) for text in texts for n in (1, 2, 3)}
+    alarming = {word for act in (*VERBS_ON_PEOPLE, *HARMLESS, *CRIMES) for word in act.split()}
+    return sorted(b for b in cut if b and not alarming & set(b.split()))
+
+
 def contrast_pairs(each: int, seed: int = 0) -> tuple[list[str], list[str]]:
     """(harmless, harmful): so many of each at most, drawn without repeats."""
     rng = random.Random(seed)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
-from detector_pairs import contrast_pairs
+from detector_pairs import beginnings, contrast_pairs, harmful, harmless
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -43,6 +43,8 @@ ALPHA = 0.01
 LEAST = 0.5
 """A limit lies nowhere below: nothing is flagged that is more probably harmless."""
 PAIRS = 4000
+STARTS = 5
+"""How often each beginning of a request counts."""
 PER_SET, CALIBRATION_PER_SET = 500, 150
 LONGEST = 1200
 LISTED_IN, LISTED_SHARE = 30, 0.98
@@ -139,16 +141,18 @@ def main() -> None:
 
     usual, held = ordinary(args.data)
     alarming, harmful_pairs = contrast_pairs(PAIRS)
-    harmful = [row["input"] for row in inputs(args.data, "safety_harmful")]
+    starts = beginnings(harmful() + harmless()) * STARTS
+    alarming += starts
+    instructions = [row["input"] for row in inputs(args.data, "safety_harmful")]
     abusive, neither = tweets(args.data)
-    groups = [usual, alarming, harmful, harmful_pairs, abusive, neither]
+    groups = [usual, alarming, instructions, harmful_pairs, abusive, neither]
     texts = [fold(text)[:LONGEST] for group in groups for text in group]
     of = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
     idf = rarity(texts).astype(np.float16).astype(np.float32)  # as it will be read
     x = matrix(texts, idf)
 
-    instructions = len(harmful_pairs) / len(harmful) / 2  # a third of all that is harmful
-    harm_weight = np.where(of == 2, max(1.0, instructions), 1.0)
+    heavier = len(harmful_pairs) / len(instructions) / 2  # a third of all that is harmful
+    harm_weight = np.where(of == 2, max(1.0, heavier), 1.0)
     in_harm = of != 4  # of an abusive tweet nobody said whether it asks for harm
     harm_y = np.isin(of, (2, 3)).astype(np.int64)
     harm = fit("harm", x[in_harm], harm_y[in_harm], harm_weight[in_harm], c=4.0)
