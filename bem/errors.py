@@ -12,6 +12,7 @@
     │   └── Diverged       the loss or a gradient was not finite
     ├── EngineError        a request or a model that the engine cannot serve
     │   └── QueueFull      too many requests wait
+    ├── SafetyError        a guard that was not accepted, is broken, or may not be moved so
     ├── MeasurementError   a number that could not be measured
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
@@ -66,6 +67,10 @@ class EngineError(BemError):
 
 class QueueFull(EngineError):
     """Too many requests wait."""
+
+
+class SafetyError(BemError):
+    """A guard that was not accepted, is broken, or may not be moved so."""
 
 
 class MeasurementError(BemError):

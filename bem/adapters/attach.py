@@ -237,7 +237,7 @@ def _load_tensors(attached: Attached, tensors: dict[str, Tensor], folder: Path) 
 
 
 def _check_version(attached: Attached, saved: checkpoint.Saved, folder: Path) -> None:
-    if (here := attached.version) != saved.version:
+    if (here := attached.own_version) != saved.version:
         raise CheckpointError(
             f"{folder} was saved as version {saved.version.digest[:12]}, what was loaded is {here.digest[:12]}: the "
             "manifest does not belong to these files."

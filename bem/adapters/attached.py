@@ -23,6 +23,7 @@ from bem.adapters.version import DigestCache, SiteSize, Version, base_digest, ba
 from bem.config import AdapterConfig
 from bem.control.controller import ChunkReader
 from bem.errors import AttachError
+from bem.variants.base import Adapter
 from bem.variants.head_gate import HeadGate
 from bem.variants.low_rank import LowRank
 
@@ -102,12 +103,24 @@ class Attached:
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        for module in self.modules():
+            if isinstance(module, Adapter):
+                module.keep_out()
 
     # --- what it is -------------------------------------------------------------------------------
 
     @property
     def version(self) -> Version:
-        """What acts here: base, settings, ranks and scales, weights. Computed anew when one changes."""
+        """What acts here: base, settings, ranks and scales, weights, and what must be last (a clamp).
+        Computed anew when one changes."""
+        own, last = self.own_version, self.base.bem_runtime.identity_of_last()
+        if not last:
+            return own
+        return Version(own.base, {**own.config, "last": last}, own.sites, own.weights)
+
+    @property
+    def own_version(self) -> Version:
+        """Of the adapter alone, without what guards it here: what a checkpoint holds."""
         groups = self.weight_groups()
         weights = {group: self._digests(group, named) for group, named in groups.items()}
         state = (base_digest(self.base), self.acting_config(), self.sizes(), weights)
@@ -222,7 +235,7 @@ class Attached:
         return checkpoint.write(
             Path(folder),
             self.config,
-            self.version,
+            self.own_version,
             base_identity(self.base),
             self._loras() if static else (self._tensors(), self._method()),
             name_of_base(self.base),

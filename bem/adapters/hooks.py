@@ -25,7 +25,8 @@ from bem.control.wiring import Wiring
 from bem.errors import AttachError, CacheError, TrainingError
 
 LastStage = Callable[[int, Tensor], Tensor]
-"""(block, hidden states) -> hidden states."""
+"""(block, hidden states) -> hidden states. What it depends on, it names in an attribute `identity` (JSON):
+outputs of the model depend on it too."""
 
 
 class Runtime:
@@ -85,6 +86,11 @@ class Runtime:
         for block, queries in sorted({b: q for w in wirings for b, q in w.queries.items()}.items()):
             hook = partial(self._shape, block)
             self.handles.append(modules[queries.name].register_forward_hook(hook))
+
+    def identity_of_last(self) -> list[list[Any]]:
+        """[block, identity] of each last stage, bottom to top."""
+        stages = [(block, stage) for block in sorted(self.last) for stage in self.last[block]]
+        return [[b, getattr(s, "identity", type(s).__qualname__)] for b, s in stages]
 
     def remove(self) -> None:
         """Take all hooks off the model."""

@@ -172,6 +172,14 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         )
 
 
+def settle(parameters: Iterable[Tensor]) -> None:
+    """What follows an optimiser's step, for parameters of adapters that were moved by other means."""
+    moved = {id(p) for p in parameters}
+    for module in list(_learners):
+        if hasattr(module, "after_step") and any(id(p) in moved for p in module.parameters()):
+            module.after_step()  # type: ignore[operator]
+
+
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for module, _lesson in _moved_by(optimizer):
         if hasattr(module, "after_step"):

@@ -14,6 +14,7 @@ from bem.cli.index import index_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.route_fit import fit
+from bem.cli.safety import safety_app
 from bem.cli.store import history, promote, rollback, store_app
 from bem.cli.verdict import validate
 
@@ -34,6 +35,7 @@ app.add_typer(route_app, name="route")
 app.add_typer(index_app, name="index")
 app.add_typer(base_app, name="base")
 app.add_typer(store_app, name="store")
+app.add_typer(safety_app, name="safety")
 
 
 def _print_version(wanted: bool) -> None:

@@ -64,7 +64,7 @@ def examine() -> list[Check]:
         *_libraries(),
     ]
     if all(check.state == "ok" for check in checks if check.what in ("torch", "transformers")):
-        checks += [*_torch(), _base()]
+        checks += [*_torch(), _base(), _detector()]
     return [*checks, *_extras()]
 
 
@@ -112,6 +112,18 @@ def _base() -> Check:
         return Check("missing", "bem-tiny", str(error), "reinstall, or use --base FOLDER_OR_HUB_ID")
     size = sum(p.numel() for p in model.parameters()) / 1e6
     return Check("ok", "bem-tiny", f"{size:.1f} M parameters, {len(tokenizer)} tokens")
+
+
+def _detector() -> Check:
+    from bem.errors import BemError
+    from bem.safety.detector import ViolationDetector
+
+    try:
+        categories = ViolationDetector().weights.categories
+    except BemError as error:
+        return Check("missing", "violation detector", str(error), "reinstall")
+    limits = ", ".join(f"{c.name} above {c.limit:.2f}" for c in categories)
+    return Check("ok", "violation detector", f"flags {limits}")
 
 
 def _extras() -> list[Check]:

@@ -53,9 +53,11 @@ class Acts:
 
     def weights(self, applied: Tensor) -> tuple[str, tuple[str, ...]]:
         """(digest of the weights that act under an applied control, digests by which they can be purged)."""
-        if isinstance(self.acting, Pack):
-            return self.acting.acting(applied), self.acting.digests_acting(applied)
-        return self.version.digest, ()
+        if not isinstance(self.acting, Pack):
+            return self.version.digest, ()
+        acting, last = self.acting.acting(applied), self.version.config.get("last")
+        # what must be last acts on every chunk: under another clamp it is another chunk
+        return sha256_json([acting, last]) if last else acting, self.acting.digests_acting(applied)
 
     def compose_again(self, tail: Tensor) -> Tensor | None:
         """The control that a decision means under these weights, as it is applied; None: a decision and what

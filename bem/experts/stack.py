@@ -29,6 +29,7 @@ from bem.experts.singular import singular_form
 from bem.experts.slab import PACKING, Form, Mounting, SitePack, experts_multiplied
 from bem.experts.subspace import orthogonality_error, orthonormality_error
 from bem.variants.base import Adapter, Code, Flops
+from bem.variants.forbidden import Forbidden
 from bem.variants.projection import norm_flops
 from bem.variants.watch import Watch
 
@@ -61,6 +62,7 @@ class ExpertStack(Adapter):
         self.mounting = Mounting(form=form)
         self.region: TrustRegion | None = None  # for the price alone
         self.bases: list[Tensor] = []
+        """Output directions reserved for each expert; none: all are everybody's."""
         self.register_state_dict_post_hook(_apart)
         self._forget()
 
@@ -109,6 +111,7 @@ class ExpertStack(Adapter):
         """
         self._check(expert, update, exact=True)
         self._write(expert, update.u, update.v)
+        self.keep_out()
 
     def _check(self, expert: int, update: Update, exact: bool) -> None:
         start, stop = self._span(expert)
@@ -149,6 +152,8 @@ class ExpertStack(Adapter):
     def take(self, other: ExpertStack) -> None:
         """Become another stack of the same shape: its parameters are copied, what acts is shared."""
         with PACKING, torch.no_grad():
+            if self.forbidden is not None:
+                other.protect(self.forbidden)
             acting = {dtype: other.at(dtype) for dtype in {*self._packs, *other._packs}}
             for own, theirs in zip(self.parameters(), other.parameters(), strict=True):
                 own.copy_(theirs)
@@ -175,7 +180,7 @@ class ExpertStack(Adapter):
         for own, copied in ((self.u, twin.u), (self.v, twin.v)):
             for name, parameter in own.items():
                 copied[name] = nn.Parameter(_own(parameter), parameter.requires_grad)
-        twin.bases = list(self.bases)
+        twin.bases, twin.forbidden = list(self.bases), self.forbidden
         twin.register_state_dict_post_hook(_apart)
         twin._forget()
         return twin
@@ -204,18 +209,37 @@ class ExpertStack(Adapter):
         if not error <= 1e-5:
             raise AttachError(f"the bases are orthonormal only within {error:.1e}: use reserve().")
         self.bases = [basis.detach().clone() for basis in bases]
+        self._free_the_bases()
         lost = [self._outside(e, self.update_of(e).u) for e in range(len(self.ranks))]
         self.after_step()
         return lost
 
+    def protect(self, forbidden: Forbidden | None) -> None:
+        """See `Adapter.protect`; reserved directions lose what is forbidden of them."""
+        self.forbidden = forbidden
+        self._free_the_bases()
+        self.after_step()
+
+    def _free_the_bases(self) -> None:
+        if self.forbidden is not None:
+            self.bases = [self.forbidden.inside(basis) for basis in self.bases]
+
+    def writers(self) -> list[Tensor]:
+        return list(self.u.values())
+
+    def keep_out(self) -> None:
+        with PACKING:
+            super().keep_out()
+
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep every expert inside its reserved directions."""
+        """Keep every expert inside its reserved directions, and outside of the forbidden ones."""
         for expert, basis in enumerate(self.bases):
             if self.ranks[expert]:
                 u, _ = self.factors(expert)
                 basis = basis.to(u)
                 u.copy_(basis @ (basis.t() @ u))
+        self.keep_out()
 
     def _outside(self, expert: int, u: Tensor) -> float:
         """Share of ||u||_F that leaves the directions reserved for an expert."""

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bem.adapters.learning import settle
 from bem.errors import DataError, Diverged
 from bem.training.trpo import Policy
 
@@ -257,6 +258,7 @@ def proximal_step(
         new = top / below
         squared += float((new - w).double().square().sum())
         w.copy_(new)
+    settle(weights.values())
     return math.sqrt(squared)
 
 

@@ -140,7 +140,7 @@ def load_router(model: Any, folder: str | Path) -> Mounted:
             raise CheckpointError(
                 f"{folder}: {WEIGHTS} does not fit the router that its manifest describes: {error}."
             ) from None
-        if mounted.version != Version.from_dict(manifest["version"]):
+        if mounted.own_version != Version.from_dict(manifest["version"]):
             raise CheckpointError(
                 f"{folder}: what was loaded is not the version that its manifest names: it does not belong to "
                 "these files."

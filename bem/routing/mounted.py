@@ -326,7 +326,7 @@ class Mounted(Attached):
             "available": self.router.available.tolist(),
             "experts": [{"name": e.name, "about": e.about} for e in self.experts],
             "base": asdict(base_identity(self.base)),
-            "version": self.version.to_dict(),
+            "version": self.own_version.to_dict(),
             "data": data_hash,
             "extra": extra or {},
             "files": {f.relative_to(work).as_posix(): files.sha256_file(f) for f in written},

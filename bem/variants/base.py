@@ -8,13 +8,16 @@ controller's code and that then holds for every token of the chunk. Width 0: sta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from bem.errors import AttachError
+from bem.variants.forbidden import Forbidden
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Adapter(nn.Module, ABC):
     control_width: int = 0  # floats of control per chunk; 0: static
     rank: int = 0
     scale: float = 1.0  # factor of the update
+    forbidden: Forbidden | None = None
+    """Output directions that it leaves alone; see `protect`."""
 
     def control(self, code: Code) -> Float[Tensor, "batch chunks width"]:
         """The control of each chunk, float64. Static adapters are never asked."""
@@ -95,6 +100,30 @@ class Adapter(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Called after every optimiser step: keep the weights inside their bounds."""
+        self.keep_out()
+
+    def protect(self, forbidden: Forbidden | None) -> None:
+        """Write into none of these output directions, whatever the control, from now on; None: into all.
+
+        Weights that do are projected, now and after every step.
+        """
+        self.forbidden = forbidden
+        self.keep_out()
+
+    def keep_out(self) -> None:
+        """Bring the weights out of the forbidden directions, if there are any."""
+        for factor in self.writers() if self.forbidden is not None else ():
+            self.forbidden.keep_out(factor)
+
+    def writers(self) -> Sequence[Tensor]:
+        """The factors (out, rank) that write; none, where `update` itself leaves the directions out.
+
+        Raises:
+            AttachError: the variant has no such factor and does not say how else it keeps out.
+        """
+        raise AttachError(
+            f"{type(self).__name__} cannot be protected: override `writers`, see `bem.variants.base.Adapter`."
+        )
 
 
 def linear64(layer: nn.Linear, x: Tensor) -> Tensor:

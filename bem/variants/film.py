@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bem.variants.base import Code, Flops, Update, linear64
+from bem.variants.forbidden import Forbidden
 
 
 class ResidualFiLMModule(nn.Module):
@@ -26,6 +27,7 @@ class ResidualFiLMModule(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.wide = film_range == "wide"
+        self.forbidden: Forbidden | None = None
         self.control_width = 2 * d_model
 
     def control(self, code: Code) -> Tensor:
@@ -34,6 +36,11 @@ class ResidualFiLMModule(nn.Module):
         if self.wide:
             return torch.cat([torch.exp2(gamma) - 1, 0.5 * beta], -1)
         return torch.cat([0.2 * gamma, 0.1 * beta], -1)
+
+    def protect(self, forbidden: Forbidden | None) -> None:
+        """Change none of these directions of the residual stream from now on: h + (I - P P^T)((gamma - 1) h +
+        beta)."""
+        self.forbidden = forbidden
 
     def modulate(self, h: Tensor, control: Tensor, slot: Tensor | None) -> Tensor:
         """h + (gamma - 1) h + beta.
@@ -47,8 +54,7 @@ class ResidualFiLMModule(nn.Module):
         spread = spread.view(
             *(h.shape[:-1] if len(spread) > 1 or h.numel() == h.shape[-1] else (1, 1)), -1
         )
-        gamma_less_one, beta = spread.chunk(2, -1)
-        return torch.addcmul(h + beta, gamma_less_one, h)
+        return self._modulated(h, *spread.chunk(2, -1))
 
     def ready(self, dtype: torch.dtype, rows: int) -> Update:
         """`modulate` for one decoded token of so many rows; see `Adapter.ready`."""
@@ -57,9 +63,14 @@ class ResidualFiLMModule(nn.Module):
         def modulate(h: Tensor, control: Tensor, slot: Tensor | None) -> Tensor:
             if not held or held[0] is not control:
                 held[:] = [control, *control.view(rows, 1, -1).chunk(2, -1)]
-            return torch.addcmul(h + held[2], held[1], h)
+            return self._modulated(h, held[1], held[2])
 
         return modulate
+
+    def _modulated(self, h: Tensor, gamma_less_one: Tensor, beta: Tensor) -> Tensor:
+        if self.forbidden is None:
+            return torch.addcmul(h + beta, gamma_less_one, h)
+        return h + self.forbidden.without(torch.addcmul(beta, gamma_less_one, h))
 
     def flops(self) -> Flops:
         return Flops(per_chunk=2 * self.head.weight.numel())

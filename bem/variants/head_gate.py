@@ -93,6 +93,9 @@ class HeadGate(Adapter):
             parts.append(code.conditioning["evidence"])
         return torch.cat([p.double() for p in parts], -1)
 
+    def writers(self) -> tuple[Tensor, ...]:
+        return (self.u,)
+
     def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None
         v, u = self._cast(x.dtype, self.v, self.u)

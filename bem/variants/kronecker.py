@@ -40,7 +40,13 @@ class KroneckerFactorization(Adapter):
 
     def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         a, b = self._cast(x.dtype, self.a, self.b)
-        return kronecker(y, x, a, b, self.scale)
+        if self.forbidden is None:
+            return kronecker(y, x, a, b, self.scale)
+        # (I - P P^T) of a sum of Kronecker products is none: projected as it is applied
+        return y + self.forbidden.without(kronecker(torch.zeros_like(y), x, a, b, self.scale))
+
+    def writers(self) -> tuple[Tensor, ...]:
+        return ()
 
     def flops(self) -> Flops:
         first = self.a1 * self.a2 * self.terms * self.b2

@@ -34,8 +34,12 @@ class LowRank(Adapter):
     def flops(self) -> Flops:
         return Flops(per_token=2 * (self.v.numel() + self.u.numel()))
 
+    def writers(self) -> tuple[Tensor, ...]:
+        return (self.u,)
+
     @torch.no_grad()
     def after_step(self) -> None:
+        self.keep_out()
         if self.radius is not None:
             norm = self.scale * low_rank_norm(self.u, self.v)
             self.u.mul_((self.radius / norm).clamp(max=1.0))

@@ -89,6 +89,9 @@ class MaskedLowRank(Adapter):
         c = self.scale * self.mask(code)
         return c if self.ball is None else self.ball(self.u, self.v, c, code.dtype)
 
+    def writers(self) -> tuple[Tensor, ...]:
+        return (self.u,)
+
     def update(self, y: Tensor, x: Tensor, control: Tensor | None, slot: Tensor | None) -> Tensor:
         assert control is not None
         v, u = self._cast(x.dtype, self.v, self.u)
