@@ -13,6 +13,7 @@
     ├── EngineError        a request or a model that the engine cannot serve
     │   └── QueueFull      too many requests wait
     ├── MeasurementError   a number that could not be measured
+    ├── OnlineError        feedback that could not be kept, or a learner that cannot go on
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
 
@@ -70,6 +71,10 @@ class QueueFull(EngineError):
 
 class MeasurementError(BemError):
     """A number that could not be measured."""
+
+
+class OnlineError(BemError):
+    """Feedback that could not be kept, or a learner that cannot go on; what was acknowledged is whole."""
 
 
 class NotAccepted(BemError):
