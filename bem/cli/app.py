@@ -1,5 +1,5 @@
 """The commands: run | train | evaluate | plan | validate | promote |
-rollback | history | store | report | route | index | base | doctor."""
+rollback | history | store | online | report | route | index | base | doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bem.cli.base import base_app
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
+from bem.cli.online import online_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.route_fit import fit
@@ -33,6 +34,7 @@ app.add_typer(route_app, name="route")
 app.add_typer(index_app, name="index")
 app.add_typer(base_app, name="base")
 app.add_typer(store_app, name="store")
+app.add_typer(online_app, name="online")
 
 
 def _print_version(wanted: bool) -> None:

@@ -89,7 +89,7 @@ class AdapterTrainee:
         return [Answer(s, lesson_of(turn)) for s, turn in zip(scores, turns, strict=True)]
 
     def turn_of(self, lesson: Lesson, id: str) -> Turn:
-        return Turn(_row_of(lesson, id), id)
+        return Turn(row_of(lesson, id), id)
 
     def _put_on_stage(self, weights: Weights) -> None:
         if bad := [name for name, t in weights.items() if not torch.isfinite(t).all()]:
@@ -159,7 +159,7 @@ class AdapterTrainee:
 
     def _encoded(self, lesson: Lesson) -> Any:
         return encode(
-            _row_of(lesson, "lesson"), self.tokenizer, self.config.max_length, train_history=False
+            row_of(lesson, "lesson"), self.tokenizer, self.config.max_length, train_history=False
         )
 
     # --- versions and state -----------------------------------------------------------------------
@@ -207,7 +207,8 @@ def lesson_of(turn: Turn) -> Lesson | None:
     return {"asked": {"input": turn.row.input, **asked}, "answer": turn.row.references[0]}
 
 
-def _row_of(lesson: Lesson, id: str) -> Example:
+def row_of(lesson: Lesson, id: str) -> Example:
+    """The example that a lesson came from."""
     return Example(id=id, references=(lesson["answer"],), **lesson["asked"])
 
 

@@ -51,10 +51,14 @@ class Learner:
         for number, item in enumerate(items):
             (self.held if number % 2 else self.practice).trust(item)
 
-    def take_in(self, item: Item) -> Taken:
-        """One lesson: by a hash of its content it is practised on, or held out for good."""
+    def take_in(self, item: Item, labelled: bool = True) -> Taken:
+        """One lesson: by a hash of its content it is practised on, or held out for good.
+
+        Args:
+            labelled: any version's answer to it can be judged; else it can only be practised on.
+        """
         self.counts.lessons += 1
-        if is_held_out(item.content, self.config.held_share, self.config.seed):
+        if labelled and is_held_out(item.content, self.config.held_share, self.config.seed):
             self.counts.held_out += 1
             offered = self.held.offer(item)
             return "duplicate" if offered == "duplicate" else "held out"

@@ -31,7 +31,6 @@ from bem.online.trainee import Answer, Trainee
 from bem.online.trial import Trial, finite
 from bem.runs.store import Store
 
-UNLIMITED = 10**9
 FISHER_LESSONS = 64
 
 
@@ -173,10 +172,11 @@ class Loop:
     # --- trials -----------------------------------------------------------------------------------
 
     def _on_trial(self, turns: Sequence[Turn], answers: Sequence[Answer]) -> None:
-        """Every scored event counts once, beside a held-out one: neither was learned from."""
+        """Every event whose right answer is known counts once, beside a held-out one: neither was learned
+        from. Where only a score is known, another answer has none: such events would compare like with like."""
         if self.trial is None or self.pending or self.trial.canary.decision != "HOLD":
             return
-        scored = [i for i, a in enumerate(answers) if a.counts]
+        scored = [i for i, a in enumerate(answers) if a.counts and _is_labelled(turns[i])]
         held = [] if self.watching else self._held_turns(len(scored))
         if not held and not self.watching:
             return
@@ -238,8 +238,8 @@ class Loop:
             since = self.event - self.trial.number
             if self.watching and decision == "ROLLBACK":
                 self._decide("rollback", reason)
-            elif self.watching and (decision != "HOLD" or since >= self.config.watch_events):
-                self._end_watch(reason)
+            elif self.watching and since >= self.config.watch_events:
+                self._end_watch(f"not shown to be worse than the version before in {since} events")
             elif not self.watching and decision != "HOLD":
                 self._decide("promote" if decision == "PROMOTE" else "reject", reason)
             elif not self.watching and since >= 2 * self.config.trial_events:
@@ -280,8 +280,7 @@ class Loop:
         lessons = self.learner.sample(FISHER_LESSONS)
         self.trainee.accept(self.production.live.weights, lessons)
         self.watching = self.config.watch_events > 0
-        watch = Trial.of(self.event, self.config, UNLIMITED, held=False)
-        self.trial = watch if self.watching else None
+        self.trial = Trial.watch(self.event, self.config) if self.watching else None
         self._held_scores = {}
 
     def _start_over(self) -> None:
@@ -295,7 +294,8 @@ class Loop:
     def _learn(self, turns: Sequence[Turn], answers: Sequence[Answer]) -> None:
         for turn, answer in zip(turns, answers, strict=True):
             if turn.row is not None and answer.lesson is not None:
-                self.learner.take_in(Item(turn.row.id, turn.source, answer.lesson))
+                item = Item(turn.row.id, turn.source, answer.lesson)
+                self.learner.take_in(item, labelled=bool(turn.row.references))
         if self.desk.paused:
             return
         for _ in range(self.config.steps_per_round if self.learner.can_step() else 0):
@@ -318,7 +318,7 @@ class Loop:
         if made.version == self.production.live.version:
             return
         self.production.propose(self.event, made)
-        self.trial = Trial.of(self.event, self.config, self.config.trial_events)
+        self.trial = Trial.of(self.event, self.config)
         self.desk.note(self.event, "candidate", number=self.event, version=made.version)
 
     # --- surviving a restart ----------------------------------------------------------------------
@@ -383,6 +383,10 @@ class Loop:
             "paused": self.desk.paused,
             "problems": self.desk.problems,
         }
+
+
+def _is_labelled(turn: Turn) -> bool:
+    return turn.row is not None and bool(turn.row.references)
 
 
 _PLAIN = ("event", "rounds", "last_candidate", "watching", "pending")

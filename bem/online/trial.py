@@ -18,6 +18,8 @@ from bem.runs.store import BASE, Store
 
 INCOMING, HELD = "incoming", "held_out"
 FORMAT = "bem-canary-1"
+NEVER = -0.999999
+"""A margin that nothing can show: a gain of the whole range."""
 
 
 @dataclass
@@ -32,12 +34,17 @@ class Trial:
     """Events of sources that had counted often enough."""
 
     @staticmethod
-    def of(number: int, config: OnlineConfig, events: int, held: bool = True) -> Trial:
-        """events: after which an undecided one is rolled back; held: on held-out events too."""
+    def of(number: int, config: OnlineConfig) -> Trial:
+        """Of a candidate beside the version in use."""
         margins = Margins(config.margin, config.tolerance)
-        names = [INCOMING, HELD] if held else [INCOMING]
-        metrics = {f"{config.metric} {name}": margins for name in names}
-        return Trial(number, Canary(metrics, config.alpha, n_max=events))
+        metrics = {f"{config.metric} {name}": margins for name in (INCOMING, HELD)}
+        return Trial(number, Canary(metrics, config.alpha, n_max=config.trial_events))
+
+    @staticmethod
+    def watch(number: int, config: OnlineConfig) -> Trial:
+        """Of a version in use beside the one before, from an event on. It can only end in a rollback."""
+        margins = Margins(NEVER, config.tolerance)
+        return Trial(number, Canary({f"{config.metric} {INCOMING}": margins}, config.alpha))
 
     def counts(self, source: str, most: int) -> bool:
         """Does one more event of this source count? Then it has been counted."""
