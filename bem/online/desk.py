@@ -2,7 +2,7 @@
 
 FOLDER/
   .lock, epoch.json     who writes; the epoch rises with every writer, and an older one is refused
-  snapshots/N.pt        everything after event N, with its sha256: the newest whole one is gone on with
+  snapshots/N.pt        everything after N rounds, with its sha256: the newest whole one is gone on with
   candidates/N/         checkpoint of the candidate after event N, and verdicts/N.json what was said of it
   journal.jsonl         what was done and why; a snapshot says how long it was
   status.json           a summary, for people and dashboards: nothing is decided by it
@@ -87,8 +87,12 @@ class Desk:
 
     # --- snapshots --------------------------------------------------------------------------------
 
-    def save(self, event: int, state: Mapping[str, Any]) -> None:
+    def save(self, number: int, state: Mapping[str, Any], kept: int = KEPT) -> None:
         """Write a snapshot, whole or not at all, and drop the oldest.
+
+        Args:
+            number: rounds done; a second snapshot of the same number replaces the first.
+            kept: how many stay; 1 after somebody was erased.
 
         Raises:
             OnlineError: another writer has begun, or the disk is full; earlier snapshots are whole.
@@ -96,13 +100,12 @@ class Desk:
         self.check_epoch()
         self.snapshots.mkdir(parents=True, exist_ok=True)
         with _disk(self.folder):
-            write_state(self.snapshots / f"{event:09d}.pt", state)
-            for old in self._snapshots()[KEPT:]:
+            write_state(self.snapshots / f"{number:09d}.pt", state)
+            for old in self._snapshots()[kept:]:
                 old.unlink()
 
     def newest(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The newest whole snapshot; None: there is none. Damaged ones are named in `problems` and removed
-        by `drop_damaged`.
+        """The newest whole snapshot; None: there is none. Damaged ones are named in `problems`.
 
         Raises:
             OnlineError: all are damaged, or it is another learner's.

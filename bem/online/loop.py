@@ -21,7 +21,7 @@ import numpy as np
 
 from bem.config import OnlineConfig
 from bem.errors import DataError
-from bem.online.desk import Desk
+from bem.online.desk import KEPT, Desk
 from bem.online.drift import DriftDetector, DriftStatus
 from bem.online.learner import Learner
 from bem.online.production import Production, Standing
@@ -64,6 +64,8 @@ class Loop:
         self.learner = Learner(trainee, config)
         self.drift = DriftDetector(config.drift_window, config.sensitivity, (0.0, 1.0))
         self.event, self.rounds, self.last_candidate = 0, 0, 0
+        self.sequence = 0
+        """Last event of a feedback log that was taken in."""
         self.trial: Trial | None = None
         """Of the candidate beside the version in use; while `watching`, of that beside the one before."""
         self.watching = False
@@ -124,14 +126,17 @@ class Loop:
 
     # --- one round --------------------------------------------------------------------------------
 
-    def round(self, turns: Sequence[Turn]) -> Round:
-        """Answer some requests, and do everything that follows from what is said of the answers."""
+    def round(self, turns: Sequence[Turn], upto: int | None = None) -> Round:
+        """Answer some requests, and do everything that follows from what is said of the answers.
+
+        Args:
+            upto: number of the last event of a log that these turns come from; see `catch_up`.
+        """
         if self.production.follow(self.event):
             self._start_over()
-        for turn in turns:
-            if turn.erase is not None:
-                gone = self.learner.forget(turn.erase)
-                self.desk.note(self.event, "erased", source=turn.erase, lessons=gone)
+        erased = [turn.erase for turn in turns if turn.erase is not None]
+        for source in erased:
+            self.desk.note(self.event, "erased", lessons=self.learner.forget(source))
         asked = [turn for turn in turns if turn.row is not None]
         live = self.production.live
         answers = self.trainee.answers(live.weights, asked, self._draws) if asked else []
@@ -140,8 +145,11 @@ class Loop:
         self._on_trial(asked, answers)
         self._learn(asked, answers)
         self.rounds += 1
+        self.sequence = self.sequence if upto is None else upto
         moved = self._settle()  # the last thing: a move is made between two rounds
-        if self.rounds % self.config.snapshot_every == 0:
+        if erased:
+            self.save(kept=1)  # older snapshots still know them
+        elif self.rounds % self.config.snapshot_every == 0:
             self.save()
         return Round(self.event, tuple(a.score for a in answers), live.version, str(status), moved)
 
@@ -176,7 +184,7 @@ class Loop:
         from. Where only a score is known, another answer has none: such events would compare like with like."""
         if self.trial is None or self.pending or self.trial.canary.decision != "HOLD":
             return
-        scored = [i for i, a in enumerate(answers) if a.counts and _is_labelled(turns[i])]
+        scored = [i for i, a in enumerate(answers) if a.counts and turns[i].labelled]
         held = [] if self.watching else self._held_turns(len(scored))
         if not held and not self.watching:
             return
@@ -295,7 +303,7 @@ class Loop:
         for turn, answer in zip(turns, answers, strict=True):
             if turn.row is not None and answer.lesson is not None:
                 item = Item(turn.row.id, turn.source, answer.lesson)
-                self.learner.take_in(item, labelled=bool(turn.row.references))
+                self.learner.take_in(item, labelled=turn.labelled)
         if self.desk.paused:
             return
         for _ in range(self.config.steps_per_round if self.learner.can_step() else 0):
@@ -328,8 +336,8 @@ class Loop:
         settings = self.config.model_dump(mode="json", exclude={"snapshot_every"})
         return {"online": settings, "trainee": self.trainee.fingerprint()}
 
-    def save(self) -> None:
-        """A snapshot of everything, and the summary for people."""
+    def save(self, kept: int = KEPT) -> None:
+        """A snapshot of everything, and the summary for people; of older ones all but `kept` go."""
         plain = {
             **{name: getattr(self, name) for name in _PLAIN},
             "production": self.production.state(),
@@ -345,12 +353,13 @@ class Loop:
             "weights": self.production.weights(),
             "trainee": self.trainee.state(),
         }
-        self.desk.save(self.rounds, state)
+        self.desk.save(self.rounds, state, kept)
         self.desk.show(self.status())
 
     def _resume(self) -> None:
         state = self.desk.newest(self.fingerprint())
         if state is None:
+            self.desk.cut_journal(0)
             self.production.begin()
             self.trainee.start_from(self.production.live.weights)
             self.save()
@@ -385,8 +394,4 @@ class Loop:
         }
 
 
-def _is_labelled(turn: Turn) -> bool:
-    return turn.row is not None and bool(turn.row.references)
-
-
-_PLAIN = ("event", "rounds", "last_candidate", "watching", "pending")
+_PLAIN = ("event", "rounds", "sequence", "last_candidate", "watching", "pending")

@@ -38,6 +38,11 @@ class Turn:
     erase: str | None = None
     """Forget everything of this source."""
 
+    @property
+    def labelled(self) -> bool:
+        """Can any answer be judged? Only where a right one is known."""
+        return self.row is not None and bool(self.row.references)
+
 
 def read_stream(path: str | Path) -> list[Turn]:
     """All turns of a JSON Lines file.

@@ -95,7 +95,9 @@ def write_verdict(path: Path, trial: Trial, candidate: str, baseline: str) -> No
         "candidate": candidate,
         "baseline": baseline,
         "verdict": verdict.to_dict(),
-        "trial": trial.state(),
+        "canary": trial.canary.state(),
+        "number": trial.number,
+        "sources": len(trial.sources),  # how many: who they are is nobody's business for ever
     }
     write_json(path, content)
 

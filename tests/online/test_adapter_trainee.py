@@ -39,8 +39,8 @@ def taught(made, steps=40):
 
 @pytest.fixture(scope="module")
 def learned():
-    made, attached = trainee(pull=0.0, largest_step=1.0, largest_distance=50.0)
-    return made, attached, taught(made, 60)
+    made, attached = trainee(pull=0.0, learning_rate=0.03, largest_step=1.0, largest_distance=50.0)
+    return made, attached, taught(made, 150)
 
 
 def test_it_learns_what_was_corrected_and_what_serves_is_untouched(learned):

@@ -1,14 +1,20 @@
+import errno
 import json
 import os
 import random
 import signal
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 import torch
 
 from bem.errors import OnlineError
+from bem.online import desk
+from bem.online.events import Feedback, Served
+from bem.online.feedback import FeedbackLog
+from bem.online.live import catch_up
 from bem.online.stream import Turn
 from bem.runs import upkeep
 from tests.online.toys import SKILLS, Toy, loop, moves, stream
@@ -109,7 +115,7 @@ def test_a_version_that_fails_in_use_is_taken_back_by_itself(tmp_path):
     made, _ = run(tmp_path, stream(48))
     assert moves(made) == ["promoted"]
     zeros = dict.fromkeys(range(SKILLS), 0.0)
-    made, rounds = run(tmp_path, [*stream(48), *stream(16, 3, targets=zeros, start=1000)])
+    made, _ = run(tmp_path, [*stream(48), *stream(16, 3, targets=zeros, start=1000)])
     assert moves(made) == ["promoted", "rolled back"] and made.production.store.current() is None
     back = made.desk.entries()[-1]
     assert back["to"] == "" and "a loss above 0.1: e-value over 20" in back["reason"]
@@ -266,3 +272,52 @@ def test_another_learners_folder_is_refused(tmp_path):
         loop(tmp_path, margin=0.05),
     ):
         pass
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, uninterrupted):
+    hours = iter(random.Random(1).choices(range(24), k=10**4))
+    with loop(tmp_path) as made:
+        made.production.store.journal.clock = lambda: datetime(2030, 1, 1, next(hours), tzinfo=UTC)
+        made.go(fall())
+    assert everything(made) == uninterrupted
+
+
+def test_a_full_disk_stops_it_and_leaves_what_was_there(tmp_path, uninterrupted, monkeypatch):
+    run(tmp_path, fall()[:160])
+
+    def full(path, state):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk, "write_state", full)
+        with pytest.raises(OnlineError, match="No space left"):
+            run(tmp_path, fall())
+    made, _ = run(tmp_path, fall())
+    assert everything(made) == uninterrupted
+
+
+# --- on a log of feedback -------------------------------------------------------------------------
+
+
+def test_it_follows_a_log_that_grows_and_takes_nothing_in_twice(tmp_path):
+    log = FeedbackLog(tmp_path / "feedback.db")
+
+    def said(numbers):
+        for i in numbers:
+            log.record(Served(f"r{i}", "", f"skill {i % SKILLS}", "0", f"u{i % 40}"))
+            log.add(
+                Feedback(f"e{i}", f"r{i}", "correction", f"u{i % 40}", text=f"{i % SKILLS} 1.0")
+            )
+
+    said(range(30))
+    with loop(tmp_path) as made:
+        assert catch_up(made, log) == 24 and made.sequence == 24 and made.event == 24
+    said(range(30, 200))
+    with loop(tmp_path) as made:
+        assert catch_up(made, log) == 176 and catch_up(made, log) == 0
+        assert made.production.live.version and made.event == 200
+        log.erase("u7", "please")
+        assert catch_up(made, log) == 1 and made.sequence == 201
+        items = [*made.learner.practice.items, *made.learner.held.items, *made.learner._fresh]
+        assert items and all(i.source != "u7" for i in items)
+        assert len(made.desk._snapshots()) == 1
