@@ -60,10 +60,10 @@ def test_pause_and_resume(replayed, capsys):
 def test_mistakes_are_one_message(replayed, tmp_path, capsys):
     _, command = replayed
     code, out = bem_command(capsys, *command[:3], "--set", "margn=0.1")
-    assert code == 2 and "unknown key 'margn'" in out
+    assert code == 3 and "unknown key 'margn'" in out
     code, out = bem_command(capsys, *command, "--set", "margin=0.2")
-    assert code == 2 and "online.margin was 0.3, is 0.2" in out
+    assert code == 3 and "online.margin was 0.3, is 0.2" in out
     code, out = bem_command(capsys, "online", "status", "--folder", tmp_path)
-    assert code == 2 and "is no learner's folder" in out
+    assert code == 3 and "is no learner's folder" in out
     code, out = bem_command(capsys, "online", "why", "beef", "--folder", replayed[0] / "online")
-    assert code == 2 and "nothing is noted of 'beef'" in out
+    assert code == 3 and "nothing is noted of 'beef'" in out
