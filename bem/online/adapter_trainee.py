@@ -204,6 +204,8 @@ def lesson_of(turn: Turn) -> Lesson | None:
         return None
     values = asdict(turn.row)
     asked = {name: values[name] for name in TAUGHT if values[name]}
+    if "form" in turn.row.meta:  # how its answers are compared
+        asked["meta"] = {"form": turn.row.meta["form"]}
     return {"asked": {"input": turn.row.input, **asked}, "answer": turn.row.references[0]}
 
 

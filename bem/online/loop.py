@@ -345,6 +345,7 @@ class Loop:
             "learner": self.learner.state(),
             "drift": self.drift.state(),
             "draws": self._draws.bit_generator.state,
+            "held_scores": self._held_scores,
             "journal": self.desk.journal_size(),
         }
         state = {
@@ -372,6 +373,7 @@ class Loop:
         self.learner.load_state(plain["learner"])
         self.drift = DriftDetector.from_state(plain["drift"])
         self._draws.bit_generator.state = plain["draws"]
+        self._held_scores = plain["held_scores"]
         self.trainee.load_state(state["trainee"])
         self.desk.cut_journal(plain["journal"])
         if self.pending:
