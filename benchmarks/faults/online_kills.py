@@ -84,7 +84,9 @@ def examine(folder: Path, acknowledged: int) -> list[str]:
     """What is wrong."""
     problems = []
     if (folder / "feedback.db").exists():
-        events = list(FeedbackLog(folder / "feedback.db").events())
+        log = FeedbackLog(folder / "feedback.db")
+        events = list(log.events())
+        log.close()  # no connection may live on over the next fork
         if [e.sequence for e in events] != list(range(1, len(events) + 1)):
             problems.append("holes in the log")
         if len(events) < acknowledged:
@@ -134,7 +136,9 @@ def run(top: Path, options: argparse.Namespace, rng: random.Random) -> str:
         if finished:
             break
         kills += 1
-    total = FeedbackLog(folder / "feedback.db").last()
+    log = FeedbackLog(folder / "feedback.db")
+    total = log.last()
+    log.close()
     total += -total % CONFIG.round_size
     killed(folder, total, 3600.0)
     (top / "whole").mkdir()
