@@ -8,7 +8,7 @@ another domain, dialogue acts of another domain, commands by the date at which t
 standard library's functions. Right answers come as corrections behind every answer. The arms:
 
     frozen        the version that was trained for the beginning, for ever
-    unprotected   a plain AdamW step on every round's corrections, used at once
+    unprotected   as many plain AdamW steps on every round's corrections, used at once
     protected     `bem.online.loop.Loop`: replay, bounded steps, candidates, canary, watch, the version store
     oracle        trained beforehand on other rows of everything that will come
 
@@ -63,10 +63,11 @@ PROTECTED = OnlineConfig(
     largest_step=0.2,
     largest_distance=4.0,
     candidate_every=32,
-    margin=0.1,
-    tolerance=0.1,
-    trial_events=160,
-    watch_events=64,
+    steps_per_round=2,
+    margin=0.15,
+    tolerance=0.15,
+    trial_events=96,
+    watch_events=32,
     drift_window=200,
     snapshot_every=100,
 )
@@ -94,11 +95,11 @@ def by(key: str, names: list[str], task: str) -> Callable[[str | None], list[lis
 
 
 def by_date(data: str | None) -> list[list[Example]]:
-    """Commands in thirds by their date, without the text about the tool."""
+    """Commands, the older half and the newer one, without the text about the tool."""
     rows = [replace(r, evidence=()) for r in public("cmd_tldr", _needed(data), "train")]
     rows.sort(key=lambda r: r.meta["since"])
-    third = len(rows) // 3
-    return [rows[i * third : (i + 1) * third] for i in range(3)]
+    half = len(rows) // 2
+    return [rows[:half], rows[half:]]
 
 
 def of_functions(_: str | None) -> list[list[Example]]:
@@ -112,16 +113,16 @@ def of_functions(_: str | None) -> list[list[Example]]:
 
 STREAMS = {
     "clinc": Stream(
-        "intents: travel, then banking, then kitchen_and_dining",
+        "intents: travel, then banking",
         "exact",
-        by("domain", ["travel", "banking", "kitchen_and_dining"], "intent_clinc150"),
+        by("domain", ["travel", "banking"], "intent_clinc150"),
     ),
     "rnnlg": Stream(
-        "dialogue acts in words: restaurant, then tv, then laptop",
+        "dialogue acts in words: restaurant, then laptop",
         "tokens",
-        by("domain", ["restaurant", "tv", "laptop"], "gen_rnnlg"),
+        by("domain", ["restaurant", "laptop"], "gen_rnnlg"),
     ),
-    "tldr": Stream("shell commands by date, in thirds", "tokens", by_date),
+    "tldr": Stream("shell commands, the older half, then the newer", "tokens", by_date),
     "embedded": Stream("arguments of a function, then `def` line to JSON", "tokens", of_functions),
 }
 
@@ -222,7 +223,8 @@ class Bench:
         for at in range(0, len(stream), PROTECTED.round_size):
             turns = stream[at : at + PROTECTED.round_size]
             scores += _scores(trainee, trainee.weights(), turns)
-            trainee.learn([lesson_of(t) for t in turns])
+            for _ in range(PROTECTED.steps_per_round):
+                trainee.learn([lesson_of(t) for t in turns])
         return _result(scores, _scores(trainee, trainee.weights(), old))
 
     def _protected(
@@ -283,7 +285,8 @@ def page(done: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "# Online learning on streams that change",
         "",
         f"`{options.command}` on {platform.processor() or platform.machine()}, one thread, base {options.base}, "
-        f"torch {torch.__version__}. Score per event in points, prequential: every answer is given before its "
+        f"torch {torch.__version__}. The protected arm's settings (`PROTECTED`) were chosen on another draw (seed 100) of "
+        f"the clinc stream. Score per event in points, prequential: every answer is given before its "
         "correction is learned from. Differences: mean over seeds with a 95 % t-interval, paired by seed.",
     ]
     for name in dict.fromkeys(d["stream"] for d in done):
@@ -363,7 +366,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--streams", default="embedded", help=f"of {', '.join(STREAMS)}")
     parser.add_argument("--base", default="bem-tiny")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--events", type=int, default=96, help="of each new part")
+    parser.add_argument("--events", type=int, default=256, help="of each new part")
     parser.add_argument("--known", type=int, default=32, help="events before anything is new")
     parser.add_argument("--old", type=int, default=64, help="rows on which forgetting is measured")
     parser.add_argument("--stationary", type=int, default=96, help="events of the calm stream")
