@@ -28,42 +28,48 @@ online_app = typer.Typer(
     help="Online learning: what the learner does, and why.", no_args_is_help=True
 )
 Folder = Annotated[Path, typer.Option("--folder", help="The learner's folder.")]
+Log = Annotated[
+    Path, typer.Argument(help="JSON Lines: rows with right answers, or exported feedback.")
+]
+Model = Annotated[
+    str, typer.Option("--base", help="A name of `bem base list`, a folder or a hub id.")
+]
+Start = Annotated[
+    Path | None, typer.Option("--start", help="Checkpoint of an adapter or a router to begin with.")
+]
+Variant = Annotated[str, typer.Option("--variant", help="Without --start: a new adapter.")]
+Rank = Annotated[int, typer.Option("--rank", min=1, help="Of a new one.")]
+Trusted = Annotated[
+    Path | None,
+    typer.Option("--trusted", help="Rows that are known to be right, and must not be forgotten."),
+]
+Score = Annotated[str, typer.Option("--score", help="em, f1, chrf of real answers; exact, tokens.")]
+Form = Annotated[str, typer.Option("--form", help="How answers are compared.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set margin=0.02."),
+]
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option("--store", help="The version store; default: store beside the folder."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 
 @online_app.command()
 def replay(
-    log: Annotated[
-        Path, typer.Argument(help="JSON Lines: rows with right answers, or exported feedback.")
-    ],
-    base: Annotated[
-        str, typer.Option("--base", help="A name of `bem base list`, a folder or a hub id.")
-    ] = "bem-tiny",
-    start: Annotated[
-        Path | None,
-        typer.Option("--start", help="Checkpoint of an adapter or a router to begin with."),
-    ] = None,
-    variant: Annotated[str, typer.Option("--variant", help="Without --start: a new one.")] = "s0",
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of a new one.")] = 8,
-    trusted: Annotated[
-        Path | None,
-        typer.Option(
-            "--trusted", help="Rows that are known to be right, and must not be forgotten."
-        ),
-    ] = None,
-    score: Annotated[
-        str, typer.Option("--score", help="em, f1, chrf of real answers; exact, tokens.")
-    ] = "em",
-    form: Annotated[str, typer.Option("--form", help="How answers are compared.")] = "text",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set margin=0.02."),
-    ] = None,
+    log: Log,
+    base: Model = "bem-tiny",
+    start: Start = None,
+    variant: Variant = "s0",
+    rank: Rank = 8,
+    trusted: Trusted = None,
+    score: Score = "em",
+    form: Form = "text",
+    settings: Settings = None,
     folder: Folder = DEFAULT,
-    store: Annotated[
-        Path | None,
-        typer.Option("--store", help="The version store; default: store beside the folder."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "cpu",
+    store: StoreFolder = None,
+    device: Device = "cpu",
 ) -> int:
     """Run the whole loop on a recorded stream: answer, learn, watch, put on trial, promote, roll back.
 

@@ -47,7 +47,9 @@ def favouring(lessons, option):
 
 def chance(made, lessons, option):
     obs = torch.tensor([lesson["observed"] for lesson in lessons])
-    return float(made.actor.distribution(obs, made._masks(len(obs))).probs[0][:, option].mean())
+    return float(
+        made.actor.distribution(obs, made._masks(len(obs))).probs[0][:, option].mean().detach()
+    )
 
 
 def test_what_chance_chose_is_marked_and_its_chance_is_known():
