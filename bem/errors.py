@@ -14,6 +14,7 @@
     │   └── QueueFull      too many requests wait
     ├── SafetyError        a guard that was not accepted, is broken, or may not be moved so
     ├── MeasurementError   a number that could not be measured
+    ├── OnlineError        feedback that could not be kept, or a learner that cannot go on
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
 
@@ -75,6 +76,10 @@ class SafetyError(BemError):
 
 class MeasurementError(BemError):
     """A number that could not be measured."""
+
+
+class OnlineError(BemError):
+    """Feedback that could not be kept, or a learner that cannot go on; what was acknowledged is whole."""
 
 
 class NotAccepted(BemError):

@@ -15,6 +15,7 @@ OPTIONAL = {
     "tensorboard",
     "accelerate",
     "llguidance",
+    "sqlalchemy",
     "huggingface_hub",
     "torch.utils.tensorboard",
 }

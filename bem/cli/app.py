@@ -11,6 +11,7 @@ from bem.cli.demo import demo
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
+from bem.cli.online import online_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.route_fit import fit
@@ -36,6 +37,7 @@ app.add_typer(index_app, name="index")
 app.add_typer(base_app, name="base")
 app.add_typer(store_app, name="store")
 app.add_typer(safety_app, name="safety")
+app.add_typer(online_app, name="online")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,10 +1,11 @@
-"""Online learning that cannot make things worse: drift, canary, replay, penalties.
+"""Online learning: feedback, a learner on a shadow, trials, promotion and rollback, drift.
 
 detector = DriftDetector()
 if detector.update(score) is DriftStatus.DRIFT_DETECTED:
     print(detector.alarm.text)
 
-What needs torch is imported from its own module: `penalties`, `kl_region`.
+What needs torch is imported from its own module (`loop`, `adapter_trainee`, `router_trainee`, `penalties`, `kl_region`);
+so is the log, which needs the extra `online` (`feedback`).
 """
 
 from bem.online.canary import Canary, CanaryStatus, Margins
