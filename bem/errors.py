@@ -12,6 +12,7 @@
     │   └── Diverged       the loss or a gradient was not finite
     ├── EngineError        a request or a model that the engine cannot serve
     │   └── QueueFull      too many requests wait
+    ├── Refused            a request that the server turns away, with its HTTP status
     ├── MeasurementError   a number that could not be measured
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
@@ -66,6 +67,30 @@ class EngineError(BemError):
 
 class QueueFull(EngineError):
     """Too many requests wait."""
+
+
+class Refused(BemError):
+    """A request that the server turns away, as OpenAI's protocol tells it.
+
+    Args:
+        status: of HTTP.
+        message: what happened, and what to do.
+        param: field of the request that is at fault; None: none is.
+        code: for programs, such as `model_not_found`.
+        retry_after_s: after how long it is worth another try; None: it is not, as it stands.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.retry_after_s = retry_after_s
 
 
 class MeasurementError(BemError):

@@ -1,5 +1,5 @@
 """The commands: run | train | evaluate | plan | validate | promote |
-rollback | history | store | report | route | index | base | doctor."""
+rollback | history | store | serve | report | route | index | base | doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bem.cli.index import index_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.route_fit import fit
+from bem.cli.serve import serve
 from bem.cli.store import history, promote, rollback, store_app
 from bem.cli.verdict import validate
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    run, evaluate, plan, validate, promote, rollback, history, report, doctor,
+    run, evaluate, plan, validate, promote, rollback, history, serve, report, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(train_app, name="train")

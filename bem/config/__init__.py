@@ -29,6 +29,7 @@ from bem.config.routing import (
     RoutingConfig,
 )
 from bem.config.section import Section, parse
+from bem.config.serving import ServingConfig
 from bem.config.tuning import TuningConfig
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "RouterConfig",
     "RoutingConfig",
     "Section",
+    "ServingConfig",
     "TaskConfig",
     "TrainingConfig",
     "TuningConfig",

@@ -72,6 +72,7 @@ class Engine:
         queue: int = 1024,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        store: ChunkStore | None = None,
     ):
         """
         Args:
@@ -83,6 +84,7 @@ class Engine:
             queue: requests that may wait.
             seed: of the random numbers of requests that bring no seed.
             clock: seconds that only grow; deadlines and times are by it.
+            store: shared with other engines of this base on the same thread; None: one of its own.
         Raises:
             EngineError: the model cannot be run with rows at different places, or a number makes no sense.
         """
@@ -93,7 +95,7 @@ class Engine:
         self._model, self._base = parts_of(adapted)
         self.prefill_tokens, self.clock = prefill_tokens, clock
         self.max_tokens = _checked_length(self._base, max_tokens)
-        self.store = ChunkStore(int(cache_gib * GIB))
+        self.store = ChunkStore(int(cache_gib * GIB)) if store is None else store
         self.waiting = Waiting(queue)
         self._rows: list[Sequence | None] = [None] * slots
         self._arrived: list[Sequence] = []  # those that run, in the order of admission
@@ -215,6 +217,11 @@ class Engine:
     def busy(self) -> bool:
         """Does anything wait, run, or wait to be handed out?"""
         return bool(len(self.waiting) or self._arrived or self._undelivered)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Those that were admitted and are not over, in the order of admission; to be read only."""
+        return tuple(self._arrived)
 
     # --- a step -----------------------------------------------------------------------------------
 
