@@ -1,5 +1,5 @@
 """The commands: run | train | evaluate | plan | validate | promote |
-rollback | history | store | serve | report | route | index | base | doctor."""
+rollback | history | store | serve | chat | keys | report | route | index | base | doctor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import typer
 
 import bem
 from bem.cli.base import base_app
+from bem.cli.chat import chat
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
+from bem.cli.keys import keys_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.route_fit import fit
@@ -25,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    run, evaluate, plan, validate, promote, rollback, history, serve, report, doctor,
+    run, evaluate, plan, validate, promote, rollback, history, serve, chat, report, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(train_app, name="train")
@@ -34,6 +36,7 @@ app.add_typer(route_app, name="route")
 app.add_typer(index_app, name="index")
 app.add_typer(base_app, name="base")
 app.add_typer(store_app, name="store")
+app.add_typer(keys_app, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

@@ -359,7 +359,7 @@ class Engine:
         else:
             self._chains.store_finished(sequence)
             self._chains.let_go(sequence)
-            actions = self._actions(sequence)
+            actions = self.actions(sequence)
             if (control := self._runner.control) is not None:
                 control.state.free(sequence.control)
             self._rows[sequence.slot] = None
@@ -367,7 +367,8 @@ class Engine:
         result = self._reader.result(sequence, reason, self.clock(), actions)
         self._undelivered.append(result)
 
-    def _actions(self, sequence: Sequence) -> tuple[ChunkAction, ...]:
+    def actions(self, sequence: Sequence) -> tuple[ChunkAction, ...]:
+        """What a router did so far, chunk by chunk."""
         control, acts, spans = self._runner.control, sequence.acts, sequence.spans
         if control is None or acts is None or spans is None or not sequence.read:
             return ()

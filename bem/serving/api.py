@@ -17,6 +17,8 @@ from starlette.exceptions import HTTPException
 import bem
 from bem.errors import BemError, Refused
 from bem.serving.answers import ChatFace, CompletionFace, Face, Receipt
+from bem.serving.explaining import ExplainRequest, explained
+from bem.serving.gate import Gate, refusal_response
 from bem.serving.generation import Answering, Stream, error_body
 from bem.serving.naming import Name, parse_name, unknown_model
 from bem.serving.prompts import Prepared
@@ -39,6 +41,7 @@ def build_app(serving: Serving) -> FastAPI:
 
     app = FastAPI(title="BEM", version=bem.__version__, lifespan=lifespan, redoc_url=None)
     app.state.serving = serving
+    app.add_middleware(Gate, serving=serving)
     _tell_errors(app, serving)
     _add_state(app, serving)
     _add_models(app, serving)
@@ -58,6 +61,17 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await Answer(serving, chat, asked, request).respond()
+
+    @app.post("/v1/bem/explain")
+    async def explain(asked: ExplainRequest) -> dict[str, Any]:
+        """What the router did with a conversation, and why."""
+        name = parse_name(asked.model)
+        version = serving.residents.choose(name, "")
+        lease = Lease(serving.residents, await serving.residents.get(version, asked.model))
+        try:
+            return await explained(serving.driver, lease.resident, asked, serving.tokenizer)
+        finally:
+            lease.end()
 
 
 def _add_models(app: FastAPI, serving: Serving) -> None:
@@ -102,9 +116,7 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
 def _tell_errors(app: FastAPI, serving: Serving) -> None:
     def told(error: Refused) -> JSONResponse:
         serving.metrics.refuse(error.status)
-        wait = error.retry_after_s
-        headers = None if wait is None else {"retry-after": str(wait)}
-        return JSONResponse(error_body(error), error.status, headers)
+        return refusal_response(error)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -166,7 +178,8 @@ class Answer:
         lease = Lease(serving.residents, await serving.residents.get(version, asked.model))
         try:
             expert = expert_of(name, asked.model, lease.resident)
-            prepared = await serving.prepare(asked, "", expert)
+            owner = self.request.state.owner
+            prepared = await serving.prepare(asked, owner, expert)
             return await self._generate(lease, prepared)
         except BaseException:
             lease.end()
@@ -180,6 +193,10 @@ class Answer:
         found: Any = None
         try:
             found = await while_connected(self.request, wanted)
+        except Refused as error:
+            if error.code == "queue_full":
+                error.retry_after_s = self.serving.metrics.usual_s
+            raise
         finally:
             if found is None or not streams:
                 answering.give_up()
@@ -189,6 +206,7 @@ class Answer:
         if streams:
             return self._stream(lease, answering, receipt, prepared, found)
         cached = sum(result.cached_tokens for result in found)
+        self.serving.note(receipt, self.request.state.owner, prepared, found)
         body = self.face.whole(receipt, found, len(prepared.prompts), prepared.evidence)
         return JSONResponse(body, headers=receipt.headers(cached))
 
@@ -207,6 +225,7 @@ class Answer:
         def end() -> None:
             answering.give_up()
             lease.end()
+            self.serving.note(receipt, self.request.state.owner, prepared, stream.results)
 
         headers = {**receipt.headers(first[1].cached_tokens), "cache-control": "no-cache"}
         return Events(stream.events(first), end, headers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from bem.engine.engine import Engine, StepStats
-from bem.engine.request import Request, Result, TokenLogprob
+from bem.engine.request import ChunkAction, Request, Result, TokenLogprob
 from bem.engine.sequence import Sequence
 from bem.errors import BemError, EngineError
 
@@ -30,6 +30,8 @@ class Progress:
     cached_tokens: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    actions: tuple[ChunkAction, ...]
+    """Of a router, in chunks that began since: the last one governs the last token."""
 
 
 Event = Progress | Result | BaseException
@@ -51,6 +53,8 @@ class Job:
     """Of the engine; -1: not submitted."""
     seen: int = 0
     """Tokens of the answer that were told."""
+    chunks: int = 0
+    """Chunks whose action was told."""
     over: bool = False
 
 
@@ -177,13 +181,27 @@ class Driver:
         said: dict[asyncio.AbstractEventLoop, list[tuple[Job, Event]]] = {}
         for sequence in self._engines[name].running:
             job = jobs.get(sequence.id)
-            if job is not None and job.streams and (news := _news(job, sequence)) is not None:
+            if job is not None and job.streams and (news := self._news(name, job, sequence)):
                 said.setdefault(job.loop, []).append((job, news))
         for result in stats.finished:
             if (job := jobs.pop(result.id, None)) is not None:
                 said.setdefault(job.loop, []).append((job, result))
         for loop, events in said.items():  # one wake-up a step, however many listen
             _wake(loop, events)
+
+    def _news(self, name: str, job: Job, sequence: Sequence) -> Progress | None:
+        answer, acts, spans = sequence.answer, sequence.acts, sequence.spans
+        if len(answer) <= job.seen or acts is None or spans is None:
+            return None
+        new = slice(job.seen, len(answer))
+        job.seen = len(answer)
+        begun = sum(start < sequence.read for start in spans.starts[job.chunks :])
+        actions: tuple[ChunkAction, ...] = ()
+        if begun:  # once a chunk: it reads from the device
+            actions = self._engines[name].actions(sequence)[job.chunks :]
+            job.chunks += begun
+        ids, logprobs = tuple(answer[new]), tuple(sequence.logprobs[new])
+        return Progress(acts.version.digest, sequence.cached, ids, logprobs, actions)
 
     def _failed(self, name: str, error: Exception) -> None:
         """A step that fails leaves nothing that could go on: all its requests end."""
@@ -203,16 +221,6 @@ class Driver:
         jobs, self._jobs[name] = self._jobs[name], {}
         for job in jobs.values():
             _tell(job, [error])
-
-
-def _news(job: Job, sequence: Sequence) -> Progress | None:
-    answer, acts = sequence.answer, sequence.acts
-    if len(answer) <= job.seen or acts is None:
-        return None
-    new = slice(job.seen, len(answer))
-    job.seen = len(answer)
-    ids, logprobs = tuple(answer[new]), tuple(sequence.logprobs[new])
-    return Progress(acts.version.digest, sequence.cached, ids, logprobs)
 
 
 def _tell(job: Job, events: list[Event]) -> None:

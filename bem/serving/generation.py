@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bem.engine.request import Request, Result
@@ -123,7 +123,7 @@ class Stream:
                     break
                 news = await self.answering.next()
             if self.with_usage:
-                said = {"usage": usage(self._results, len(self.prepared.prompts))}
+                said = {"usage": usage(self.results, len(self.prepared.prompts))}
                 yield _event(self.face.piece(self.receipt, [], **said))
             yield DONE
         except Exception as error:  # the status is sent: the stream itself must say it
@@ -142,26 +142,29 @@ class Stream:
             text = choice.detokenizer.finish(news.text)  # which may end before its last tokens do
         else:
             text = choice.detokenizer.push(ids)
-            if not text and choice.begun:
+            if choice.begun and not (text or news.actions):
                 return None
         piece = self.face.delta(index, text, choice.held, not choice.begun, choice.characters)
+        if isinstance(news, Progress) and news.actions:
+            piece["bem"] = {"actions": [asdict(action) for action in news.actions]}
         choice.held, choice.begun = [], True
         choice.characters += len(text)
         return self.face.ended(piece, news) if isinstance(news, Result) else piece
 
     @property
-    def _results(self) -> list[Result]:
+    def results(self) -> list[Result]:
+        """Of the choices that are over."""
         return [choice.result for choice in self.choices if choice.result]
 
     @property
     def _over(self) -> bool:
-        return len(self._results) == len(self.choices)
+        return len(self.results) == len(self.choices)
 
     def _beside(self) -> dict[str, Any]:
         """What a piece says of the whole request; the last one, what only this server says."""
         said: dict[str, Any] = {"usage": None} if self.with_usage else {}
         if self._over:
-            said["bem"] = about(self.receipt, self._results, self.prepared.evidence)
+            said["bem"] = about(self.receipt, self.results, self.prepared.evidence)
         return said
 
 

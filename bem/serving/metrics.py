@@ -7,6 +7,7 @@ server has is `bem_*`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -30,6 +31,7 @@ class Metrics:
         """model_name: what the label of that name says: the base."""
         self.registry = CollectorRegistry()
         self.model = {"model_name": model_name}
+        self._usual = 1.0
         self._engines()
         self._requests()
         self._ours()
@@ -122,6 +124,7 @@ class Metrics:
         self.prompt_length.observe(result.prompt_tokens)
         self.answer_length.observe(len(result.token_ids))
         self.whole.observe(result.seconds)
+        self._usual += 0.1 * (result.seconds - self._usual)
         if result.first_token_s is not None:
             self.first.observe(result.first_token_s)
             if (more := len(result.token_ids) - 1) > 0:
@@ -131,7 +134,12 @@ class Metrics:
         names = [action.expert for action in result.actions]
         for name in names:
             self.experts.labels(**self.model, expert=name).inc()
-        self.flips.inc(sum(a != b for a, b in zip(names, names[1:], strict=False)))
+        self.flips.inc(sum(a != b for a, b in pairwise(names)))
+
+    @property
+    def usual_s(self) -> int:
+        """Seconds that a request takes of late, 1 to 60: when to come again."""
+        return round(min(max(self._usual, 1.0), 60.0))
 
     # --- told by the event loop -------------------------------------------------------------------
 

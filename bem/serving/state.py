@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from bem.bases.load import load_base
 from bem.config import ServingConfig
 from bem.engine.engine import StepStats
 from bem.engine.fit import config_of
+from bem.engine.request import Result
 from bem.errors import CheckpointError, Refused
 from bem.evidence.index import open_index
 from bem.evidence.rerank import load_reranker
 from bem.evidence.retriever import Retriever
 from bem.runs.release import SHORT, Release
+from bem.serving.answers import Receipt
 from bem.serving.driver import Driver
+from bem.serving.keys import KeyRing, Quotas
 from bem.serving.metrics import Metrics
 from bem.serving.prompts import Limits, Prepared, Writer
 from bem.serving.residents import Residents
 from bem.serving.schemas import Asked
+
+log = logging.getLogger("bem.serving.requests")
 
 
 class Serving:
@@ -43,6 +52,8 @@ class Serving:
         self.residents = Residents(model, self.tokenizer, config, self.driver)
         limits = Limits(self.residents.bare.engine.max_tokens, config_of(model).vocab_size)
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
+        self.keys = KeyRing(None if config.keys is None else Path(config.keys))
+        self.quotas = Quotas(time.monotonic)
         self.draining = False
         self._writes = ThreadPoolExecutor(1, "writer")
         self._watch: asyncio.Task[None] | None = None
@@ -88,6 +99,27 @@ class Serving:
         call = self.writer.prepare
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._writes, call, asked, owner, route)
+
+    def note(
+        self, receipt: Receipt, owner: str, prepared: Prepared, results: Sequence[Result]
+    ) -> None:
+        """Write to the log what was answered; what was said only if that is asked for."""
+        log.info(
+            "%s by %s: %s version %s, %d of %d answers, prompt tokens %d, cached %d, generated %d, %.0f ms",
+            receipt.id,
+            owner,
+            receipt.model,
+            receipt.version[:SHORT],
+            len(results),
+            len(prepared.requests),
+            sum(len(prompt.ids) for prompt in prepared.prompts),
+            sum(result.cached_tokens for result in results),
+            sum(len(result.token_ids) for result in results),
+            1000 * max((result.seconds for result in results), default=0.0),
+        )
+        if self.config.log_prompts:
+            asked = [self.tokenizer.decode(list(prompt.ids)) for prompt in prepared.prompts]
+            log.info("%s: %r -> %r", receipt.id, asked, [result.text for result in results])
 
     async def names(self) -> dict[str, dict[str, Any]]:
         """Name of each model that can be asked for -> what it is."""
