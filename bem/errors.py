@@ -13,6 +13,7 @@
     ├── EngineError        a request or a model that the engine cannot serve
     │   └── QueueFull      too many requests wait
     ├── Refused            a request that the server turns away, with its HTTP status
+    ├── Unreachable        a server that does not answer
     ├── MeasurementError   a number that could not be measured
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
@@ -91,6 +92,10 @@ class Refused(BemError):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
         self.retry_after_s = retry_after_s
+
+
+class Unreachable(BemError):
+    """A server that does not answer."""
 
 
 class MeasurementError(BemError):

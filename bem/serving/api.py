@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -39,13 +40,16 @@ def build_app(serving: Serving) -> FastAPI:
         async with serving:
             yield
 
-    app = FastAPI(title="BEM", version=bem.__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="BEM", version=bem.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.serving = serving
     app.add_middleware(Gate, serving=serving)
     _tell_errors(app, serving)
     _add_state(app, serving)
     _add_models(app, serving)
     _add_answers(app, serving)
+    _add_dashboard(app, serving)
     return app
 
 
@@ -111,6 +115,25 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(serving.metrics_text(), media_type="text/plain; version=0.0.4")
+
+
+def _add_dashboard(app: FastAPI, serving: Serving) -> None:
+    page = (Path(__file__).parent / "dashboard" / "page.html").read_bytes()
+    allowed = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+    @app.get("/dashboard", include_in_schema=False)
+    async def dashboard() -> Response:
+        """The live page: one file, nothing from elsewhere."""
+        return Response(page, media_type="text/html", headers={"content-security-policy": allowed})
+
+    @app.get("/dashboard/data")
+    async def data() -> dict[str, Any]:
+        """What the page shows."""
+        return {
+            **serving.state(),
+            "versions": serving.versions(),
+            "history": serving.history.shown(),
+        }
 
 
 def _tell_errors(app: FastAPI, serving: Serving) -> None:

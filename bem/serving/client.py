@@ -9,11 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bem.errors import BemError, Refused
-
-
-class Unreachable(BemError):
-    """Nobody answers at an address."""
+from bem.errors import Refused, Unreachable
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from bem.errors import Refused
 from bem.serving.generation import error_body
 from bem.serving.state import Serving
 
-OPEN = ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/dashboard")
+OPEN = ("/health", "/ready", "/metrics", "/openapi.json", "/dashboard")
 """Addresses that need no key: they say nothing of what was asked."""
 
 

@@ -23,6 +23,7 @@ from bem.evidence.retriever import Retriever
 from bem.runs.release import SHORT, Release
 from bem.serving.answers import Receipt
 from bem.serving.driver import Driver
+from bem.serving.history import History
 from bem.serving.keys import KeyRing, Quotas
 from bem.serving.metrics import Metrics
 from bem.serving.prompts import Limits, Prepared, Writer
@@ -48,6 +49,7 @@ class Serving:
         dtype: Any = config.dtype
         model, self.tokenizer = base or load_base(config.base, config.device, dtype)
         self.metrics = Metrics(config.base)
+        self.history = History(time.monotonic)
         self.driver = Driver(self._observe)
         self.residents = Residents(model, self.tokenizer, config, self.driver)
         limits = Limits(self.residents.bare.engine.max_tokens, config_of(model).vocab_size)
@@ -60,6 +62,7 @@ class Serving:
 
     def _observe(self, engine: str, stats: StepStats) -> None:
         self.metrics.step(engine, stats, self.residents.chunks)
+        self.history.step(stats)
 
     # --- its life ---------------------------------------------------------------------------------
 
@@ -153,6 +156,22 @@ class Serving:
             "canary": {version[:SHORT]: share for version, share in residents.canaries.items()},
             "problems": len(residents.problems),
         }
+
+    def versions(self) -> list[dict[str, Any]]:
+        """The versions in memory, the one in front first."""
+        residents = self.residents
+        said = [
+            {
+                "version": each.short,
+                "source": each.release.source if each.release else "",
+                "experts": list(each.experts),
+                "current": each is residents.current,
+                "bare": each is residents.bare,
+                "canary": residents.canaries.get(each.version, 0.0),
+            }
+            for each in residents
+        ]
+        return sorted(said, key=lambda version: not version["current"])
 
     def metrics_text(self) -> bytes:
         """For Prometheus."""

@@ -12,11 +12,13 @@ import bem
 from bem.config import ServingConfig
 from bem.engine.engine import Engine
 from bem.engine.request import Request, Sampling
+from bem.experts.expert import Update, from_updates
+from bem.runs.loading import attach_release
 from bem.runs.release import read_content
 from bem.runs.store import Store
 from bem.serving.server import Server
 from tests.conftest import make_llama, make_tokenizer
-from tests.routing.mounted import mounted
+from tests.routing.mounted import FREE, expert
 from tests.runs.contents import make_grounds
 
 TEMPLATE = (
@@ -59,9 +61,18 @@ def add_adapter(store: Path, home: Path, seed: int, promote: bool = True):
     return _put(attached, store, home, f"adapter-{seed}", promote)
 
 
-def add_router(store: Path, home: Path, promote: bool = True, **options):
-    """A router over the experts a, b and c."""
-    return _put(mounted(make_llama(), **options), store, home, "router", promote)
+def add_router(store: Path, home: Path, promote: bool = True):
+    """A router over the experts a, b and c, which change the answers."""
+    model = make_llama()
+    experts = [_loud(expert(model, *each)) for each in (("a", 4, 0), ("b", 4, 1), ("c", 2, 2))]
+    made = bem.mount(model, experts, **FREE)
+    made.router.trained = True
+    return _put(made, store, home, "router", promote)
+
+
+def _loud(quiet):
+    updates = {site: Update(30 * update.u, update.v) for site, update in quiet.updates.items()}
+    return from_updates(quiet.name, updates, "test")
 
 
 def _put(adapted, store: Path, home: Path, name: str, promote: bool):
@@ -73,8 +84,6 @@ def _put(adapted, store: Path, home: Path, name: str, promote: bool):
 
 def fresh_engine(server: Server, version: str) -> Engine:
     """An engine of its own, for a version by its digest, that never saw a request."""
-    from bem.runs.loading import attach_release
-
     model, tokenizer = base()
     if version == server.serving.residents.bare.version:
         return Engine(model, tokenizer, slots=1, cache_gib=0)
