@@ -70,8 +70,7 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
     async def explain(asked: ExplainRequest) -> dict[str, Any]:
         """What the router did with a conversation, and why."""
         name = parse_name(asked.model)
-        version = serving.residents.choose(name, "")
-        lease = Lease(serving.residents, await serving.residents.get(version, asked.model))
+        lease = await serving.residents.lease(name, "", asked.model)
         try:
             return await explained(serving.driver, lease.resident, asked, serving.tokenizer)
         finally:
@@ -197,8 +196,7 @@ class Answer:
         serving, asked = self.serving, self.asked
         serving.check_open()
         name = parse_name(asked.model)
-        version = serving.residents.choose(name, conversation_of(asked))
-        lease = Lease(serving.residents, await serving.residents.get(version, asked.model))
+        lease = await serving.residents.lease(name, conversation_of(asked), asked.model)
         try:
             expert = expert_of(name, asked.model, lease.resident)
             owner = self.request.state.owner

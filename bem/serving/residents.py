@@ -122,20 +122,38 @@ class Residents:
                 place -= share
         return None if self.current is self.bare else self.current.version
 
-    async def get(self, version: str | None, name: str) -> Resident:
-        """That version, loaded if it is not here; counted as used until `let_go`.
+    async def lease(self, name: Name, conversation: str, asked: str) -> Lease:
+        """The version that answers, loaded if it is not here, held until the lease ends.
+
+        A canary that cannot be had leaves its conversations to the version in front.
 
         Args:
-            version: digits that it begins with; None: the bare base.
-            name: the model's name as the client gave it.
+            asked: the model's name as the client gave it.
         Raises:
             Refused: the store has no such version, or it cannot be loaded; or as many as allowed are in
                 memory and busy.
         """
-        resident = self.bare if version is None else self._find(version)
-        if resident is None or resident.version in self.driver.lost:
-            release = None if version is None else await self._release(version, name)
-            resident = await self._load(release)
+        version = self.choose(name, conversation)
+        if version not in self.canaries or name.version is not None:
+            return Lease(self, await self._get(version, asked))
+        try:
+            return Lease(self, await self._get(version, asked))
+        except Refused as error:
+            log.error("the canary is passed over: %s", error)
+            if error.retry_after_s is None:
+                self.canaries.pop(version, None)
+            front = None if self.current is self.bare else self.current.version
+            return Lease(self, await self._get(front, asked))
+
+    async def _get(self, version: str | None, asked: str) -> Resident:
+        """A version in memory, counted as used; None: the bare base."""
+        while True:
+            resident = self.bare if version is None else self._find(version)
+            if resident is None or resident.version in self.driver.lost:
+                release = None if version is None else await self._release(version, asked)
+                resident = await self._load(release)
+            if self._resident.get(resident.version) is resident:  # and not let go meanwhile
+                break
         self._asked += 1
         resident.used, resident.users = self._asked, resident.users + 1
         return resident

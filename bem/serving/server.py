@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from bem.config import ServingConfig
-from bem.errors import ConfigError, MissingExtra
+from bem.errors import ConfigError, EngineError, MissingExtra
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -74,11 +74,17 @@ class Server:
         self._server.run(sockets=[self.socket])
 
     def start(self) -> Server:
-        """`run` in a thread; returns when it answers."""
+        """`run` in a thread; returns when it answers.
+
+        Raises:
+            EngineError: it never did.
+        """
         self._thread = threading.Thread(target=self.run, name="server", daemon=True)
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             self._thread.join(0.01)
+        if not self._server.started:
+            raise EngineError("the server did not start: its log says why.")
         return self
 
     def stop(self) -> None:

@@ -34,7 +34,7 @@ def test_all_pieces_together_are_the_decoded_answer():
 
 def test_what_may_begin_a_stop_string_waits():
     tokenizer = make_tokenizer()
-    ids, said, stream = pieces(tokenizer, "one##two", stops=("###",))
+    _, said, stream = pieces(tokenizer, "one##two", stops=("###",))
     assert "".join(said) == "one##two"  # it was none
     _, said, stream = pieces(tokenizer, "one##", stops=("###",))
     assert "".join(said) == "one"

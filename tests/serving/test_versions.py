@@ -46,7 +46,10 @@ def test_promotion_and_rollback_are_followed_under_load_and_versions_never_mix(h
 
         with ThreadPoolExecutor(4) as pool:
             workers = [pool.submit(ask, worker) for worker in range(4)]
-            seen = lambda version: lambda: any(v == version for _, v, _ in answers)
+
+            def seen(version):
+                return lambda: any(v == version for _, v, _ in answers)
+
             wait_for(seen(first.version))
             second = add_adapter(*homes, seed=2)
             wait_for(seen(second.version))
@@ -138,6 +141,18 @@ def test_a_canary_gets_its_share_of_conversations_and_each_stays_where_it_is(hom
         assert set(first) == {front.version, canary.version}
         assert 8 <= first.count(canary.version) <= 28  # 18 of 60 are expected
         assert complete(api, model=f"bem@{front.short}").bem["version"] == front.version
+
+
+def test_a_canary_that_is_damaged_leaves_its_conversations_to_the_version_in_front(homes):
+    front = add_adapter(*homes, seed=1)
+    canary = add_adapter(*homes, seed=2, promote=False)
+    with served(homes[0], canary={canary.short: 0.9}) as server:
+        weights = Store(homes[0]).shelf.objects / canary.files["adapter_model.safetensors"]
+        weights.chmod(0o600)
+        weights.write_bytes(b"")
+        answers = [complete(client(server), max_tokens=1, user=str(i)) for i in range(6)]
+        assert {answer.bem["version"] for answer in answers} == {front.version}
+        assert not server.serving.residents.canaries
 
 
 def test_no_more_versions_than_allowed_stay_in_memory(homes):
