@@ -15,6 +15,7 @@
     ├── Refused            a request that the server turns away, with its HTTP status
     ├── Unreachable        a server that does not answer
     ├── MeasurementError   a number that could not be measured
+    ├── OnlineError        feedback that could not be kept, or a learner that cannot go on
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
     └── MissingExtra       an optional library is not installed
 
@@ -100,6 +101,10 @@ class Unreachable(BemError):
 
 class MeasurementError(BemError):
     """A number that could not be measured."""
+
+
+class OnlineError(BemError):
+    """Feedback that could not be kept, or a learner that cannot go on; what was acknowledged is whole."""
 
 
 class NotAccepted(BemError):

@@ -14,6 +14,7 @@ OPTIONAL = {
     "sentence_transformers",
     "tensorboard",
     "accelerate",
+    "sqlalchemy",
     "huggingface_hub",
     "torch.utils.tensorboard",
 }
