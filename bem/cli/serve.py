@@ -34,6 +34,12 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option("--keys", help="File of API keys, see `bem keys`.")
     ] = None,
+    feedback: Annotated[
+        str | None,
+        typer.Option(
+            "--feedback", help="File (SQLite) or database URL for answers and what is said of them."
+        ),
+    ] = None,
     canary: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,6 +62,7 @@ def serve(
     logging.getLogger("bem").setLevel(logging.INFO)
     folder = store or (DEFAULT if DEFAULT.is_dir() else None)
     given = {
+        "feedback": feedback,
         "base": base,
         "store": folder,
         "index": index,

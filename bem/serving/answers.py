@@ -41,6 +41,11 @@ class Receipt:
         }
 
 
+def choice_id(request: str, index: int, choices: int) -> str:
+    """By which feedback refers to one of several answers; the only one has the request's own id."""
+    return request if choices == 1 else f"{request}.{index}"
+
+
 class Face:
     """How one of OpenAI's endpoints says things. Subclasses say what differs."""
 

@@ -16,9 +16,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import bem
+from bem.engine.request import Result
 from bem.errors import BemError, Refused
 from bem.serving.answers import ChatFace, CompletionFace, Face, Receipt
 from bem.serving.explaining import ExplainRequest, explained
+from bem.serving.feedback import FeedbackRequest
 from bem.serving.gate import Gate, refusal_response
 from bem.serving.generation import Answering, Stream, error_body
 from bem.serving.naming import Name, parse_name, unknown_model
@@ -65,6 +67,15 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await Answer(serving, chat, asked, request).respond()
+
+    @app.post("/v1/feedback")
+    async def feedback(said: FeedbackRequest, request: Request) -> dict[str, Any]:
+        """Say something of an answer; what is acknowledged is on disk."""
+        if serving.feedback is None:
+            why = "This server keeps no feedback: start it with --feedback PATH."
+            raise Refused(501, why, None, "no_feedback")
+        receipt = await serving.feedback.add(said, request.state.owner)
+        return {"object": "feedback", "sequence": receipt.sequence, "new": receipt.new}
 
     @app.post("/v1/bem/explain")
     async def explain(asked: ExplainRequest) -> dict[str, Any]:
@@ -227,9 +238,18 @@ class Answer:
         if streams:
             return self._stream(lease, answering, receipt, prepared, found)
         cached = sum(result.cached_tokens for result in found)
+        await self._keep(lease, receipt, prepared, found)
         self.serving.note(receipt, self.request.state.owner, prepared, found)
         body = self.face.whole(receipt, found, len(prepared.prompts), prepared.evidence)
         return JSONResponse(body, headers=receipt.headers(cached))
+
+    async def _keep(
+        self, lease: Lease, receipt: Receipt, prepared: Prepared, results: list[Result]
+    ) -> None:
+        """Record the answers for feedback, if there is to be any."""
+        ledger, owner = self.serving.feedback, self.request.state.owner
+        if ledger is not None:
+            await ledger.keep(receipt, self.asked, prepared, results, owner, lease.coin)
 
     def _stream(
         self,
@@ -241,7 +261,11 @@ class Answer:
     ) -> Response:
         options = self.asked.stream_options
         with_usage = bool(options and options.include_usage)
-        stream = Stream(answering, self.face, receipt, prepared, with_usage)
+
+        async def keep(results: list[Result]) -> None:
+            await self._keep(lease, receipt, prepared, results)
+
+        stream = Stream(answering, self.face, receipt, prepared, with_usage, keep)
 
         def end() -> None:
             answering.give_up()

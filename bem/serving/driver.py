@@ -131,9 +131,12 @@ class Driver:
                     stats = self._engines[name].step()
                 except Exception as error:
                     self._failed(name, error)
-                else:
-                    self._hand_out(name, stats)
+                    continue
+                self._hand_out(name, stats)
+                try:
                     self.observe(name, stats)
+                except Exception:  # what is only watched must not end what is served
+                    log.exception("a step could not be noted")
 
     def _read_mail(self) -> None:
         """Do what was asked; wait for it when there is nothing else to do."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -105,9 +105,11 @@ class Stream:
         receipt: Receipt,
         prepared: Prepared,
         with_usage: bool,
+        keep: Callable[[list[Result]], Awaitable[None]],
     ):
+        """keep: called with all answers before the last event is sent."""
         self.answering, self.face, self.receipt = answering, face, receipt
-        self.prepared, self.with_usage = prepared, with_usage
+        self.prepared, self.with_usage, self.keep = prepared, with_usage, keep
         stops = prepared.requests[0].stop
         self.choices = [_Choice(Detokenizer(face.tokenizer, stops)) for _ in prepared.requests]
 
@@ -117,6 +119,8 @@ class Stream:
             news = first
             while True:
                 piece = self._piece(*news)
+                if self._over:
+                    await self.keep(self.results)
                 if piece is not None:
                     yield _event(self.face.piece(self.receipt, [piece], **self._beside()))
                 if self._over:

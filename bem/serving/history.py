@@ -119,8 +119,8 @@ def _quantile_ms(times: Sequence[float], share: float) -> float | None:
 
 def _route(actions: Sequence[ChunkAction], total: int) -> list[dict[str, Any]]:
     """Who spoke, from which token on, for how many."""
-    starts = [action.start for action in actions]
+    stops = [*(action.start for action in actions[1:]), total]
     return [
         {"expert": action.expert, "start": action.start, "tokens": stop - action.start}
-        for action, stop in zip(actions, [*starts[1:], total], strict=True)
+        for action, stop in zip(actions, stops, strict=False)  # no action: no stop either
     ]

@@ -38,6 +38,15 @@ RETRY_S = 30.0
 """Until a store that could not be followed is looked at again."""
 
 
+@dataclass(frozen=True)
+class Coin:
+    """How a canary's coin fell for a request."""
+
+    candidate: bool
+    share: float
+    """The chance of the candidate."""
+
+
 @dataclass(eq=False)
 class Resident:
     """One version in memory."""
@@ -62,8 +71,9 @@ class Resident:
 class Lease:
     """A version that answers one request, until its answer is out."""
 
-    def __init__(self, residents: Residents, resident: Resident):
-        self.resident, self._residents = resident, residents
+    def __init__(self, residents: Residents, resident: Resident, coin: Coin | None = None):
+        """coin: how the canary's fell; None: none was tossed."""
+        self.resident, self._residents, self.coin = resident, residents, coin
         self._held = True
 
     def end(self) -> None:
@@ -133,11 +143,14 @@ class Residents:
             Refused: the store has no such version, or it cannot be loaded; or as many as allowed are in
                 memory and busy.
         """
-        version = self.choose(name, conversation)
+        version, shares = self.choose(name, conversation), list(self.canaries.values())
+        tossed = name == Name() and len(shares) == 1
         if version not in self.canaries or name.version is not None:
-            return Lease(self, await self._get(version, asked))
+            coin = Coin(False, shares[0]) if tossed else None
+            return Lease(self, await self._get(version, asked), coin)
         try:
-            return Lease(self, await self._get(version, asked))
+            coin = Coin(True, shares[0]) if tossed else None
+            return Lease(self, await self._get(version, asked), coin)
         except Refused as error:
             log.error("the canary is passed over: %s", error)
             if error.retry_after_s is None:

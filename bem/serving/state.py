@@ -23,6 +23,7 @@ from bem.evidence.retriever import Retriever
 from bem.runs.release import SHORT, Release
 from bem.serving.answers import Receipt
 from bem.serving.driver import Driver
+from bem.serving.feedback import Ledger
 from bem.serving.history import History
 from bem.serving.keys import KeyRing, Quotas
 from bem.serving.metrics import Metrics
@@ -56,6 +57,7 @@ class Serving:
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
         self.keys = KeyRing(None if config.keys is None else Path(config.keys))
         self.quotas = Quotas(time.monotonic)
+        self.feedback = None if config.feedback is None else Ledger(config.feedback)
         self.draining = False
         self._writes = ThreadPoolExecutor(1, "writer")
         self._watch: asyncio.Task[None] | None = None
@@ -80,6 +82,8 @@ class Serving:
         self.residents.close()
         self._writes.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.driver.stop)
+        if self.feedback is not None:
+            self.feedback.close()
 
     @property
     def ready(self) -> bool:
