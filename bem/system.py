@@ -17,6 +17,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from bem.config import ExperimentConfig, GatesConfig, ServingConfig, load
+from bem.config.serving import serving_config
 from bem.errors import ConfigError, MeasurementError
 from bem.experiments import run as experiments
 from bem.experiments.events import Show
@@ -124,7 +125,7 @@ class BEMv13System:
         target = store_of(folder) if store is None else Store(store)
         released = [promote(folder, variant, store=target) for variant in variants]
         if serve and self.server is None:
-            settings = ServingConfig() if serve is True else serve
+            settings = serving_config({}) if serve is True else serve
             run = RunFolder(Path(folder)).config
             given = {"base": run.base, "dtype": run.dtype, "store": str(target.path)}
             self.server = Server(settings.model_copy(update=given)).start()

@@ -59,13 +59,13 @@ def chat(
 def _server(base: str, store: Path | None) -> Iterator[str]:
     """The address of a server in this process."""
     from bem.cli.serve import DEFAULT
-    from bem.config import ServingConfig
+    from bem.config.serving import serving_config
     from bem.serving.server import Server
 
     logging.getLogger("bem.serving").setLevel(logging.ERROR)
     folder = store or (DEFAULT if DEFAULT.is_dir() else None)
-    config = ServingConfig(base=base, store=None if folder is None else str(folder), port=0)
-    server = Server(config).start()
+    values = {"base": base, "store": None if folder is None else str(folder), "port": 0}
+    server = Server(serving_config(values)).start()
     try:
         yield server.url
     finally:

@@ -67,7 +67,9 @@ class ServingConfig(Section):
 
 
 def serving_config(
-    values: Mapping[str, Any], canary: Sequence[str] | None, settings: Sequence[str] | None
+    values: Mapping[str, Any],
+    canary: Sequence[str] | None = None,
+    settings: Sequence[str] | None = None,
 ) -> ServingConfig:
     """A config from a command line.
 

@@ -113,7 +113,7 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-ANYBODY = Key(name="-", sha256="0" * 64, created="")
+ANYBODY = parse(Key, {"name": "-", "sha256": "0" * 64, "created": ""}, "keys")
 """Who asks where there are no keys."""
 
 

@@ -79,7 +79,7 @@ class Asked(Part):
     repetition_penalty: float | None = Field(1.0, gt=0, le=10)
     ignore_eos: bool | None = False
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
-    bem: BemFields = BemFields()
+    bem: BemFields = Field(default_factory=BemFields)
 
 
 class CompletionRequest(Asked):
