@@ -139,9 +139,25 @@ def acts_of(adapted: Any) -> Acts:
     if isinstance(adapted, Mounted):
         if wiring is None or adapted.trains == "experts":
             raise EngineError("the experts are switched off or train: finish that first.")
-        decides = [version.weights["router"], dict(version.config), version.base]
-        sizes = {site: [size.rank, size.scale] for site, size in version.sites.items()}
-        controller = sha256_json([*decides, sizes])
-        return Acts(version, controller, adapted.pack, wiring, adapted.base.dtype)
+        return Acts(version, _decides(version), adapted.pack, wiring, adapted.base.dtype)
     acting = None if wiring is None else wiring.acting()
     return Acts(version, version.digest, acting, wiring, adapted.base.dtype)
+
+
+def acts_of_shadow(adapted: Mounted, shadow: Mounted) -> Acts:
+    """What a shadow would make act on the model, without being adopted; training the shadow later changes
+    nothing of it.
+
+    Raises:
+        AttachError: it is no shadow of this model, or its weights are not finite.
+    """
+    pack, version = adapted.pack_of(shadow), shadow.version
+    wiring = adapted.base.bem_runtime.wiring
+    return Acts(version, _decides(version), pack, wiring, adapted.base.dtype)
+
+
+def _decides(version: Version) -> str:
+    """Digest of what a router's decisions depend on beside what was read and said."""
+    decides = [version.weights["router"], dict(version.config), version.base]
+    sizes = {site: [size.rank, size.scale] for site, size in version.sites.items()}
+    return sha256_json([*decides, sizes])

@@ -46,6 +46,8 @@ class Reader:
         if request.stop and (text := self._cut(sequence)) is not None:
             sequence.text = text
             return "stop"
+        if sequence.matcher is not None and sequence.matcher.done:
+            return "stop"
         return "length" if len(sequence.ids) == sequence.most else None
 
     def _cut(self, sequence: Sequence) -> str | None:
@@ -68,6 +70,7 @@ class Reader:
         """What is handed out; now: by the engine's clock."""
         answer, first = sequence.answer, sequence.first_token
         acts, began = sequence.acts, sequence.submitted
+        scored = (sequence.first or sequence).prompt_logprobs
         return Result(
             id=sequence.id,
             token_ids=tuple(answer),
@@ -78,6 +81,9 @@ class Reader:
             cached_tokens=sequence.cached,
             actions=actions,
             logprobs=tuple(sequence.logprobs[: len(answer)]),
+            prompt_logprobs=tuple(scored),
+            index=sequence.sample,
+            error=sequence.error,
             first_token_s=None if first is None else first - began,
             seconds=now - began,
         )

@@ -46,13 +46,13 @@ class Chains:
     def ready(self, sequences: Row[Sequence]) -> list[Sequence]:
         """Those of the sequences that read their prompts, in order of arrival, which can do so now.
 
-        Who needs a chunk that another one is about to compute waits for it. The others get what the store
-        has of their prompts.
+        Who needs a chunk that another one is about to compute waits for it, and so does who gets a prompt's
+        scores from another. The others get what the store has of their prompts.
         """
         ready: list[Sequence] = []
         coming: set[tuple[str, str]] = set()
         for sequence in sequences:
-            if not sequence.looked_up and not self._begin(sequence, coming):
+            if sequence.waits or (not sequence.looked_up and not self._begin(sequence, coming)):
                 continue
             ready.append(sequence)
             if sequence.storing:
@@ -69,7 +69,11 @@ class Chains:
         finished = spans.finished(sequence.prompt - 1) if self.store.budget else 0
         self._name(sequence, finished)
         found, reason = self._walk(sequence)
-        if len(found) < finished and _awaited(sequence, len(found)) in coming:
+        if (
+            reason != "scored"
+            and len(found) < finished
+            and _awaited(sequence, len(found)) in coming
+        ):
             return False
         for chunk, each in enumerate(found):
             self.slab.put(sequence.slot, *spans.span(chunk), each.block.held)
@@ -90,6 +94,8 @@ class Chains:
         found: list[_Found] = []
         parent = self._root(sequence)
         for chunk in range(len(sequence.chain)):
+            if _is_scored(sequence, chunk):
+                return found, "scored"
             each = self._step(sequence, chunk, parent)
             if not isinstance(each, _Found):
                 return found, each
@@ -235,6 +241,13 @@ class Chains:
 def _missing(sequence: Sequence) -> range:
     """Chunks of its prompt that are not in the store yet."""
     return range(len(sequence.names), len(sequence.chain))
+
+
+def _is_scored(sequence: Sequence, chunk: int) -> bool:
+    """Are logits of its tokens wanted?"""
+    assert sequence.spans is not None
+    first = sequence.request.prompt_logprobs_from - 1  # predicts the first token that is scored
+    return sequence.scores and sequence.spans.span(chunk)[1] > first
 
 
 def _awaited(sequence: Sequence, chunk: int) -> tuple[str, str]:

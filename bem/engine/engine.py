@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bem.control.generation import conditioning_of
 from bem.control.keys import ChunkKey
-from bem.engine.acts import Acts, acts_of, parts_of
+from bem.engine.acts import Acts, parts_of
 from bem.engine.answers import Reader, ends_of
 from bem.engine.chain import Chains
 from bem.engine.fit import apart, check_probe, config_of, longest, mask_dtype
+from bem.engine.intake import Intake, told_of
 from bem.engine.request import ChunkAction, FinishReason, Request, Result
 from bem.engine.runner import Piece, Runner
 from bem.engine.sampler import choose
@@ -31,9 +31,11 @@ from bem.engine.scheduler import Waiting, batches, prefill_pieces
 from bem.engine.sequence import Sequence, Spans
 from bem.engine.slab import Slab, SlotLayer
 from bem.engine.store import ChunkStore
+from bem.engine.versions import Versions
 from bem.errors import EngineError
 
 GIB = 1 << 30
+NO_TOKEN = "no token of the vocabulary would fit."
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,12 @@ class Engine:
         self._generator = torch.Generator().manual_seed(seed)
         self._undelivered: list[Result] = []
         self._ids = self._steps = 0
-        self._acts = acts_of(adapted)
+        self._versions = Versions(adapted)
+        self._intake = Intake(self._base, self._reader, self._versions, self.max_tokens, queue)
         self._set_up()
 
     def _set_up(self) -> None:
-        acts, base = self._acts, self._base
+        acts, base = self._versions.current, self._base
         blocks = config_of(base).num_hidden_layers
         mask, pad = mask_dtype(base), self._reader.pad_id
 
@@ -125,7 +128,7 @@ class Engine:
         """Logits of a plain forward pass, for `check_probe`."""
         tokens = torch.tensor([ids], device=self._base.device)
         told = {}
-        if self._acts.wiring is not None:
+        if self._versions.current.wiring is not None:
             told["turn_starts"] = torch.zeros_like(tokens, dtype=torch.bool)
             told["turn_starts"][0, -2] = True
         return self._model(input_ids=tokens, **told).logits[0, -1].float()
@@ -133,54 +136,50 @@ class Engine:
     # --- requests ---------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> int:
-        """Put a request into the queue; returns its number, under which its result comes.
+        """Put a request into the queue; returns its number, under which its results come: `request.n` of them.
 
         Raises:
             QueueFull: as many as allowed wait already.
-            EngineError: it can never be served: too long, a token without embedding, an unknown expert.
+            EngineError: it can never be served: too long, a token without embedding, an unknown expert or
+                version, a grammar that cannot be used.
+            MissingExtra: it has a grammar, and llguidance is not installed.
         """
-        ids = self._reader.ids_of(request.prompt)
-        self._check(request, ids)
-        sequence = Sequence(self._ids, request, ids, len(ids), self.clock())
-        self.waiting.add(sequence)
+        self.waiting.add(*self._intake.sequences(request, self._ids, self.clock()))
         self._ids += 1
-        return sequence.id
+        return self._ids - 1
 
-    def _check(self, request: Request, ids: list[int]) -> None:
-        entries = self._base.get_input_embeddings().weight.shape[0]
-        if not ids:
-            raise EngineError("the prompt has no token: give it at least one.")
-        if len(ids) + request.max_new_tokens > self.max_tokens:
-            raise EngineError(
-                f"{len(ids)} prompt tokens and max_new_tokens {request.max_new_tokens} are more than the "
-                f"{self.max_tokens} tokens that a sequence may have. Shorten the prompt or ask for less."
-            )
-        if not 0 <= min(ids) <= max(ids) < entries:
-            raise EngineError(
-                f"token ids {min(ids)} to {max(ids)}: the model has {entries} entries, 0 to {entries - 1}."
-            )
-        if odd := [t for t in request.turn_starts if not 0 <= t < len(ids)]:
-            raise EngineError(f"turn_starts {odd} are outside the prompt's {len(ids)} tokens.")
-        self._acts.option(request.route)
-        for name, told in self._told(request).items():
-            if told.shape != (self._acts.reads[name],):
-                raise EngineError(
-                    f"{name} has {tuple(told.shape)} numbers, the adapter reads {self._acts.reads[name]}."
-                )
+    def keep(self, name: str, shadow: Any) -> str:
+        """Have a release of a routed model ready for requests that name it as their `version`, beside what is in use;
+        returns its digest.
 
-    def _told(self, request: Request) -> dict[str, Tensor]:
-        """What the adapter reads of what is known beside the tokens."""
-        evidence = None if request.evidence is None else list(request.evidence)
-        told = conditioning_of(None, evidence)
-        return {name: value for name, value in told.items() if name in self._acts.reads}
+        Args:
+            shadow: of the model (`Mounted.shadow`); what is trained in it later does not reach the engine.
+        Raises:
+            EngineError: no routed model, whose releases alone can stand side by side.
+            AttachError: it is no shadow of the model, or its weights are not finite.
+        """
+        return self._versions.keep(name, shadow)
+
+    def drop(self, name: str) -> None:
+        """Keep a version no longer; requests that were submitted under it go on.
+
+        Raises:
+            EngineError: there is none of that name.
+        """
+        self._versions.drop(name)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Name -> digest of what is kept; "" is what is in use."""
+        kept = {name: acts.version.digest for name, acts in self._versions.kept.items()}
+        return {"": self._versions.current.version.digest, **kept}
 
     def cancel(self, id: int) -> bool:
-        """End a request; its result, as far as it came, is handed out by the next step. False: it is over."""
-        for sequence in [*self.waiting, *self._arrived]:
-            if sequence.id == id and sequence.finished is None:
-                self._end(sequence, "cancelled")
-                return True
-        return False
+        """End a request; its results, as far as they came, are handed out by the next step. False: it is over."""
+        found = [s for s in (*self.waiting, *self._arrived) if s.id == id]
+        for sequence in found:
+            self._end(sequence, "cancelled")
+        return bool(found)
 
     def generate(
         self,
@@ -189,7 +188,7 @@ class Engine:
         ignore_eos: bool = False,
         **fields: Any,
     ) -> list[Result]:
-        """Answers to all prompts, in their order.
+        """Answers to all prompts, in their order; of a request with `n` > 1 all of them, one after another.
 
         Args:
             prompts: texts, token ids, or whole requests, which are taken as they are.
@@ -200,18 +199,19 @@ class Engine:
             else Request(p, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **fields)
             for p in prompts
         ]  # fmt: skip
-        results: dict[int, Result | None] = {}  # in the order of the prompts
-        others, left = [], len(wanted)
-        while left:
-            while len(results) < len(wanted) and len(self.waiting) < self.waiting.most:
-                results[self.submit(wanted[len(results)])] = None
+        ours: list[int] = []
+        results: dict[tuple[int, int], Result] = {}
+        others, left = [], sum(request.n for request in wanted)
+        while left > len(results):
+            while len(ours) < len(wanted) and self.waiting.has_room(wanted[len(ours)].n):
+                ours.append(self.submit(wanted[len(ours)]))
             for result in self.step().finished:
-                if result.id in results:
-                    results[result.id], left = result, left - 1
+                if result.id in ours:
+                    results[result.id, result.index] = result
                 else:
                     others.append(result)
         self._undelivered += others
-        return [result for result in results.values() if result is not None]
+        return [results[key] for key in sorted(results)]
 
     @property
     def busy(self) -> bool:
@@ -262,12 +262,12 @@ class Engine:
         """Give free slots to those who wait."""
         if not len(self.waiting) or None not in self._rows:
             return 0
-        acts, admitted = self._current(), 0
+        acts, admitted = self._versions.renew(len(self._arrived)), 0
         for slot in [s for s, row in enumerate(self._rows) if row is None]:
             sequence = self.waiting.take()
             if sequence is None:
                 break
-            self._begin(sequence, slot, acts)
+            self._begin(sequence, slot, sequence.acts or acts)
             admitted += 1
         return admitted
 
@@ -280,32 +280,14 @@ class Engine:
             seed = request.sampling.seed
             if seed is None:
                 seed = int(torch.randint(1 << 62, (), generator=self._generator))
-            sequence.generator = torch.Generator().manual_seed(seed)
+            sequence.generator = torch.Generator().manual_seed(seed + sequence.sample)
         if (control := self._runner.control) is not None:
             sequence.control = control.state.begin()
             control.look_again()
-            for name, told in self._told(request).items():
+            for name, told in told_of(request, acts).items():
                 control.state.conditioning[name][sequence.control] = told
         self._rows[slot] = sequence
         self._arrived.append(sequence)
-
-    def _current(self) -> Acts:
-        """What acts on sequences that begin now."""
-        with torch.inference_mode(False):  # what is made here may train later
-            acts, before = acts_of(self.adapted), self._acts
-        if acts.version == before.version and (acts.acting is before.acting or not acts.frozen):
-            return before
-        if acts.wiring is not before.wiring:
-            raise EngineError(
-                "another adapter is active on the model now: make a new engine for it."
-            )
-        if not before.frozen and self._arrived:
-            raise EngineError(
-                f"the adapter's weights were changed in place while {len(self._arrived)} sequences run on them: let "
-                "them finish, or cancel them, before weights are changed."
-            )
-        self._acts = acts
-        return acts
 
     def _prefill(self) -> tuple[int, int]:
         """Read a piece of the prompts; returns (tokens read, first tokens of answers)."""
@@ -329,14 +311,25 @@ class Engine:
                 self._chains.store_finished(piece.sequence)
         if not done:
             return 0
+        for i in [i for i in done if not pieces[i].sequence.request.max_new_tokens]:
+            done.remove(i)
+            self._end(pieces[i].sequence, "length")
         ready = [pieces[i].sequence for i in done]
         rows = logits if len(done) == len(pieces) else logits[done]
         for sequence, token in zip(ready, choose(rows, ready), strict=True):
             self._take(sequence, token)
         return len(done)
 
-    def _take(self, sequence: Sequence, token: int) -> None:
-        """One more token of an answer."""
+    def _take(self, sequence: Sequence, token: int | None) -> None:
+        """One more token of an answer; None: none can follow."""
+        matcher = sequence.matcher
+        if matcher is not None and token is not None and token not in self._reader.ends:
+            matcher.accept(token)
+        if token is None or (matcher is not None and matcher.error):
+            assert matcher is not None
+            sequence.error = f"the grammar lets nothing follow: {matcher.error or NO_TOKEN}"
+            self._end(sequence, "error")
+            return
         sequence.ids.append(token)
         assert sequence.spans is not None
         sequence.spans.grow(len(sequence.ids))

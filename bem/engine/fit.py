@@ -107,7 +107,7 @@ def apart(runner: Runner, acts: Acts, prompts: list[list[int]], then: list[int])
     does, for `check_probe`."""
     rows = []
     for slot, (prompt, token) in enumerate(zip(prompts, then, strict=True)):
-        sequence = Sequence(slot, Request(prompt), [*prompt, token], len(prompt), 0.0, acts)
+        sequence = Sequence(slot, Request(prompt), [*prompt, token], len(prompt), 0.0, acts=acts)
         sequence.slot = sequence.control = slot
         sequence.spans = Spans(len(prompt), (), acts.chunk_size)
         rows.append(sequence)

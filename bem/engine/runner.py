@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bem.control.wiring import Acting
 from bem.engine.mixed import can_mix, mixed
+from bem.engine.sampler import log_probabilities
 from bem.engine.sequence import Sequence
 from bem.engine.slab import Place, Slab, SlotLayer
 from bem.routing.pack import Pack
@@ -44,6 +45,15 @@ class Piece:
         return [p in spans.turns for p in range(self.start, self.start + self.tokens)]
 
     @property
+    def scored(self) -> range:
+        """Positions of the prompt whose log-probabilities this piece gives, of one token later."""
+        sequence = self.sequence
+        if not sequence.scores:
+            return range(0)
+        first = max(self.start, sequence.request.prompt_logprobs_from - 1)
+        return range(first, min(self.start + self.tokens, sequence.prompt - 1))
+
+    @property
     def begins_chunk(self) -> bool:
         """Does its first token begin one?"""
         spans = self.sequence.spans
@@ -73,11 +83,11 @@ class Runner:
     def run(self, pieces: Row[Piece]) -> Tensor:
         """Logits behind the last token of each piece [pieces, vocabulary], in float32.
 
-        Pieces that cannot share a pass (a route given or not) run one after another.
+        Pieces that cannot share a pass (a route given or not, a prompt that is scored or not) run one after another.
         """
         groups: list[list[int]] = []
         for i, piece in enumerate(pieces):
-            fits = (g for g in groups if _share(pieces[g[0]].sequence, piece.sequence))
+            fits = (g for g in groups if _share(pieces[g[0]], piece))
             group = next(fits, None)
             if group is None:
                 groups.append(group := [])
@@ -105,9 +115,13 @@ class Runner:
         self.passes += 1
         last = torch.tensor([p.tokens - 1 for p in rows], device=device)
         kept = arguments["logits_to_keep"]
-        at = torch.zeros_like(last) if isinstance(kept, int) else torch.searchsorted(kept, last)
+        if isinstance(kept, Tensor):
+            at = torch.searchsorted(kept, last)
+        else:  # the last one, or all
+            at = torch.zeros_like(last) if kept else last
         logits = output.logits[torch.arange(len(rows), device=device), at].float()
-        for piece in rows:
+        for row, piece in enumerate(rows):
+            _score(piece, output.logits[row])
             piece.sequence.read += piece.tokens
         back = torch.empty(len(order), dtype=torch.long, device=device)
         back[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
@@ -117,7 +131,9 @@ class Runner:
         device, width = place.device, place.width
         ids = [p.ids + [self.pad_id] * (width - p.tokens) for p in rows]
         lasts = sorted({p.tokens - 1 for p in rows})
-        keep = 1 if lasts == [width - 1] else torch.tensor(lasts, device=device)
+        keep: int | Tensor = 1 if lasts == [width - 1] else torch.tensor(lasts, device=device)
+        if any(p.scored for p in rows):
+            keep = 0  # all
         arguments: dict[str, Any] = {
             "input_ids": torch.tensor(ids, device=device),
             "position_ids": place.positions,
@@ -169,10 +185,23 @@ class Runner:
         return torch.zeros_like(mask, dtype=self.mask_dtype).masked_fill(~mask, least)
 
 
-def _share(one: Sequence, other: Sequence) -> bool:
+def _share(one: Piece, other: Piece) -> bool:
     """Can both be in one pass?"""
-    assert one.acts is not None and other.acts is not None
-    if (one.route is None) != (other.route is None):
+    a, b = one.sequence, other.sequence
+    assert a.acts is not None and b.acts is not None
+    if (a.route is None) != (b.route is None) or bool(one.scored) != bool(other.scored):
         return False
-    a, b = one.acts.acting, other.acts.acting
-    return a is b or (a is not None and b is not None and can_mix(a, b))
+    x, y = a.acts.acting, b.acts.acting
+    return x is y or (x is not None and y is not None and can_mix(x, y))
+
+
+def _score(piece: Piece, logits: Tensor) -> None:
+    """Log-probabilities of the prompt's tokens go to its sequence; logits: of all its positions."""
+    scored, sequence = piece.scored, piece.sequence
+    if not scored:
+        return
+    wanted = sequence.request.prompt_logprobs
+    assert wanted is not None
+    tokens = sequence.ids[scored.start + 1 : scored.stop + 1]
+    of = logits[scored.start - piece.start : scored.stop - piece.start]
+    sequence.prompt_logprobs += log_probabilities(of, tokens, wanted)

@@ -1,7 +1,7 @@
 """From logits to tokens: each request in its own way, with random numbers of its own.
 
-In this order: bias, penalties, temperature, min-p, top-k, top-p; log-probabilities are of what stands
-before the temperature. What cuts off are transformers' own warpers.
+In this order: bias, penalties, grammar, temperature, min-p, top-k, top-p; log-probabilities are of what stands
+before the grammar. What cuts off are transformers' own warpers.
 """
 
 from __future__ import annotations
@@ -23,17 +23,31 @@ from transformers import (
 from bem.engine.request import Sampling, TokenLogprob
 from bem.engine.sequence import Sequence
 
+SCORED = 64
+"""Positions of a prompt whose log-probabilities are computed at once."""
 
-def choose(logits: Float[Tensor, "rows vocabulary"], sequences: Row[Sequence]) -> list[int]:
-    """The next token of each sequence; its log-probabilities, where they are wanted, go to the sequence."""
+
+def choose(logits: Float[Tensor, "rows vocabulary"], sequences: Row[Sequence]) -> list[int | None]:
+    """The next token of each sequence; its log-probabilities, where they are wanted, go to the sequence.
+
+    None: its grammar lets none follow.
+    """
     likeliest = logits.argmax(-1).tolist()
-    chosen = []
+    chosen: list[int | None] = []
     for row, sequence, best in zip(logits, sequences, likeliest, strict=True):
-        sampling = sequence.request.sampling
+        sampling, matcher = sequence.request.sampling, sequence.matcher
         scores = row if sampling.plain else penalised(row, sequence)
-        token = best if sampling.plain else draw(scores, sampling, sequence.generator)
+        if matcher is None:
+            token = best if sampling.plain else draw(scores, sampling, sequence.generator)
+        elif (kept := matcher.allowed(len(row))).any():
+            within = scores.masked_fill(~kept.to(row.device), -torch.inf)
+            token = draw(within, sampling, sequence.generator)
+        else:
+            chosen.append(None)
+            continue
         if sequence.request.logprobs is not None:
-            sequence.logprobs.append(_logprob(scores, token, sequence.request.logprobs))
+            wanted = sequence.request.logprobs
+            sequence.logprobs += log_probabilities(scores[None], [token], wanted)
         chosen.append(token)
     return chosen
 
@@ -63,9 +77,11 @@ def draw(
     """A token; the most likely one at temperature 0."""
     if not sampling.temperature:
         return int(scores.argmax())
-    kept = _warpers(sampling)(torch.empty(1, 0), (scores / sampling.temperature)[None])  # pyright: ignore[reportArgumentType]
+    # the likeliest at 0, in float64: however low the temperature, no infinity stands against another one
+    scaled = (scores.double() - scores.max()) / sampling.temperature
+    kept = _warpers(sampling)(torch.empty(1, 0), scaled[None])  # pyright: ignore[reportArgumentType]
     # on the host: a seed gives the same tokens on every device that gives these logits
-    probabilities = kept[0].double().softmax(-1).cpu()
+    probabilities = kept[0].softmax(-1).cpu()
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -80,8 +96,24 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     return kept
 
 
-def _logprob(scores: Float[Tensor, " vocabulary"], token: int, wanted: int) -> TokenLogprob:
-    logprobs = scores.log_softmax(-1)
-    best = logprobs.topk(min(wanted, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), top)
+def log_probabilities(
+    scores: Float[Tensor, "rows vocabulary"], tokens: Row[int], wanted: int
+) -> list[TokenLogprob]:
+    """Of one token for each row, and of so many that are likeliest there."""
+    made: list[TokenLogprob] = []
+    for at in range(0, len(tokens), SCORED):
+        own = tokens[at : at + SCORED]
+        logprobs = scores[at : at + SCORED].float().log_softmax(-1)
+        ids = torch.tensor(own, device=scores.device)[:, None]
+        best = logprobs.topk(min(wanted, logprobs.shape[-1]))
+        made += [
+            TokenLogprob(token, logprob, tuple(zip(likely, values, strict=True)))
+            for token, logprob, likely, values in zip(
+                own,
+                logprobs.gather(-1, ids)[:, 0].tolist(),
+                best.indices.tolist(),
+                best.values.tolist(),
+                strict=True,
+            )
+        ]
+    return made

@@ -27,18 +27,22 @@ class Waiting:
     def __iter__(self) -> Iterator[Sequence]:
         return (sequence for queue in self._by_key.values() for sequence in queue)
 
-    def add(self, sequence: Sequence) -> None:
-        """Take a request in.
+    def has_room(self, n: int) -> bool:
+        """For so many more?"""
+        return len(self) + n <= self.most
+
+    def add(self, *sequences: Sequence) -> None:
+        """Take a request in, with all its answers.
 
         Raises:
             QueueFull: as many as allowed wait already.
         """
-        if len(self) >= self.most:
+        if not self.has_room(len(sequences)):
             raise QueueFull(
                 f"{len(self)} requests wait, the queue holds {self.most}: step the engine, try again later, or make "
                 "the queue longer."
             )
-        self._by_key.setdefault(sequence.request.key, deque()).append(sequence)
+        self._by_key.setdefault(sequences[0].request.key, deque()).extend(sequences)
 
     def take(self) -> Sequence | None:
         """The next one; its key goes to the end of the line."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bem.engine.acts import Acts
+from bem.engine.grammar import Matcher
 from bem.engine.request import FinishReason, Request, TokenLogprob
 
 
@@ -61,6 +62,10 @@ class Sequence:
     """Tokens of the prompt."""
     submitted: float
     """By the engine's clock, in seconds."""
+    sample: int = 0
+    """Which of the answers that the request wants."""
+    first: Sequence | None = None
+    """Answer 0 of the request, for the others: it scores the prompt for all."""
     acts: Acts | None = None
     route: int | None = None
     slot: int = -1
@@ -81,13 +86,17 @@ class Sequence:
     looked_up: bool = False
     """The store was asked for its prompt, and what it has is in place."""
     generator: torch.Generator | None = None
+    matcher: Matcher | None = None
+    """Where the answer stands in its grammar."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str | None = None
     """Cut before a stop string; None: decode the tokens."""
     ended_by_token: bool = False
     """The last token ended the answer and is no part of it."""
     first_token: float | None = None
     finished: FinishReason | None = None
+    error: str = ""
 
     @property
     def answer(self) -> list[int]:
@@ -99,6 +108,18 @@ class Sequence:
     def prefilling(self) -> bool:
         """Is some of the prompt still to be read?"""
         return self.read < self.prompt
+
+    @property
+    def scores(self) -> bool:
+        """Must log-probabilities of the prompt be computed for it?"""
+        return self.request.prompt_logprobs is not None and self.first is None
+
+    @property
+    def waits(self) -> bool:
+        """Is the prompt still being scored for it?"""
+        first = self.first
+        wanted = first is not None and first.scores
+        return wanted and first.prefilling and first.finished is None
 
     @property
     def most(self) -> int:

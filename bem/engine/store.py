@@ -19,9 +19,10 @@ from torch import Tensor
 from bem.control.controller import Running
 from bem.errors import EngineError
 
-Reason = Literal["new", "changed", "evicted", "no room", "collision", "open"]
+Reason = Literal["new", "changed", "evicted", "no room", "collision", "open", "scored"]
 """Why tokens of a prompt had to be computed: never seen; seen under another control, version or evidence;
-thrown out; never kept for lack of room; stored under this name with other tokens; in no finished chunk."""
+thrown out; never kept for lack of room; stored under this name with other tokens; in no finished chunk; their
+log-probabilities are wanted."""
 REMEMBERED = 1 << 16
 """Names kept of chunks that are no longer, or never were, in the store: to say why one is missing."""
 

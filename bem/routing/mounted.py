@@ -193,6 +193,18 @@ class Mounted(Attached):
             self.experts, self.router_config = list(shadow.experts), shadow.router_config
             self._point_at(router)
 
+    def pack_of(self, shadow: Mounted) -> Pack:
+        """What would act here if a shadow were adopted; it is not, and may be trained on.
+
+        Raises:
+            AttachError: as `adopt`.
+        """
+        self._check_shadow(shadow)
+        pack, router = shadow.pack, shadow.router.twin()
+        pack.check_finite()
+        router.source, router.origin = self._acting, self._origin
+        return Pack(router, pack.members, self._origin, tuple(self.stacks))
+
     def _check_shadow(self, shadow: Mounted) -> None:
         ours, theirs = (
             {n: p for n, p in m.base.named_parameters() if ".bem_" not in n} for m in (self, shadow)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bem.engine.engine as module
+import bem.engine.versions as module
 from bem.engine.engine import Engine
 from bem.engine.request import Request
 from tests.engine.plain import plain, prompts
