@@ -135,7 +135,7 @@ class Chat:
                 about = choice.get("bem") or {}
                 colour = self._note(about, choice.get("finish_reason"), colour)
                 new = (choice.get("delta") or {}).get("content") or ""
-                self.console.print(Text(new, colour), end="", soft_wrap=True)
+                self.console.print(Text(shown(new), colour), end="", soft_wrap=True)
                 said += new
                 self.answer.update(piece.get("bem") or {})
         except KeyboardInterrupt:
@@ -201,8 +201,14 @@ class Chat:
     def _history(self) -> None:
         for message in self.messages:
             self.console.print(
-                Text.assemble((f"{message['role']}: ", "bold"), message["content"]), soft_wrap=True
+                Text.assemble((f"{message['role']}: ", "bold"), shown(message["content"])),
+                soft_wrap=True,
             )
 
     def _say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style), soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    """Text without what a terminal would obey: a model may write anything."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")

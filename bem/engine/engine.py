@@ -118,9 +118,11 @@ class Engine:
             control = None if acts.wiring is None else SlotLayer(acts.wiring, slots, base.device)
             return Runner(self._model, Slab(blocks, slots), control, pad, mask)
 
+        probe = runner(2)
         with torch.inference_mode():
-            check_probe(base, self._alone, lambda *rows: apart(runner(2), acts, *rows))
+            check_probe(base, self._alone, lambda *rows: apart(probe, acts, *rows))
         self._runner = runner(self.slots)
+        self._runner.slab.begin_like(probe.slab)
         root = ChunkKey.root(acts.version.base, base.dtype, acts.chunk_size, self._reader.name)
         self._chains = Chains(self.store, self._runner.slab, self._runner.control, root)
 

@@ -9,6 +9,7 @@ from typing import Any
 from bem.engine.request import ChunkAction, FinishReason, Result, TokenLogprob
 from bem.evidence.retriever import Evidence
 from bem.runs.release import SHORT
+from bem.serving.prompts import Prepared
 
 LEAST = -9999.0
 """Stands for a log-probability of minus infinity, which JSON does not have."""
@@ -17,7 +18,9 @@ FINISHED: dict[FinishReason, str] = {
     "length": "length",
     "deadline": "length",  # OpenAI's protocol knows no deadline; `bem` says that it was one
     "cancelled": "length",
+    "error": "length",  # refused before it comes to this
 }
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,20 @@ class Face:
         self.tokenizer = tokenizer
 
     def whole(
-        self, receipt: Receipt, results: Sequence[Result], prompts: int, evidence: Evidence | None
+        self, receipt: Receipt, results: Sequence[Result], prepared: Prepared
     ) -> dict[str, Any]:
-        """The answer to a request; prompts: how many it had."""
-        choices = [self.choice(i, result) for i, result in enumerate(results)]
+        """The answer to a request."""
+        echoed = prepared.echoed
+        shown = echoed or [None] * len(results)
+        choices = [
+            self.choice(i, result, ids)
+            for i, (result, ids) in enumerate(zip(results, shown, strict=True))
+        ]
         return {
             **self._head(receipt, self.whole_object),
             "choices": choices,
-            "usage": usage(results, prompts),
-            "bem": about(receipt, results, evidence),
+            "usage": usage(results, len(prepared.prompts)),
+            "bem": about(receipt, results, prepared.evidence),
         }
 
     def piece(self, receipt: Receipt, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -79,8 +87,8 @@ class Face:
             "system_fingerprint": receipt.version[:SHORT],
         }
 
-    def choice(self, index: int, result: Result) -> dict[str, Any]:
-        """One whole answer."""
+    def choice(self, index: int, result: Result, echoed: Ids | None) -> dict[str, Any]:
+        """One whole answer; echoed: the prompt, if it is to stand before it."""
         raise NotImplementedError
 
     def delta(
@@ -104,9 +112,26 @@ class CompletionFace(Face):
 
     prefix, whole_object, piece_object = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, result: Result) -> dict[str, Any]:
-        piece = self.delta(index, result.text, result.logprobs, True, 0)
+    def choice(self, index: int, result: Result, echoed: Ids | None) -> dict[str, Any]:
+        if echoed is None:
+            piece = self.delta(index, result.text, result.logprobs, True, 0)
+            return self.ended(piece, result)
+        before = self.tokenizer.decode(list(echoed))
+        piece = self.delta(index, before + result.text, (), True, 0)
+        if result.prompt_logprobs or len(echoed) == 1:
+            piece["logprobs"] = self._echoed(echoed, result)
         return self.ended(piece, result)
+
+    def _echoed(self, echoed: Ids, result: Result) -> dict[str, Any]:
+        """Of prompt and answer; nothing precedes the first token, so that it has none."""
+        said = self._logprobs([*result.prompt_logprobs, *result.logprobs], 0)
+        first = self.text_of(echoed[0])
+        return {
+            "tokens": [first, *said["tokens"]],
+            "token_logprobs": [None, *said["token_logprobs"]],
+            "top_logprobs": said["top_logprobs"] and [None, *said["top_logprobs"]],
+            "text_offset": [0, *(len(first) + offset for offset in said["text_offset"])],
+        }
 
     def delta(
         self, index: int, text: str, logprobs: Sequence[TokenLogprob], first: bool, offset: int
@@ -140,7 +165,7 @@ class ChatFace(Face):
     prefix = "chatcmpl-"
     whole_object, piece_object = "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, result: Result) -> dict[str, Any]:
+    def choice(self, index: int, result: Result, echoed: Ids | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": result.text, "refusal": None}
         said = {"index": index, "message": message, "logprobs": self._logprobs(result.logprobs)}
         return self.ended(said, result)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -219,7 +220,8 @@ class Answer:
 
     async def _generate(self, lease: Lease, prepared: Prepared) -> Response:
         streams, version = bool(self.asked.stream), lease.resident.version
-        answering = Answering(self.serving.driver, version, prepared.requests, streams)
+        requests = [replace(request, version=version) for request in prepared.requests]
+        answering = Answering(self.serving.driver, lease.resident.host, requests, streams)
         receipt = Receipt(self.id, int(time.time()), self.asked.model, version)
         wanted = answering.next() if streams else answering.results()
         found: Any = None
@@ -240,7 +242,7 @@ class Answer:
         cached = sum(result.cached_tokens for result in found)
         await self._keep(lease, receipt, prepared, found)
         self.serving.note(receipt, self.request.state.owner, prepared, found)
-        body = self.face.whole(receipt, found, len(prepared.prompts), prepared.evidence)
+        body = self.face.whole(receipt, found, prepared)
         return JSONResponse(body, headers=receipt.headers(cached))
 
     async def _keep(

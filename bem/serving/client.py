@@ -54,8 +54,8 @@ class Client:
         if self.key:
             headers["authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url.rstrip("/") + path, data, headers)
         try:
+            request = urllib.request.Request(self.url.rstrip("/") + path, data, headers)
             return urllib.request.urlopen(request, timeout=self.timeout_s)
         except urllib.error.HTTPError as error:
             raise _refused(error.code, _json_of(error.read())) from None

@@ -11,14 +11,16 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 from bem.engine.engine import Engine, StepStats
 from bem.engine.request import ChunkAction, Request, Result, TokenLogprob
 from bem.engine.sequence import Sequence
-from bem.errors import BemError, EngineError
+from bem.errors import BemError, Refused
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Observe = Callable[[str, StepStats], None]
 
 
@@ -92,6 +94,26 @@ class Driver:
         """Have something done on the thread, between two steps."""
         self._mail.put(call)
 
+    async def call(self, compute: Callable[[], T]) -> T:
+        """Have something computed on the thread, between two steps, and wait for it."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(done: Callable[[], None]) -> None:
+            loop.call_soon_threadsafe(lambda: None if future.cancelled() else done())
+
+        def run() -> None:
+            try:
+                value = compute()
+            except Exception as error:
+                failed = error
+                settle(lambda: future.set_exception(failed))
+            else:
+                settle(lambda: future.set_result(value))
+
+        self.post(run)
+        return await future
+
     def add(self, name: str, engine: Engine) -> None:
         """Take an engine in; it belongs to this thread from now on."""
 
@@ -155,7 +177,7 @@ class Driver:
     def _halt(self) -> None:
         self._going = False
         for name in self._jobs:
-            self._end_all(name, EngineError("the server stops."))
+            self._end_all(name, Refused(503, "The server stops.", None, "stopping", 5))
 
     def _submit(self, job: Job) -> None:
         if job.over:  # cancelled before it came here
@@ -163,7 +185,7 @@ class Driver:
         engine = self._engines.get(job.engine)
         try:
             if engine is None:
-                raise EngineError(f"engine {job.engine} is not here any more.")
+                raise Refused(503, "That version just left memory: ask again.", retry_after_s=1)
             job.number = engine.submit(job.request)
         except BemError as error:
             _tell(job, [error])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field
 
@@ -17,8 +15,6 @@ from bem.serving.prompts import UNLIMITED, example_of
 from bem.serving.residents import Resident
 from bem.serving.schemas import Message, Part
 from bem.training.data import encode
-
-T = TypeVar("T")
 
 
 class ExplainRequest(Part):
@@ -37,14 +33,14 @@ async def explained(
     Raises:
         Refused: that version has no router, or the conversation is too long.
     """
-    adapted = resident.engine.adapted
+    adapted = resident.adapted
     if not isinstance(adapted, Mounted):
         raise Refused(400, f"Version {resident.short} has no router: nothing was chosen.", "model")
     ids, turns = _tokens(asked.messages, tokenizer)
     most = resident.engine.max_tokens
     if len(ids) > most:
         raise Refused(400, f"The conversation has {len(ids)} tokens, {most} fit.", "messages")
-    chunks = await on_thread(driver, lambda: explain(adapted, ids, turns))
+    chunks = await driver.call(lambda: explain(adapted, ids, turns))
     said = [{**asdict(c), "text": tokenizer.decode(ids[c.start : c.stop])} for c in chunks]
     return {"version": resident.version, "chunks": said}
 
@@ -62,24 +58,3 @@ def _tokens(messages: list[Message], tokenizer: Any) -> tuple[list[int], list[bo
         )
     encoded = encode(example, tokenizer, UNLIMITED, with_answer=answered)
     return encoded.input_ids, encoded.turn_starts
-
-
-async def on_thread(driver: Driver, call: Callable[[], T]) -> T:
-    """Have something computed on the engines' thread, between two steps."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(done: Callable[[], None]) -> None:
-        loop.call_soon_threadsafe(lambda: None if future.cancelled() else done())
-
-    def compute() -> None:
-        try:
-            value = call()
-        except Exception as error:
-            failed = error
-            settle(lambda: future.set_exception(failed))
-        else:
-            settle(lambda: future.set_result(value))
-
-    driver.post(compute)
-    return await future

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from bem.engine.request import Result
-from bem.errors import DataError, Refused
+from bem.errors import DataError, OnlineError, Refused
 from bem.files import sha256_json
 from bem.online.events import Feedback, Receipt, Served
 from bem.serving.answers import Receipt as AnswerReceipt
@@ -20,6 +21,8 @@ from bem.serving.answers import choice_id
 from bem.serving.prompts import Prepared
 from bem.serving.residents import Coin
 from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Part, Text
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -67,20 +70,27 @@ class Ledger:
         owner: str,
         coin: Coin | None,
     ) -> None:
-        """Record answers, before their ids are told.
+        """Record answers, before they are whole in the client's hands. One that cannot be on record (too long)
+        is logged and left out: nothing can be said of it then.
 
         Raises:
-            OnlineError: the database cannot be written.
+            Refused: 503, the database cannot be written.
         """
-        records = _records(receipt, asked, prepared, results, owner, coin)
-        await self._run(lambda: [self.log.record(record) for record in records])
+        try:
+            records = _records(receipt, asked, prepared, results, owner, coin)
+            await self._run(lambda: [self.log.record(record) for record in records])
+        except DataError as error:
+            log.warning("%s is not on record: %s", receipt.id, error)
+        except OnlineError as error:
+            log.error("%s: %s", receipt.id, error)
+            raise Refused(503, "The answer could not be put on record.", retry_after_s=5) from None
 
     async def add(self, said: FeedbackRequest, owner: str) -> Receipt:
         """Keep what is said; when this returns, it is on disk.
 
         Raises:
-            Refused: no answer of that id was given to this owner, or it makes no sense.
-            OnlineError: the database cannot be written; nothing was acknowledged.
+            Refused: no answer of that id was given to this owner, or it makes no sense; 503: the database
+                cannot be written, and nothing was acknowledged.
         """
         values = said.model_dump()
         values["id"] = said.id or sha256_json([owner, values])
@@ -89,6 +99,10 @@ class Ledger:
             return await self._run(lambda: self._add(feedback, owner))
         except DataError as error:
             raise Refused(400, str(error), None, "invalid_feedback") from None
+        except OnlineError as error:
+            log.error("%s", error)
+            why = "It could not be kept: send it again."
+            raise Refused(503, why, None, "not_kept", retry_after_s=5) from None
 
     def _add(self, feedback: Feedback, owner: str) -> Receipt:
         for name in filter(None, (feedback.request, feedback.over)):
@@ -121,7 +135,7 @@ def _records(
             choice_id(receipt.id, index, len(results)),
             receipt.version,
             _said(asked, index // each),
-            result.text,
+            _text(result.text),
             owner,
             tuple(asdict(action) for action in result.actions),
             evidence,
@@ -132,11 +146,17 @@ def _records(
     ]
 
 
+def _text(text: str) -> str:
+    """Databases keep no NUL."""
+    return text.replace("\0", "\ufffd")
+
+
 def _said(asked: Asked, number: int) -> Any:
     """One prompt, as the client gave it."""
     if isinstance(asked, ChatRequest):
-        return [{"role": m.role, "content": m.text} for m in asked.messages]
+        return [{"role": m.role, "content": _text(m.text)} for m in asked.messages]
     assert isinstance(asked, CompletionRequest)
     prompt = asked.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-    return prompt[number] if several else prompt
+    one = prompt[number] if several else prompt
+    return _text(one) if isinstance(one, str) else one

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bem.engine.request import Request, Result
-from bem.errors import EngineError, QueueFull, Refused
+from bem.errors import EngineError, MissingExtra, QueueFull, Refused
 from bem.serving.answers import Face, Receipt, about, usage
 from bem.serving.detokenizer import Detokenizer
 from bem.serving.driver import Driver, Event, Job, Progress
@@ -61,6 +61,8 @@ class Answering:
                 "timeout",
                 retry_after_s=5,
             )
+        if isinstance(event, Result) and event.error:
+            raise Refused(400, event.error, None, "no_answer_fits")
         return index, event
 
     async def results(self) -> list[Result]:
@@ -77,6 +79,8 @@ def refusal_of(error: BaseException) -> BaseException:
     """What a client is told of an engine's error."""
     if isinstance(error, QueueFull):
         return Refused(429, f"Too many requests: {error}", None, "queue_full", retry_after_s=1)
+    if isinstance(error, MissingExtra):
+        return Refused(501, str(error), None, "not_installed")
     if isinstance(error, EngineError):
         return Refused(400, str(error), None, "invalid_request")
     return error

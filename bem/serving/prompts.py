@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bem.config import ServingConfig
-from bem.engine.request import Request, Sampling
+from bem.engine.grammar import Grammar
+from bem.engine.request import SEEDS, Request, Sampling
 from bem.errors import BemError, Refused
 from bem.evidence.passages import Passage
 from bem.evidence.rerank import load_reranker
@@ -51,6 +52,8 @@ class Prepared:
     """Choice by choice: the n answers to the first prompt, then those to the second."""
     prompts: tuple[Prompt, ...]
     evidence: Evidence | None
+    echoed: tuple[tuple[int, ...], ...] = ()
+    """The prompt of each choice, if it is to stand before the answer."""
 
 
 class Writer:
@@ -94,7 +97,9 @@ class Writer:
             requests += [
                 self._request(asked, prompt, most, seed, owner, route, evidence) for seed in seeds
             ]
-        return Prepared(tuple(requests), tuple(prompts), evidence)
+        echo = isinstance(asked, CompletionRequest) and asked.echo
+        echoed = tuple(prompt.ids for prompt in prompts for _ in range(n)) if echo else ()
+        return Prepared(tuple(requests), tuple(prompts), evidence, echoed)
 
     def _request(
         self,
@@ -115,6 +120,8 @@ class Writer:
             stop_token_ids=(*(asked.stop_token_ids or ()), *prompt.ends),
             ignore_eos=bool(asked.ignore_eos),
             logprobs=_logprobs(asked),
+            prompt_logprobs=_logprobs(asked) if _echoes(asked) else None,
+            grammar=grammar_of(asked),
             turn_starts=prompt.turn_starts,
             evidence=None if evidence is None else evidence.record.features(),
             route=asked.bem.route if route is None else route,
@@ -130,6 +137,8 @@ class Writer:
         else:
             wanted = asked.max_tokens if isinstance(asked, CompletionRequest) else None
         room = self.limits.tokens - len(prompt.ids)
+        if wanted == 0 and _echoes(asked) and room >= 0:
+            return 0
         if room < (wanted or 1):
             raise Refused(
                 400,
@@ -243,12 +252,11 @@ def check_supported(asked: Asked) -> None:
     """
     odd: dict[str, bool] = {"bem.strength": asked.bem.strength is not None}
     if isinstance(asked, CompletionRequest):
-        odd["echo"] = bool(asked.echo)
+        odd["echo with stream"] = bool(asked.echo and asked.stream)
+        odd["max_tokens 0 without echo and logprobs"] = asked.max_tokens == 0 and not _echoes(asked)
         odd["suffix"] = bool(asked.suffix)
         odd["best_of"] = asked.best_of not in (None, asked.n or 1)
     if isinstance(asked, ChatRequest):
-        form = asked.response_format or {"type": "text"}
-        odd["response_format"] = form.get("type") != "text"
         odd["tools"] = bool(asked.tools)
         odd["tool_choice"] = asked.tool_choice not in (None, "none", "auto")
         if asked.top_logprobs is not None and not asked.logprobs:
@@ -256,7 +264,56 @@ def check_supported(asked: Asked) -> None:
     if asked.stream_options is not None and not asked.stream:
         raise Refused(400, "stream_options needs stream: true.", "stream_options")
     for name in (name for name, used in odd.items() if used):
-        raise Refused(400, f"{name} is not supported by this server.", name, "unsupported_value")
+        why = f"{name} is not supported by this server."
+        raise Refused(400, why, name.partition(" ")[0], "unsupported_value")
+
+
+def grammar_of(asked: Asked) -> Grammar | None:
+    """The form that an answer must have.
+
+    Raises:
+        Refused: two forms, or none where one is announced.
+    """
+    found = [g for g in (_openai_form(asked), _vllm_form(asked)) if g is not None]
+    if len(found) > 1:
+        raise Refused(400, "Give one form for the answer, not several.", "structured_outputs")
+    return found[0] if found else None
+
+
+def _openai_form(asked: Asked) -> Grammar | None:
+    form = asked.response_format if isinstance(asked, ChatRequest) else None
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return Grammar.json_schema({"type": "object"})
+    if form.json_schema is None:
+        raise Refused(
+            400, "response_format of type json_schema needs json_schema.", "response_format"
+        )
+    return Grammar.json_schema(form.json_schema.schema_)
+
+
+def _vllm_form(asked: Asked) -> Grammar | None:
+    form = asked.structured_outputs
+    if form is None:
+        return None
+    made = {
+        "json_": Grammar.json_schema,
+        "regex": Grammar.regex,
+        "choice": Grammar.choice,
+        "grammar": Grammar.lark,
+    }
+    given = {name: value for name in made if (value := getattr(form, name)) is not None}
+    if len(given) != 1:
+        why = "structured_outputs needs exactly one of json, regex, choice, grammar."
+        raise Refused(400, why, "structured_outputs")
+    ((name, value),) = given.items()
+    return made[name](value)
+
+
+def _echoes(asked: Asked) -> bool:
+    """Are log-probabilities of the prompt wanted?"""
+    return isinstance(asked, CompletionRequest) and bool(asked.echo) and asked.logprobs is not None
 
 
 def _sampling(asked: Asked, seed: int | None) -> Sampling:
@@ -276,8 +333,8 @@ def _sampling(asked: Asked, seed: int | None) -> Sampling:
 
 def _seeds(asked: Asked, n: int) -> list[int]:
     """One for each answer: the first is the request's own."""
-    first = secrets.randbits(62) if asked.seed is None else asked.seed % (1 << 63)
-    return [(first + i) % (1 << 63) for i in range(n)]
+    first = secrets.randbits(61) if asked.seed is None else asked.seed % SEEDS
+    return [(first + i) % SEEDS for i in range(n)]
 
 
 def _logprobs(asked: Asked) -> int | None:

@@ -1,8 +1,9 @@
 """Versions in memory, side by side on one base: which one answers a request, and when one is let go.
 
-Each stands on a copy of the base that shares its weights, with an engine of its own; all engines share one
-chunk store, so that what two versions have in common is computed once and going back is warm. A version that
-is replaced stays until its last answer is out.
+Each stands on a copy of the base that shares its weights, with an engine of its own; but routers over experts of
+the same ranks share one, and with it every pass. All engines share one chunk store, so that what two versions
+have in common is computed once and going back is warm. A version that is replaced stays until its last answer is
+out.
 """
 
 from __future__ import annotations
@@ -52,15 +53,24 @@ class Resident:
     """One version in memory."""
 
     version: str
-    """Digest of what acts; the engine's name too."""
+    """Digest of what acts."""
     release: Release | None
     """None: the bare base."""
+    adapted: Any
+    """The release on a copy of the base; the copy itself for the bare base."""
     engine: Engine
+    host: str
+    """The engine's name: the version for which it was made."""
     experts: tuple[str, ...] = ()
     users: int = 0
     """Requests that are being answered by it."""
     used: int = field(default=0)
     """When it was last asked for, counted in requests."""
+
+    @property
+    def guest(self) -> bool:
+        """Does it share the engine of another version, and with it every pass?"""
+        return self.host != self.version
 
     @property
     def short(self) -> str:
@@ -109,7 +119,7 @@ class Residents:
         self._base_identity = asdict(base_identity(model))
         self._seen: object = None
         self._look_again = 0.0
-        self.bare = self._kept(self._made(None))
+        self.bare = self._made(None)
         self.current = self._first()
         self.canaries = self._canaries(config.canary)
 
@@ -161,8 +171,9 @@ class Residents:
     async def _get(self, version: str | None, asked: str) -> Resident:
         """A version in memory, counted as used; None: the bare base."""
         while True:
-            resident = self.bare if version is None else self._find(version)
-            if resident is None or resident.version in self.driver.lost:
+            self._forget_lost()
+            resident = self._find(self.bare.version if version is None else version)
+            if resident is None:
                 release = None if version is None else await self._release(version, asked)
                 resident = await self._load(release)
             if self._resident.get(resident.version) is resident:  # and not let go meanwhile
@@ -170,6 +181,13 @@ class Residents:
         self._asked += 1
         resident.used, resident.users = self._asked, resident.users + 1
         return resident
+
+    def _forget_lost(self) -> None:
+        """Versions whose engine failed for good are loaded anew when they are asked for."""
+        if self.driver.lost:
+            lost = {v for v, r in self._resident.items() if r.host in self.driver.lost}
+            for version in lost:
+                del self._resident[version]
 
     def let_go(self, resident: Resident) -> None:
         """An answer is out."""
@@ -208,14 +226,38 @@ class Residents:
             ) from error
 
     async def _loaded(self, release: Release | None) -> Resident:
-        resident = self._kept(await self._off_loop(self._made, release))
+        adapted = await self._off_loop(self._attached, release)
+        host = await self._host(adapted)
+        if host is None:
+            resident = await self._off_loop(self._alone, release, adapted)
+            self.driver.add(resident.host, resident.engine)
+        else:
+            version = adapted.version.digest
+            resident = Resident(version, release, adapted, host.engine, host.host, host.experts)
+        self._kept(resident)
         if release is None:
             self.bare = resident
         return resident
 
+    async def _host(self, adapted: Any) -> Resident | None:
+        """A version whose engine takes this one in too: a router over as many experts of the same ranks."""
+        if not isinstance(adapted, Mounted):
+            return None
+        version = adapted.version.digest
+        hosts = {r.host: r for r in self._resident.values() if isinstance(r.adapted, Mounted)}
+        for resident in hosts.values():
+            engine = resident.engine
+            try:
+                await self.driver.call(lambda engine=engine: engine.keep(version, adapted))
+            except BemError as error:
+                log.info("version %s has an engine of its own: %s", version[:SHORT], error)
+            else:
+                return resident
+        return None
+
     def _make_room(self) -> None:
         kept = {id(self.bare), id(self.current)}
-        versions = [r for r in self._resident.values() if r is not self.bare]
+        versions = [r for r in self._resident.values() if r.release is not None]
         if len(versions) + len(self._loading) < self.config.resident:
             return
         idle = [r for r in versions if not r.users and id(r) not in kept]
@@ -231,15 +273,23 @@ class Residents:
         gone = min(idle, key=lambda r: r.used)
         log.info("version %s leaves memory", gone.short)
         del self._resident[gone.version]
-        self.driver.remove(gone.version)
+        if any(r.host == gone.host for r in self._resident.values()):
+            names = gone.engine.versions  # the one for which the engine was made has no name there
+            if gone.version in names:
+                self.driver.post(lambda: gone.engine.drop(gone.version))
+        else:
+            self.driver.remove(gone.host)
 
-    def _made(self, release: Release | None) -> Resident:
-        """Load a release onto a copy of the base."""
+    def _attached(self, release: Release | None) -> Any:
+        """A release on a copy of the base."""
         copy: Any = with_shared_weights(self.model)
-        adapted = copy
-        if release is not None:
-            assert self.store is not None
-            adapted = attach_release(self.store, release, copy)
+        if release is None:
+            return copy
+        assert self.store is not None
+        return attach_release(self.store, release, copy)
+
+    def _alone(self, release: Release | None, adapted: Any) -> Resident:
+        """A version with an engine of its own."""
         options = self.config
         engine = Engine(
             adapted,
@@ -250,14 +300,20 @@ class Residents:
             store=self.chunks,
         )
         experts = adapted.router.space.experts if isinstance(adapted, Mounted) else ()
-        return Resident(acts_of(adapted).version.digest, release, engine, tuple(experts))
+        version = acts_of(adapted).version.digest
+        return Resident(version, release, adapted, engine, version, tuple(experts))
+
+    def _made(self, release: Release | None) -> Resident:
+        resident = self._alone(release, self._attached(release))
+        self.driver.add(resident.host, resident.engine)
+        return self._kept(resident)
 
     def _kept(self, resident: Resident) -> Resident:
-        """Hand its engine to the driver."""
+        """It is in memory from now on."""
         self._resident[resident.version] = resident
-        self.driver.add(resident.version, resident.engine)
         what = resident.short if resident.release else "of the bare base"
-        log.info("version %s is in memory", what)
+        beside = f", beside {resident.host[:SHORT]}" if resident.guest else ""
+        log.info("version %s is in memory%s", what, beside)
         return resident
 
     async def _off_loop(self, call: Any, *arguments: Any) -> Any:
@@ -271,7 +327,7 @@ class Residents:
         self._seen = _mark(self.store)
         taken = self._taken(self.store)
         self.problems = taken.problems
-        return self.bare if taken.release is None else self._kept(self._made(taken.release))
+        return self.bare if taken.release is None else self._made(taken.release)
 
     def _taken(self, store: Store) -> Taken:
         journal = store.journal
@@ -329,9 +385,9 @@ class Residents:
         taken = await self._off_loop(self._taken, store)
         if taken.release is None:
             return self.bare, taken.problems
+        self._forget_lost()
         here = self._resident.get(taken.release.version)
-        lost = here is not None and here.version in self.driver.lost
-        return (await self._load(taken.release) if here is None or lost else here), taken.problems
+        return (await self._load(taken.release) if here is None else here), taken.problems
 
     def close(self) -> None:
         """Load nothing any more."""

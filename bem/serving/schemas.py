@@ -58,6 +58,30 @@ class StreamOptions(Part):
     include_obfuscation: bool | None = None
 
 
+class Structure(Part):
+    """The form of an answer, as vLLM's `structured_outputs` says it: one of them."""
+
+    json_: dict[str, Any] | bool | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """In Lark's syntax."""
+
+
+class JsonSchema(Part):
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(True, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Part):
+    """The form of an answer, as OpenAI says it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class Asked(Part):
     """What both kinds of requests have in common."""
 
@@ -79,6 +103,7 @@ class Asked(Part):
     repetition_penalty: float | None = Field(1.0, gt=0, le=10)
     ignore_eos: bool | None = False
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
+    structured_outputs: Structure | None = None
     bem: BemFields = Field(default_factory=BemFields)
 
 
@@ -91,7 +116,8 @@ class CompletionRequest(Asked):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=0)
+    """0, with echo: the prompt is only scored."""
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = False
     best_of: int | None = Field(None, ge=1)
@@ -125,7 +151,7 @@ class ChatRequest(Asked):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None

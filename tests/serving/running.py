@@ -61,13 +61,13 @@ def add_adapter(store: Path, home: Path, seed: int, promote: bool = True):
     return _put(attached, store, home, f"adapter-{seed}", promote)
 
 
-def add_router(store: Path, home: Path, promote: bool = True):
+def add_router(store: Path, home: Path, promote: bool = True, seeds=(0, 1, 2)):
     """A router over the experts a, b and c, which change the answers."""
     model = make_llama()
-    experts = [_loud(expert(model, *each)) for each in (("a", 4, 0), ("b", 4, 1), ("c", 2, 2))]
+    experts = [_loud(expert(model, *each)) for each in zip("abc", (4, 4, 2), seeds, strict=True)]
     made = bem.mount(model, experts, **FREE)
     made.router.trained = True
-    return _put(made, store, home, "router", promote)
+    return _put(made, store, home, f"router-{seeds[2]}", promote)
 
 
 def _loud(quiet):

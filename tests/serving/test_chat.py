@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bem.cli.chat import Chat
+from bem.cli.chat import Chat, shown
 from bem.cli.console import Terminal
 from bem.errors import Refused, Unreachable
 from bem.serving.client import Client
@@ -30,8 +30,12 @@ def typed(server, capsys, *lines, model="bem"):
 def test_a_question_is_answered_and_remembered(server, capsys):
     chat, said = typed(server, capsys, "name it", "and again")
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
-    assert chat.messages[1]["content"] in said
+    assert shown(chat.messages[1]["content"]) in said
     assert chat.answer["version"] == server.serving.residents.current.version
+
+
+def test_a_terminal_obeys_nothing_that_a_model_writes():
+    assert shown("a\x1b[2Jb\x07\x00c\n\td\u202e") == "a[2Jbc\n\td"
 
 
 def test_the_route_of_the_last_answer_is_that_of_every_chunk(server, capsys):

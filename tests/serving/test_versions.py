@@ -166,6 +166,26 @@ def test_no_more_versions_than_allowed_stay_in_memory(homes):
         assert replayed(server, release.version, PROMPT, 12, 1) == answer.choices[0].text
 
 
+def test_routers_over_experts_of_the_same_ranks_share_an_engine_and_answer_as_alone(homes):
+    first = add_router(*homes, seeds=(0, 1, 2))
+    second = add_router(*homes, seeds=(0, 1, 5), promote=False)
+    with served(homes[0], canary={second.short: 0.5}) as server:
+        api = client(server)
+
+        def ask(i: int):
+            answer = complete(api, prompt=f"User: {i}\nAssistant:", user=str(i), seed=i)
+            return answer.bem["version"], answer.choices[0].text
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(24)))
+        assert {version for version, _ in answers} == {first.version, second.version}
+        residents = {r.version: r for r in server.serving.residents}
+        assert residents[second.version].guest and not residents[first.version].guest
+        for i in (*range(4), *range(20, 24)):
+            version, text = answers[i]
+            assert text == replayed(server, version, f"User: {i}\nAssistant:", 12, i)
+
+
 def test_versions_that_share_an_expert_share_its_chunks_and_a_rollback_is_warm(homes):
     add_router(*homes)
     with served(homes[0]) as server:
