@@ -26,7 +26,7 @@ from bem.serving.gate import Gate, refusal_response
 from bem.serving.generation import Answering, Stream, error_body
 from bem.serving.naming import Name, parse_name, unknown_model
 from bem.serving.prompts import Prepared
-from bem.serving.residents import Lease, Resident
+from bem.serving.resident import Lease, Resident
 from bem.serving.schemas import Asked, ChatRequest, CompletionRequest
 from bem.serving.state import Serving
 

@@ -12,7 +12,7 @@ from bem.routing.explain import explain
 from bem.routing.mounted import Mounted
 from bem.serving.driver import Driver
 from bem.serving.prompts import UNLIMITED, example_of
-from bem.serving.residents import Resident
+from bem.serving.resident import Resident
 from bem.serving.schemas import Message, Part
 from bem.training.data import encode
 

@@ -19,7 +19,7 @@ from bem.online.events import Feedback, Receipt, Served
 from bem.serving.answers import Receipt as AnswerReceipt
 from bem.serving.answers import choice_id
 from bem.serving.prompts import Prepared
-from bem.serving.residents import Coin
+from bem.serving.resident import Coin
 from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Part, Text
 
 log = logging.getLogger(__name__)

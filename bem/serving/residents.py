@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,66 +31,13 @@ from bem.runs.store import Store
 from bem.runs.taken import Taken
 from bem.serving.driver import Driver
 from bem.serving.naming import BASE, Name, unknown_model
+from bem.serving.resident import Coin, Lease, Resident
 
 log = logging.getLogger(__name__)
 
 
 RETRY_S = 30.0
 """Until a store that could not be followed is looked at again."""
-
-
-@dataclass(frozen=True)
-class Coin:
-    """How a canary's coin fell for a request."""
-
-    candidate: bool
-    share: float
-    """The chance of the candidate."""
-
-
-@dataclass(eq=False)
-class Resident:
-    """One version in memory."""
-
-    version: str
-    """Digest of what acts."""
-    release: Release | None
-    """None: the bare base."""
-    adapted: Any
-    """The release on a copy of the base; the copy itself for the bare base."""
-    engine: Engine
-    host: str
-    """The engine's name: the version for which it was made."""
-    experts: tuple[str, ...] = ()
-    users: int = 0
-    """Requests that are being answered by it."""
-    used: int = field(default=0)
-    """When it was last asked for, counted in requests."""
-
-    @property
-    def guest(self) -> bool:
-        """Does it share the engine of another version, and with it every pass?"""
-        return self.host != self.version
-
-    @property
-    def short(self) -> str:
-        """Its version, as people are shown it."""
-        return self.version[:SHORT]
-
-
-class Lease:
-    """A version that answers one request, until its answer is out."""
-
-    def __init__(self, residents: Residents, resident: Resident, coin: Coin | None = None):
-        """coin: how the canary's fell; None: none was tossed."""
-        self.resident, self._residents, self.coin = resident, residents, coin
-        self._held = True
-
-    def end(self) -> None:
-        """The answer is out; said twice it counts once."""
-        if self._held:
-            self._held = False
-            self._residents.let_go(self.resident)
 
 
 class Residents:
@@ -157,16 +104,16 @@ class Residents:
         tossed = name == Name() and len(shares) == 1
         if version not in self.canaries or name.version is not None:
             coin = Coin(False, shares[0]) if tossed else None
-            return Lease(self, await self._get(version, asked), coin)
+            return Lease(await self._get(version, asked), self.let_go, coin)
         try:
             coin = Coin(True, shares[0]) if tossed else None
-            return Lease(self, await self._get(version, asked), coin)
+            return Lease(await self._get(version, asked), self.let_go, coin)
         except Refused as error:
             log.error("the canary is passed over: %s", error)
             if error.retry_after_s is None:
                 self.canaries.pop(version, None)
             front = None if self.current is self.bare else self.current.version
-            return Lease(self, await self._get(front, asked))
+            return Lease(await self._get(front, asked), self.let_go)
 
     async def _get(self, version: str | None, asked: str) -> Resident:
         """A version in memory, counted as used; None: the bare base."""
@@ -274,9 +221,7 @@ class Residents:
         log.info("version %s leaves memory", gone.short)
         del self._resident[gone.version]
         if any(r.host == gone.host for r in self._resident.values()):
-            names = gone.engine.versions  # the one for which the engine was made has no name there
-            if gone.version in names:
-                self.driver.post(lambda: gone.engine.drop(gone.version))
+            self.driver.post(lambda: _drop(gone))
         else:
             self.driver.remove(gone.host)
 
@@ -392,6 +337,12 @@ class Residents:
     def close(self) -> None:
         """Load nothing any more."""
         self._loader.shutdown(wait=False, cancel_futures=True)
+
+
+def _drop(gone: Resident) -> None:
+    """Have an engine forget a version; the one for which it was made has no name there, and stays."""
+    if gone.version in gone.engine.versions:
+        gone.engine.drop(gone.version)
 
 
 def _mark(store: Store) -> object:
