@@ -23,6 +23,8 @@ from bem.training.data import encode, end_of_turn
 from bem.training.example import Example
 
 UNLIMITED = 1 << 40
+CHARACTERS = 128
+"""Of a token at most: vocabularies hold runs of so many spaces."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class Writer:
         return [self._text(p) if isinstance(p, str) else Prompt(tuple(p)) for p in given]  # pyright: ignore
 
     def _text(self, text: str) -> Prompt:
+        self._check_length(text, "prompt")
         try:
             ids = tuple(self.tokenizer(text)["input_ids"])
         except Exception as error:  # `tokenizers` raises plain Exceptions
@@ -180,6 +183,7 @@ class Writer:
         return Prompt(ids)
 
     def _conversation(self, messages: Sequence[Message], shown: list[str]) -> Prompt:
+        self._check_length("".join(message.text for message in messages), "messages")
         try:
             example = example_of(messages, shown)
             encoded = encode(example, self.tokenizer, UNLIMITED, with_answer=False)
@@ -190,6 +194,16 @@ class Writer:
             raise Refused(400, str(error).removeprefix("Row 'request': "), "messages") from error
         starts = tuple(i for i, start in enumerate(encoded.turn_starts) if start)
         return Prompt(tuple(encoded.input_ids), starts, (end,))
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse what can never fit before it is cut into tokens, for which others would wait."""
+        if len(text) > CHARACTERS * self.limits.tokens:
+            raise Refused(
+                400,
+                f"The prompt has {len(text)} characters: more than {self.limits.tokens} tokens can hold.",
+                param,
+                "context_length_exceeded",
+            )
 
     # --- evidence ---------------------------------------------------------------------------------
 

@@ -94,7 +94,9 @@ class Asked(Part):
     stop: Stops = []
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=1024
+    )
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     user: str | None = Field(None, max_length=512)
     # as vLLM has them

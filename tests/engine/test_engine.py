@@ -65,12 +65,9 @@ def test_greedy_tokens_are_those_of_generate_while_others_join_and_leave(
 
 def test_an_engine_reads_from_a_store_that_another_filled_before_its_first_pass(tokenizer):
     """A server has an engine for each version, and one store."""
-    asked = prompts(40)[0]
+    asked = prompts(100)[0]
     first = engine_of(adapted("s0"), tokenizer, cache_gib=0.1)
     cold = first.generate([asked], max_new_tokens=NEW, ignore_eos=True)[0]
-    second = engine_of(adapted("s0"), tokenizer, store=first.store, prefill_tokens=64)
-    first.store.stats.reused = 0
-    long = [*asked, *cold.token_ids, 7]
-    expected = first.generate([[*long, 8, 9] * 2], max_new_tokens=4)[0]
-    found = second.generate([[*long, 8, 9] * 2], max_new_tokens=4)[0]
-    assert found.cached_tokens > 0 and found.token_ids == expected.token_ids
+    second = engine_of(adapted("s0"), tokenizer, store=first.store)
+    warm = second.generate([asked], max_new_tokens=NEW, ignore_eos=True)[0]
+    assert warm.cached_tokens == 64 and warm.token_ids == cold.token_ids
