@@ -70,4 +70,4 @@ def test_an_engine_reads_from_a_store_that_another_filled_before_its_first_pass(
     cold = first.generate([asked], max_new_tokens=NEW, ignore_eos=True)[0]
     second = engine_of(adapted("s0"), tokenizer, store=first.store)
     warm = second.generate([asked], max_new_tokens=NEW, ignore_eos=True)[0]
-    assert warm.cached_tokens == 64 and warm.token_ids == cold.token_ids
+    assert warm.cached_tokens == 99 and warm.token_ids == cold.token_ids

@@ -1,7 +1,10 @@
 """Whatever the OpenAPI document allows, and what it does not: no request makes the server fail."""
 
+import contextlib
+
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
 
 from tests.serving.running import add_router, served
 
@@ -42,12 +45,7 @@ def test_no_request_makes_the_server_fail(server, mode):
             answered.add(status)
             assert status < 500, (case.method, case.path, case.body, status)
 
-        try:
+        with contextlib.suppress(Unsatisfiable):  # what takes nothing has no wrong form
             ask()
-        except Exception as error:
-            if (
-                "negative" not in str(error).lower()
-            ):  # an operation that takes nothing has no wrong form
-                raise
     assert answered & {400, 404} if mode == "negative" else 200 in answered
     assert server.serving.driver.alive
