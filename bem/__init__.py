@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bem.adapters.peft_method import BemConfig
     from bem.bases.load import load_base
     from bem.engine.engine import Engine
+    from bem.engine.grammar import Grammar
     from bem.engine.request import Request, Sampling
     from bem.experts.expert import read_expert
     from bem.online.drift import DriftDetector
@@ -34,6 +35,7 @@ _WHERE = {
     "BemConfig": "bem.adapters.peft_method",
     "DriftDetector": "bem.online.drift",
     "Engine": "bem.engine.engine",
+    "Grammar": "bem.engine.grammar",
     "Mounted": "bem.routing.mounted",
     "PerformanceTracker": "bem.system",
     "Request": "bem.engine.request",
@@ -61,6 +63,7 @@ __all__ = [
     "BemConfig",
     "DriftDetector",
     "Engine",
+    "Grammar",
     "Mounted",
     "PerformanceTracker",
     "Request",

@@ -15,6 +15,7 @@ OPTIONAL = {
     "tensorboard",
     "accelerate",
     "sqlalchemy",
+    "llguidance",
     "huggingface_hub",
     "torch.utils.tensorboard",
 }

@@ -15,6 +15,7 @@ PROMISED = {
     "BemConfig",
     "DriftDetector",
     "Engine",
+    "Grammar",
     "Mounted",
     "PerformanceTracker",
     "Request",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Row
 from typing import Any
 
+from bem.bases.limits import own_ends
 from bem.engine.request import FinishReason, Result
 from bem.engine.sequence import Sequence
 
@@ -15,10 +16,8 @@ take several tokens, and some tokens have no text."""
 
 def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer: the model's own, and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    listed = [] if own is None else [own] if isinstance(own, int) else [int(i) for i in own]
     mark = tokenizer.eos_token_id
-    return frozenset([*listed, *([] if mark is None else [mark])])
+    return frozenset([*own_ends(model), *([] if mark is None else [mark])])
 
 
 class Reader:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bem.bases.limits import text_config
 from bem.control.keys import ChunkKey
 from bem.engine.acts import Acts, parts_of
 from bem.engine.answers import Reader, ends_of
 from bem.engine.chain import Chains
-from bem.engine.fit import apart, check_probe, config_of, longest, mask_dtype
+from bem.engine.fit import apart, check_probe, longest, mask_dtype
 from bem.engine.intake import Intake, told_of
 from bem.engine.request import ChunkAction, FinishReason, Request, Result
 from bem.engine.runner import Piece, Runner
@@ -111,7 +112,7 @@ class Engine:
 
     def _set_up(self) -> None:
         acts, base = self._versions.current, self._base
-        blocks = config_of(base).num_hidden_layers
+        blocks = text_config(base).num_hidden_layers
         mask, pad = mask_dtype(base), self._reader.pad_id
 
         def runner(slots: int) -> Runner:
@@ -174,7 +175,7 @@ class Engine:
     def versions(self) -> dict[str, str]:
         """Name -> digest of what is kept; "" is what is in use."""
         kept = {name: acts.version.digest for name, acts in self._versions.kept.items()}
-        return {"": self._versions.current.version.digest, **kept}
+        return {"": self._versions.in_use().version.digest, **kept}
 
     def cancel(self, id: int) -> bool:
         """End a request; its results, as far as they came, are handed out by the next step. False: it is over."""
@@ -201,12 +202,12 @@ class Engine:
             else Request(p, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **fields)
             for p in prompts
         ]  # fmt: skip
-        ours: list[int] = []
+        ours: set[int] = set()
         results: dict[tuple[int, int], Result] = {}
         others, left = [], sum(request.n for request in wanted)
         while left > len(results):
             while len(ours) < len(wanted) and self.waiting.has_room(wanted[len(ours)].n):
-                ours.append(self.submit(wanted[len(ours)]))
+                ours.add(self.submit(wanted[len(ours)]))
             for result in self.step().finished:
                 if result.id in ours:
                     results[result.id, result.index] = result
@@ -265,6 +266,9 @@ class Engine:
         if not len(self.waiting) or None not in self._rows:
             return 0
         acts, admitted = self._versions.renew(len(self._arrived)), 0
+        for sequence in [s for s in self.waiting if self._versions.is_gone(s.acts)]:
+            sequence.error = "the version that it names was changed in place while it waited."
+            self._end(sequence, "error")
         for slot in [s for s, row in enumerate(self._rows) if row is None]:
             sequence = self.waiting.take()
             if sequence is None:

@@ -12,22 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bem.bases.limits import context_length, text_config
 from bem.engine.acts import Acts
 from bem.engine.request import Request
 from bem.engine.runner import Piece, Runner
 from bem.engine.sequence import Sequence, Spans
 from bem.errors import EngineError
 
-POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest difference of a probe's logits, as a share of the largest logit; others: 0.1."""
-
-
-def config_of(model: Any) -> Any:
-    """Of the text model."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def longest(model: Any) -> int:
@@ -36,7 +30,7 @@ def longest(model: Any) -> int:
     Raises:
         EngineError: the model keeps its past in another form than keys and values of all tokens.
     """
-    config = config_of(model)
+    config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise EngineError(
             f"{type(model).__name__} is an encoder and decoder: the engine runs decoders."
@@ -47,7 +41,7 @@ def longest(model: Any) -> int:
             f"{type(model).__name__} has {', '.join(odd)} layers: the engine keeps keys and values of all tokens and "
             "nothing else. Use generate."
         )
-    limits = [getattr(config, name, None) for name in POSITIONS]
+    limits = [context_length(model)]
     limited = bool(kinds - {"full_attention"}) or not kinds
     if limited and getattr(config, "use_sliding_window", True):
         limits += [
@@ -62,7 +56,7 @@ def mask_dtype(model: Any) -> torch.dtype:
     Raises:
         EngineError: this implementation of attention takes neither.
     """
-    name = config_of(model)._attn_implementation
+    name = text_config(model)._attn_implementation
     if name == "sdpa":
         return torch.bool
     if name == "eager":

@@ -46,7 +46,7 @@ class Grammar:
             )
 
     @staticmethod
-    def json_schema(schema: str | bool | Mapping[str, Any]) -> Grammar:
+    def json_schema(schema: str | Mapping[str, Any]) -> Grammar:
         """JSON that validates. Keywords that cannot be held to (`uniqueItems`, `not`, `if`, ...) are refused when it
         is used; what the schema's own `x-guidance` says of white space goes before `WHITESPACE`."""
         return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))

@@ -30,9 +30,8 @@ class Versions:
         Raises:
             EngineError: another adapter is active, or weights were changed under those that run.
         """
-        with torch.inference_mode(False):  # what is made here may train later
-            acts, before = acts_of(self.adapted), self.current
-        if acts.version == before.version and (acts.acting is before.acting or not acts.frozen):
+        acts, before = self.in_use(), self.current
+        if acts is before:
             return before
         if acts.wiring is not before.wiring:
             raise EngineError(
@@ -45,6 +44,19 @@ class Versions:
             )
         self.current = acts
         return acts
+
+    def in_use(self) -> Acts:
+        """What would act on a sequence that began now; the same object while it is the same."""
+        with torch.inference_mode(False):  # what is made here may train later
+            acts, before = acts_of(self.adapted), self.current
+        same = acts.version == before.version
+        return before if same and (acts.acting is before.acting or not acts.frozen) else acts
+
+    def is_gone(self, wanted: Acts | None) -> bool:
+        """Was what a request named changed in place since it was submitted?"""
+        if wanted is None or wanted.frozen:
+            return False
+        return wanted.version != self.current.version
 
     def keep(self, name: str, shadow: Any) -> str:
         """Have a release ready under a name; returns its digest. A name that is taken points to it from now on.
@@ -81,7 +93,7 @@ class Versions:
         """
         if wanted in self.kept:
             return self.kept[wanted]
-        there = {a.version.digest: a for a in (*self.kept.values(), self.current)}
+        there = {a.version.digest: a for a in (*self.kept.values(), self.in_use())}
         fits = [d for d in there if len(wanted) >= SHORTEST and d.startswith(wanted)]
         if len(fits) != 1:
             many = f"{len(fits)} versions begin with" if fits else "no version here is called"
@@ -90,4 +102,4 @@ class Versions:
 
     def _known(self) -> str:
         named = [f"{name} ({acts.version.digest[:12]})" for name, acts in self.kept.items()]
-        return ", ".join([f"{self.current.version.digest[:12]} (in use)", *named])
+        return ", ".join([f"{self.in_use().version.digest[:12]} (in use)", *named])

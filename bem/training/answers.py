@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from bem.bases.limits import own_ends
 from bem.errors import MeasurementError
 from bem.training.data import Encoded, check_fits, collate, end_of_turn
 
@@ -77,6 +78,4 @@ def greedy_generation(model: Any, tokenizer: Any, max_new_tokens: int) -> Genera
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the chat form's own mark, and the model's."""
-    own = model.generation_config.eos_token_id
-    listed = [] if own is None else [own] if isinstance(own, int) else [int(i) for i in own]
-    return sorted({end_of_turn(tokenizer), *listed})
+    return sorted({end_of_turn(tokenizer), *own_ends(model)})

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bem.bases.limits import context_length
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import BemError, DataError, TrainingError
 from bem.training.chat import ChatForm, chat_form, end_of_turn, token_ids, turns_of
@@ -198,18 +199,6 @@ def _spread(options: list[int], starts: list[int], length: int) -> list[int]:
 
 
 # --- what a model can take ----------------------------------------------------------------------
-
-
-def context_length(model: Any) -> int | None:
-    """Tokens that the model's config has positions for; None: it sets no limit."""
-    config = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def check_fits(

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from bem.bases import limits
 from bem.config import EVIDENCE_FEATURES
 from bem.errors import MeasurementError
 from bem.experiments.measuring.cache_use import CacheUse
@@ -220,13 +221,8 @@ def quality(primary: str, scores: dict[str, float]) -> float:
 
 
 def context_length(model: Any, default: int = 1 << 20) -> int:
-    """Tokens that the model can hold, if its config says so."""
-    config = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return default
+    """Tokens that the model can hold; default: where its config sets no limit."""
+    return limits.context_length(model) or default
 
 
 def _ask_rows(examiner: _Examiner, task: Task, progress: _Progress) -> list[Answer]:
