@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bem.bases.limits import text_config
 from bem.bases.load import load_base
 from bem.config import ServingConfig
 from bem.engine.engine import StepStats
-from bem.engine.fit import config_of
 from bem.engine.request import Result
 from bem.errors import CheckpointError, Refused
 from bem.evidence.index import open_index
@@ -53,7 +53,7 @@ class Serving:
         self.history = History(time.monotonic)
         self.driver = Driver(self._observe)
         self.residents = Residents(model, self.tokenizer, config, self.driver)
-        limits = Limits(self.residents.bare.engine.max_tokens, config_of(model).vocab_size)
+        limits = Limits(self.residents.bare.engine.max_tokens, text_config(model).vocab_size)
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
         self.keys = KeyRing(None if config.keys is None else Path(config.keys))
         self.quotas = Quotas(time.monotonic)
