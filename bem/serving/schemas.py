@@ -43,13 +43,13 @@ class BemFields(Part):
     """Expert that answers, instead of the router's choice; "base": none."""
     strength: float | None = None
     """Not yet supported: the strength of a route."""
-    evidence: list[Text] | None = Field(None, max_length=64)
+    evidence: list[Text] | None = Field(default=None, max_length=64)
     """Passages that the answer is to rest on; the best of them are shown."""
     retrieve: bool = False
     """Look for evidence in the server's index."""
-    conversation: str | None = Field(None, max_length=256)
+    conversation: str | None = Field(default=None, max_length=256)
     """Keeps a conversation on one version while a canary runs; default: how it began."""
-    timeout_s: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(default=None, gt=0)
     """From the request to the last token; at most what the server allows."""
 
 
@@ -61,7 +61,7 @@ class StreamOptions(Part):
 class Structure(Part):
     """The form of an answer, as vLLM's `structured_outputs` says it: one of them."""
 
-    json_: dict[str, Any] | bool | str | None = Field(None, alias="json")
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -71,7 +71,7 @@ class Structure(Part):
 class JsonSchema(Part):
     name: str = ""
     description: str | None = None
-    schema_: dict[str, Any] | bool = Field(True, alias="schema")
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
