@@ -13,6 +13,8 @@
     ├── EngineError        a request or a model that the engine cannot serve
     │   └── QueueFull      too many requests wait
     ├── SafetyError        a guard that was not accepted, is broken, or may not be moved so
+    ├── Refused            a request that the server turns away, with its HTTP status
+    ├── Unreachable        a server that does not answer
     ├── MeasurementError   a number that could not be measured
     ├── OnlineError        feedback that could not be kept, or a learner that cannot go on
     ├── NotAccepted        promotion or rollback refused: no verdict says PROMOTE, or it never did
@@ -72,6 +74,34 @@ class QueueFull(EngineError):
 
 class SafetyError(BemError):
     """A guard that was not accepted, is broken, or may not be moved so."""
+
+
+class Refused(BemError):
+    """A request that the server turns away, as OpenAI's protocol tells it.
+
+    Args:
+        status: of HTTP.
+        message: what happened, and what to do.
+        param: field of the request that is at fault; None: none is.
+        code: for programs, such as `model_not_found`.
+        retry_after_s: after how long it is worth another try; None: it is not, as it stands.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.retry_after_s = retry_after_s
+
+
+class Unreachable(BemError):
+    """A server that does not answer."""
 
 
 class MeasurementError(BemError):

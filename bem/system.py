@@ -16,16 +16,18 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from bem.config import ExperimentConfig, GatesConfig, load
+from bem.config import ExperimentConfig, GatesConfig, ServingConfig, load
+from bem.config.serving import serving_config
 from bem.errors import ConfigError, MeasurementError
 from bem.experiments import run as experiments
 from bem.experiments.events import Show
 from bem.experiments.run import RunResult
 from bem.runs.folder import RunFolder
-from bem.runs.promotion import promote
+from bem.runs.promotion import promote, store_of
 from bem.runs.release import Release
 from bem.runs.store import Store
 from bem.runs.verdicts import judge_arms, measurements, read_verdicts
+from bem.serving.server import Server, check_installed
 from bem.stats.bootstrap import Bca, bca_bootstrap
 from bem.stats.fdr import Discoveries, benjamini_hochberg_correction
 from bem.stats.gates import judge
@@ -51,6 +53,8 @@ class BEMv13System:
         else:
             self.config = load(config, list(overrides))
         self._validated: Path | None = None
+        self.server: Server | None = None
+        """What `deploy_production(serve=True)` started."""
 
     def run_experiments(
         self, variants: Sequence[str] | None = None, on_event: Show | None = None
@@ -95,15 +99,20 @@ class BEMv13System:
         variants: Sequence[str],
         results: RunResult | Path | None = None,
         store: str | Path | None = None,
+        serve: ServingConfig | bool = False,
     ) -> list[Release]:
-        """Put arms into use, one after the other: the last one is in use then.
+        """Put arms into use, one after the other: the last one is in use then; and serve them.
 
         Args:
             results: of which run; None: the one that was validated last.
             store: folder of the version store; None: `store` beside the run.
+            serve: True: start a server of the run's base and that store, which answers in the background until
+                `system.server.stop()`; its address is `system.server.url`. Or how it is to be served; then base
+                and store are filled in. A server that runs already follows the store by itself.
         Raises:
             NotAccepted: a verdict is not PROMOTE, or what it rests on was changed.
             MeasurementError: nothing was validated.
+            MissingExtra: what serving needs is not installed.
         """
         folder = results.folder if isinstance(results, RunResult) else results
         folder = folder or self._validated
@@ -111,8 +120,16 @@ class BEMv13System:
             raise MeasurementError(
                 "nothing was validated yet: call validate_statistical_significance(results) first, or name the run."
             )
-        target = None if store is None else Store(store)
-        return [promote(folder, variant, store=target) for variant in variants]
+        if serve:
+            check_installed()
+        target = store_of(folder) if store is None else Store(store)
+        released = [promote(folder, variant, store=target) for variant in variants]
+        if serve and self.server is None:
+            settings = serving_config({}) if serve is True else serve
+            run = RunFolder(Path(folder)).config
+            given = {"base": run.base, "dtype": run.dtype, "store": str(target.path)}
+            self.server = Server(settings.model_copy(update=given)).start()
+        return released
 
 
 class PerformanceTracker:

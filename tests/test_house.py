@@ -16,6 +16,8 @@ OPTIONAL = {
     "accelerate",
     "llguidance",
     "sqlalchemy",
+    "sqlalchemy",
+    "llguidance",
     "huggingface_hub",
     "torch.utils.tensorboard",
 }

@@ -1,4 +1,4 @@
-"""The `bem` command: demo | run | train | evaluate | plan | validate | promote | report | route | index | base | doctor.
+"""The `bem` command: demo | run | train | evaluate | plan | validate | promote | serve | chat | online | safety | report | route ...
 
 Exit codes: 0 done (or PROMOTE), 1 REJECT and nothing else, 2 INCONCLUSIVE, 3 a problem that the message
 explains, 70 a defect of ours (with its traceback), 130 Ctrl-C, 141 nobody read the output.

@@ -1,5 +1,5 @@
-"""The commands: demo | run | train | evaluate | plan | validate | promote |
-rollback | history | store | report | route | index | base | doctor."""
+"""The commands: demo | run | train | evaluate | plan | validate | promote | rollback | history | store |
+serve | chat | keys | online | report | route | index | base | safety | doctor."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import typer
 
 import bem
 from bem.cli.base import base_app
+from bem.cli.chat import chat
 from bem.cli.demo import demo
 from bem.cli.doctor import doctor
 from bem.cli.experiment import evaluate, report, run, train_app
 from bem.cli.index import index_app
+from bem.cli.keys import keys_app
 from bem.cli.online import online_app
 from bem.cli.plan import plan
 from bem.cli.route import route_app
 from bem.cli.route_fit import fit
 from bem.cli.safety import safety_app
+from bem.cli.serve import serve
 from bem.cli.store import history, promote, rollback, store_app
 from bem.cli.verdict import validate
 
@@ -27,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    demo, run, evaluate, plan, validate, promote, rollback, history, report, doctor,
+    demo, run, evaluate, plan, validate, promote, rollback, history, serve, chat, report, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(train_app, name="train")
@@ -38,6 +41,7 @@ app.add_typer(base_app, name="base")
 app.add_typer(store_app, name="store")
 app.add_typer(safety_app, name="safety")
 app.add_typer(online_app, name="online")
+app.add_typer(keys_app, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

@@ -21,6 +21,7 @@ EXTRAS = {
     "gguf": ("gguf", ".gguf files as bases (smollm2-135m is one)"),
     "sentence_transformers": ("retrieval", "encoders and rerankers from sentence-transformers"),
     "faiss": ("retrieval", "dense search in 100,000 passages and more"),
+    "fastapi": ("serve", "bem serve"),
     "tensorboard": ("tensorboard", "training curves in TensorBoard"),
     "arch": ("benchmarks", "benchmarks/bca.py against arch"),
     "pytest": ("dev", "make test"),

@@ -30,6 +30,7 @@ from bem.config.routing import (
     RoutingConfig,
 )
 from bem.config.section import Section, parse
+from bem.config.serving import ServingConfig
 from bem.config.tuning import TuningConfig
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RouterConfig",
     "RoutingConfig",
     "Section",
+    "ServingConfig",
     "TaskConfig",
     "TrainingConfig",
     "TuningConfig",

@@ -75,6 +75,7 @@ class Engine:
         queue: int = 1024,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        store: ChunkStore | None = None,
     ):
         """
         Args:
@@ -86,6 +87,7 @@ class Engine:
             queue: requests that may wait.
             seed: of the random numbers of requests that bring no seed.
             clock: seconds that only grow; deadlines and times are by it.
+            store: shared with other engines of this base on the same thread; None: one of its own.
         Raises:
             EngineError: the model cannot be run with rows at different places, or a number makes no sense.
         """
@@ -96,7 +98,7 @@ class Engine:
         self._model, self._base = parts_of(adapted)
         self.prefill_tokens, self.clock = prefill_tokens, clock
         self.max_tokens = _checked_length(self._base, max_tokens)
-        self.store = ChunkStore(int(cache_gib * GIB))
+        self.store = ChunkStore(int(cache_gib * GIB)) if store is None else store
         self.waiting = Waiting(queue)
         self._rows: list[Sequence | None] = [None] * slots
         self._arrived: list[Sequence] = []  # those that run, in the order of admission
@@ -117,9 +119,11 @@ class Engine:
             control = None if acts.wiring is None else SlotLayer(acts.wiring, slots, base.device)
             return Runner(self._model, Slab(blocks, slots), control, pad, mask)
 
+        probe = runner(2)
         with torch.inference_mode():
-            check_probe(base, self._alone, lambda *rows: apart(runner(2), acts, *rows))
+            check_probe(base, self._alone, lambda *rows: apart(probe, acts, *rows))
         self._runner = runner(self.slots)
+        self._runner.slab.begin_like(probe.slab)
         root = ChunkKey.root(acts.version.base, base.dtype, acts.chunk_size, self._reader.name)
         self._chains = Chains(self.store, self._runner.slab, self._runner.control, root)
 
@@ -216,6 +220,11 @@ class Engine:
     def busy(self) -> bool:
         """Does anything wait, run, or wait to be handed out?"""
         return bool(len(self.waiting) or self._arrived or self._undelivered)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Those that were admitted and are not over, in the order of admission; to be read only."""
+        return tuple(self._arrived)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -349,7 +358,7 @@ class Engine:
         else:
             self._chains.store_finished(sequence)
             self._chains.let_go(sequence)
-            actions = self._actions(sequence)
+            actions = self.actions(sequence)
             if (control := self._runner.control) is not None:
                 control.state.free(sequence.control)
             self._rows[sequence.slot] = None
@@ -357,7 +366,8 @@ class Engine:
         result = self._reader.result(sequence, reason, self.clock(), actions)
         self._undelivered.append(result)
 
-    def _actions(self, sequence: Sequence) -> tuple[ChunkAction, ...]:
+    def actions(self, sequence: Sequence) -> tuple[ChunkAction, ...]:
+        """What a router did so far, chunk by chunk."""
         control, acts, spans = self._runner.control, sequence.acts, sequence.spans
         if control is None or acts is None or spans is None or not sequence.read:
             return ()

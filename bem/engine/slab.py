@@ -211,6 +211,13 @@ class Slab:
         self.layers = [SlabLayer(slots) for _ in range(blocks)]
         self.slots = slots
 
+    def begin_like(self, other: Slab) -> None:
+        """Make arrays for the layers that `other` has them for: a store that others fill may hold what this
+        one is to read before it was ever written to."""
+        for layer, known in zip(self.layers, other.layers, strict=True):
+            if known.is_initialized:
+                layer.lazy_initialization(known.keys, known.values)
+
     def cache(self, place: Place, control: SlotLayer | None) -> Cache:
         """For one pass; room is made for what it writes."""
         for layer in self.layers:

@@ -61,3 +61,13 @@ def test_greedy_tokens_are_those_of_generate_while_others_join_and_leave(
     assert [list(r.token_ids) for r in again] == wanted[::-1]
     if cache_gib:
         assert sum(r.cached_tokens for r in again) > 0
+
+
+def test_an_engine_reads_from_a_store_that_another_filled_before_its_first_pass(tokenizer):
+    """A server has an engine for each version, and one store."""
+    asked = prompts(100)[0]
+    first = engine_of(adapted("s0"), tokenizer, cache_gib=0.1)
+    cold = first.generate([asked], max_new_tokens=NEW, ignore_eos=True)[0]
+    second = engine_of(adapted("s0"), tokenizer, store=first.store)
+    warm = second.generate([asked], max_new_tokens=NEW, ignore_eos=True)[0]
+    assert warm.cached_tokens == 99 and warm.token_ids == cold.token_ids
