@@ -16,8 +16,6 @@ OPTIONAL = {
     "accelerate",
     "llguidance",
     "sqlalchemy",
-    "sqlalchemy",
-    "llguidance",
     "huggingface_hub",
     "torch.utils.tensorboard",
 }
