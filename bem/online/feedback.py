@@ -35,6 +35,8 @@ from bem.online.events import (
 
 try:
     import sqlalchemy as sa
+    import sqlalchemy.event
+    import sqlalchemy.exc
 except ImportError:
     raise MissingExtra("sqlalchemy", "online", "Keeping feedback") from None
 
@@ -87,12 +89,12 @@ class FeedbackLog:
             raise ConfigError("a database in memory forgets what it acknowledged: name a file.")
         self._is_sqlite = self.url.get_backend_name() == "sqlite"
         if self._is_sqlite:
-            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.url.database or "").parent.mkdir(parents=True, exist_ok=True)
         with self._trouble("opened"):
             arguments = {"timeout": BUSY_S} if self._is_sqlite else {}
             self._engine = sa.create_engine(self.url, connect_args=arguments)
             if self._is_sqlite:
-                sa.event.listen(self._engine, "connect", _durable)
+                sqlalchemy.event.listen(self._engine, "connect", _durable)
             self._make()
 
     def __repr__(self) -> str:
@@ -239,7 +241,9 @@ class FeedbackLog:
             with self._engine.begin() as connection:
                 if connection.execute(sa.select(_COUNTER.c.value)).first() is None:
                     connection.execute(sa.insert(_COUNTER).values(name="sequence", value=0))
-        except sa.exc.IntegrityError:  # another process opened it for the first time just now
+        except (
+            sqlalchemy.exc.IntegrityError
+        ):  # another process opened it for the first time just now
             return
 
     def _append(self, connection: sa.Connection, row: Mapping[str, Any]) -> int:
@@ -297,7 +301,7 @@ class FeedbackLog:
     def _trouble(self, done: str) -> Iterator[None]:
         try:
             yield
-        except (sa.exc.SQLAlchemyError, OSError) as failed:
+        except (sqlalchemy.exc.SQLAlchemyError, OSError) as failed:
             reason = getattr(failed, "orig", None) or failed
             raise OnlineError(
                 f"{self!r} could not be {done}: {reason}. What was acknowledged is whole."
@@ -308,7 +312,7 @@ def _url(where: str | Path) -> sa.URL:
     text = str(where)
     try:
         return sa.make_url(text) if "://" in text else sa.URL.create("sqlite", database=text)
-    except sa.exc.ArgumentError:
+    except sqlalchemy.exc.ArgumentError:
         raise ConfigError(
             f"{text!r:.80} is neither a path nor a URL of SQLAlchemy, as sqlite:///runs/feedback.db."
         ) from None

@@ -93,16 +93,16 @@ def fit_basis(
     bad_order, good_order = rng.permutation(len(harmful)), rng.permutation(len(harmless))
     reader, first = Reader(base, tokenizer, [names[b] for b in blocks]), 3 * len(harmless) // 5
     tell(f"reading {len(harmful)} harmful prompts")
-    bad = reader.last_tokens([harmful[i] for i in bad_order])
+    bad = reader.last_tokens([harmful[int(i)] for i in bad_order])
     tell(f"reading {len(harmless)} harmless prompts")
-    good, tokens = reader.all_tokens([harmless[i] for i in good_order], first)
-    named = None if categories is None else [categories[i] for i in bad_order]
+    good, tokens = reader.all_tokens([harmless[int(i)] for i in good_order], first)
+    named = None if categories is None else [categories[int(i)] for i in bad_order]
     tried = [
         _layer(block, bad[:, n], good[:, n], tokens[:, n], named, options)
         for n, block in enumerate(blocks)
     ]
     layers = _best(tried, options.keep)
-    held = [harmless[i] for i in good_order[first:]][:MOST_CLAMPED]
+    held = [harmless[int(i)] for i in good_order[first:]][:MOST_CLAMPED]
     tell(f"clamping the base on {len(held)} harmless prompts")
     about = {
         "tried": [t.about() for t in tried],

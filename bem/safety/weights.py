@@ -78,7 +78,9 @@ def read_weights(folder: Path) -> Weights:
 
 def write_weights(folder: Path, weights: Weights) -> None:
     """Write config.json and model.safetensors (float16)."""
-    tensors = {c.name: c.weights.astype(np.float16) for c in weights.categories}
+    tensors: dict[str, np.ndarray] = {
+        c.name: c.weights.astype(np.float16) for c in weights.categories
+    }
     tensors["idf"] = weights.idf.astype(np.float16)
     tensors["words"] = np.array(sorted(weights.words), dtype=np.uint64)
     shares = [weights.words[word] for word in sorted(weights.words)]
