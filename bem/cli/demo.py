@@ -146,11 +146,12 @@ def _kept(done: Done, release: Shipped | None, store: Store) -> str:
             f"{better} is in use in {store.path}, version {promoted.short}, as its verdict allows."
         )
     if release is None:
-        return "No verdict says PROMOTE, so nothing was put into use."
+        return f"No verdict on {done.config.base} says PROMOTE, so nothing was put into use for it."
     kept = import_release(store, release.address)
+    base = f"{done.config.base} --dtype {done.config.dtype}"
     return (
-        f"No verdict says PROMOTE, so nothing was put into use. {release.name} is kept in {store.path}, version "
-        f"{kept.short}, to be served by its version."
+        f"No verdict on {done.config.base} says PROMOTE, so nothing was put into use for it. {release.name} is kept in "
+        f"{store.path}, version {kept.short}: `bem serve --base {base}` answers as bem@{kept.short}."
     )
 
 

@@ -17,6 +17,10 @@ DEFAULT = Path("runs/store")
 
 
 Base = Annotated[str, typer.Option("--base", help="bem-tiny, a folder or a Hugging Face id.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of the base; that for which the store's adapters were made."),
+]
 Store = Annotated[
     Path | None,
     typer.Option(
@@ -45,6 +49,7 @@ Canary = Annotated[
 
 def serve(
     base: Base = "bem-tiny",
+    dtype: Dtype = None,
     store: Store = None,
     index: Index = None,
     host: Host = "127.0.0.1",
@@ -61,7 +66,7 @@ def serve(
     _log()
     folder = store or (DEFAULT if DEFAULT.is_dir() else None)
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
-    given |= {"keys": keys, "feedback": feedback}
+    given |= {"keys": keys, "feedback": feedback, "dtype": dtype}
     values = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     config = serving_config({k: v for k, v in values.items() if v is not None}, canary, settings)
     server = Server(config)

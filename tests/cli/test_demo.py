@@ -104,7 +104,8 @@ def test_what_no_verdict_allows_is_not_put_into_use(console, tmp_path):
     done = done_of(folder)
     assert not any(verdict.accepted for verdict in done.result.verdicts.values())
     command._keep(console, done, None)
-    assert "No verdict says PROMOTE, so nothing was put into use." in console.file.getvalue()
+    said = console.file.getvalue()
+    assert "No verdict on bem-tiny says PROMOTE, so nothing was put into use for it." in said
     assert not store_of(folder.path).path.exists()
 
 
