@@ -105,7 +105,7 @@ def test_what_no_verdict_allows_is_not_put_into_use(console, tmp_path):
     assert not any(verdict.accepted for verdict in done.result.verdicts.values())
     command._keep(console, done, None)
     said = console.file.getvalue()
-    assert "No verdict on bem-tiny says PROMOTE, so nothing was put into use for it." in said
+    assert "No verdict on micro says PROMOTE, so nothing was put into use for it." in said
     assert not store_of(folder.path).path.exists()
 
 
