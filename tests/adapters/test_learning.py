@@ -174,9 +174,11 @@ def test_a_step_that_forgot_the_penalty_is_refused_before_it_is_taken():
 
 def test_a_variant_without_penalties_needs_no_labels():
     attached = bem.attach(tiny_model("llama"), "v2", rank=4, alignment=0.0)
+    before = {name: p.detach().clone() for name, p in attached.named_parameters()}
     attached.model.train()
     attached.model(input_ids=probe.token_ids()).logits.sum().backward()
     torch.optim.SGD(attached.parameters(), lr=0.1).step()
+    assert any(not torch.equal(p, before[name]) for name, p in attached.named_parameters())
 
 
 def test_trainer_trains_on_the_penalty(tmp_path):
