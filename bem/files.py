@@ -57,6 +57,11 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         draft.unlink(missing_ok=True)
 
 
+def is_draft(name: str, path: Path) -> bool:
+    """Is this what `write_bytes` left beside a file when it was killed?"""
+    return name.startswith(f".{path.name}.") and name.endswith(".draft")
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of UTF-8."""
     write_bytes(path, text.encode("utf-8"))

@@ -53,7 +53,7 @@ class Production:
 
     def follow(self, event: int) -> bool:
         """Has somebody else moved the pointer? Then answer with what is in use now."""
-        version = in_use(self.store) if self._is_there() else ""
+        version = in_use(self.store) if self.store.journal.begun() else ""
         if version is None:  # damaged: the newest whole version before it, else the bare base
             names = [s.version for s in reversed(self.before) if s.version]
             release, problems = roll_back(self.store, names, "what was in use is damaged")
@@ -66,11 +66,8 @@ class Production:
         self.live, self.candidate = self._in_use(), None
         return True
 
-    def _is_there(self) -> bool:
-        return self.store.path.is_dir() and any(self.store.path.iterdir())
-
     def _in_use(self) -> Standing:
-        release = self.store.load_current().release if self._is_there() else None
+        release = self.store.load_current().release if self.store.journal.begun() else None
         if release is None:
             return Standing("", self.trainee.born)
         with self.store.shelf.folder(release) as folder:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bem.errors import CheckpointError
-from bem.files import locked, sync_folder
+from bem.files import is_draft, locked, sync_folder
 from bem.runs.ledger import BEGINNING, Ledger, append, read_ledger, without_torn_line
 from bem.runs.pointer import Look, Pointer, look_at, open_moves, read_pointer
 from bem.runs.release import Release
@@ -88,7 +88,8 @@ class Journal:
         """
         try:
             held = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-            if not self._exists() and (foreign := [n for n in held if n not in (*FOLDERS, LOCK)]):
+            ours = (*FOLDERS, LOCK, *(n for n in held if is_draft(n, self.pointer_file)))
+            if not self._exists() and (foreign := [n for n in held if n not in ours]):
                 raise CheckpointError(
                     f"{self.path} is no version store, it holds {foreign[0]!r}: name a new folder by --store."
                 )
@@ -140,18 +141,23 @@ class Journal:
             about=about,
         )
 
+    def begun(self) -> bool:
+        """Is something kept here? A store whose maker was killed before the first pointer is none yet."""
+        folders = [self.path / name for name in FOLDERS]
+        return self._exists() or any(f.is_dir() and any(f.iterdir()) for f in folders)
+
     def _exists(self) -> bool:
         return self.ledger_file.is_file() or self.pointer_file.is_file()
 
     def _make(self) -> None:
         """The pointer comes first: from then on one that is missing was lost."""
-        for name in FOLDERS:
-            (self.path / name).mkdir(exist_ok=True)
-        if any(any((self.path / name).iterdir()) for name in FOLDERS):
+        if self.begun():
             raise CheckpointError(
                 f"{self.path} holds objects and releases, but neither pointer nor ledger. Put them back from a copy, or "
                 "name a new folder by --store."
             )
+        for name in FOLDERS:
+            (self.path / name).mkdir(exist_ok=True)
         sync_folder(self.path.parent)
         Pointer(None, None, 0, BEGINNING).write(self.pointer_file)
 

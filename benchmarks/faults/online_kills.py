@@ -104,7 +104,7 @@ def examine(folder: Path, acknowledged: int, seen: int) -> list[str]:
 def outcome(folder: Path) -> tuple:
     """Everything that a later decision could depend on."""
     with opened(folder) as loop:
-        moves = [(e.event, e.version) for e in loop.production.store.journal.ledger().entries if e.event in ("promote", "rollback")]  # fmt: skip
+        moves = [(e.event, e.version) for e in loop.production.store.journal.ledger().moves()]
         parts = (loop.trainee.w.tolist(), loop.learner.state(), loop.drift.state())
         return loop.event, moves, loop.desk.journal.read_text(), loop.production.state(), parts
 

@@ -17,6 +17,7 @@ from bem.online.feedback import FeedbackLog
 from bem.online.live import catch_up
 from bem.online.stream import Turn
 from bem.runs import upkeep
+from bem.runs.pointer import Pointer
 from tests.online.toys import SKILLS, Toy, loop, moves, stream
 
 
@@ -198,10 +199,8 @@ def everything(made):
     journal = made.desk.journal.read_text()
     weights = [made.trainee.w.tolist(), made.trainee.accepted.tolist()]
     learner, drift = json.dumps(made.learner.state()), made.drift.to_json()
-    ledger = [
-        (e.event, e.version) for e in made.production.store.journal.ledger().entries
-        if e.event not in ("import", "abandon", "recover")
-    ]  # fmt: skip
+    # a move that a kill left open is abandoned, by name, and made again
+    ledger = [(e.event, e.version) for e in made.production.store.journal.ledger().moves()]
     return state, journal, weights, learner, drift, made.production.state(), ledger
 
 
@@ -239,8 +238,9 @@ def test_killed_at_any_instant_and_resumed_it_does_the_same_to_the_last_bit(
                 os._exit(0)
             except BaseException:
                 os._exit(1)
-        time.sleep(rng.uniform(0.0, 0.06) if kills < 40 else 30)
-        os.kill(child, signal.SIGKILL)
+        if kills < 40:
+            time.sleep(rng.uniform(0.0, 0.06))
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
@@ -272,6 +272,26 @@ def test_another_learners_folder_is_refused(tmp_path):
         loop(tmp_path, margin=0.05),
     ):
         pass
+
+
+def test_killed_between_a_promotions_ledger_entry_and_its_pointer_it_makes_the_move_once(
+    tmp_path, uninterrupted, monkeypatch
+):
+    real = Pointer.write
+
+    def killed(self, path):
+        if self.entry > 0:
+            raise KeyboardInterrupt
+        real(self, path)
+
+    monkeypatch.setattr(Pointer, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, fall())
+    monkeypatch.undo()
+    made, _ = run(tmp_path, fall())
+    events = [e.event for e in made.production.store.journal.ledger().entries]
+    assert events[:4] == ["import", "promote", "abandon", "promote"]
+    assert everything(made) == uninterrupted
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path, uninterrupted):

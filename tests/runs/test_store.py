@@ -382,6 +382,15 @@ def test_a_folder_with_something_else_is_no_store(tmp_path):
             read()
 
 
+def test_a_store_whose_maker_was_killed_before_its_first_pointer_is_made_anew(tmp_path):
+    (tmp_path / "store" / "objects").mkdir(parents=True)
+    (tmp_path / "store" / ".current.json.123.draft").write_text('{"format"')
+    store = make_store(tmp_path)
+    assert not store.journal.begun()
+    promote(store, tmp_path, "a")
+    assert store.journal.begun() and store.current() is not None and check(store) == []
+
+
 def test_a_store_that_lost_pointer_and_ledger_is_not_begun_anew(tmp_path):
     store = make_store(tmp_path, "a")
     store.journal.pointer_file.unlink()
