@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from bem.serving.answers import Receipt as AnswerReceipt
 from bem.serving.answers import choice_id
 from bem.serving.prompts import Prepared
 from bem.serving.resident import Coin
-from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Part, Text
+from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Message, Part, Text
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +152,18 @@ def _text(text: str) -> str:
     return text.replace("\0", "\ufffd")
 
 
+def _message(message: Message) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": message.role, "content": _text(message.text)}
+    if message.tool_calls:
+        calls = [call.model_dump_json() for call in message.tool_calls]
+        said["tool_calls"] = [json.loads(_text(call)) for call in calls]
+    return said
+
+
 def _said(asked: Asked, number: int) -> Any:
     """One prompt, as the client gave it."""
     if isinstance(asked, ChatRequest):
-        return [{"role": m.role, "content": _text(m.text)} for m in asked.messages]
+        return [_message(m) for m in asked.messages]
     assert isinstance(asked, CompletionRequest)
     prompt = asked.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
