@@ -31,6 +31,7 @@ def loud(factor: float, **overrides):
         made.append(from_updates(name, updates, "test"))
     routed = lively(bem.mount(model, made, **{**FREE, **overrides}))
     routed.router.trained = True
+    routed.router.available[0] = False  # it would choose the bare base throughout
     return routed
 
 

@@ -26,9 +26,8 @@ TEMPLATE = """
 {%- elif m['role'] == 'tool' %}{{ 'Returned: ' + m['content'] + '\n' }}
 {%- else %}{{ 'User: ' + m['content'] + '\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"""
-BARE = TEMPLATE.replace("<tool_call>\\n", "").replace("\\n</tool_call>", "").replace(
-    "arguments\": '", "parameters\": '"
-)  # fmt: skip
+BARE = TEMPLATE.replace("<tool_call>\n", "").replace("\n</tool_call>", "")
+BARE = BARE.replace('"arguments"', '"parameters"')
 CITY = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/City"}},
