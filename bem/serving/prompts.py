@@ -19,7 +19,7 @@ from bem.evidence.passages import Passage
 from bem.evidence.rerank import load_reranker
 from bem.evidence.retriever import Evidence, Retriever
 from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Message
-from bem.serving.tools import Tools, has_calls, messages_of, tools_of
+from bem.serving.tools import Tools, call_form, has_calls, messages_of, tools_of
 from bem.training.chat import turns_of_messages
 from bem.training.data import encode, end_of_turn, prompt_of
 from bem.training.example import Example
@@ -200,6 +200,7 @@ class Writer:
         self._check_length(str(schemas or ""), "tools")
         try:
             if schemas or has_calls(messages):
+                call_form(tokenizer, repr(tokenizer.chat_template))  # or calls would be left out
                 said = messages_of(messages, shown)
                 ids, starts = prompt_of(turns_of_messages(said, tokenizer, schemas), tokenizer)
             else:

@@ -48,8 +48,8 @@ def log(url):
     log.close()
 
 
-def test_nul_and_any_script_are_kept(log):
-    text = "\0 日本語 🎉 \u2028 '; DROP TABLE bem_events; --"
+def test_any_script_is_kept_and_nothing_is_a_statement(log):
+    text = "日本語 🎉 \u2028 '; DROP TABLE bem_events; --"
     log.record(Served("r2", "v", [{"role": "user", "content": text}], text, "u1"))
     log.add(Feedback("e1", "r2", "correction", text=text))
     (event,) = log.read()

@@ -301,7 +301,8 @@ def test_tools_that_cannot_be_used_are_refused_with_their_field(api, fields, par
 def test_a_base_without_tools_refuses_them_over_http():
     server = Server(ServingConfig(port=0), base()).start()
     try:
-        with pytest.raises(openai.BadRequestError, match="shows no tools"):
-            chat(client(server))
+        for fields in ({}, {"messages": HISTORY, "tools": openai.NOT_GIVEN}):
+            with pytest.raises(openai.BadRequestError, match="shows no tools"):
+                chat(client(server), **fields)
     finally:
         server.stop()
