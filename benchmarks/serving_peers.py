@@ -37,7 +37,25 @@ from bem.bases.load import find_base  # noqa: E402
 from bem.serving.client import Client  # noqa: E402
 from benchmarks.serving import shared  # noqa: E402
 
-WORDS = ["the", "value", "of", "a", "file", "that", "this", "function", "returns", "when", "its", "name", "is", "a", "list", "of", "numbers"]
+WORDS = [
+    "the",
+    "value",
+    "of",
+    "a",
+    "file",
+    "that",
+    "this",
+    "function",
+    "returns",
+    "when",
+    "its",
+    "name",
+    "is",
+    "a",
+    "list",
+    "of",
+    "numbers",
+]
 
 
 class Peer:
@@ -53,14 +71,17 @@ class Peer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.name, self.body = name, body
+        self.name, self.body, self.ready = name, body, ready
         self.url = f"http://127.0.0.1:{self.port}"
         command = [word.replace("PORT", str(self.port)) for word in command]
         self.log = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=self.log)
-        while not self._answers(ready):
+
+    def wait(self) -> None:
+        """Until it answers."""
+        while not self._answers(self.ready):
             if self.process.poll() is not None:
-                sys.exit(f"{name} ended: {Path(self.log.name).read_text()[-1500:]}")
+                sys.exit(f"{self.name} ended: {Path(self.log.name).read_text()[-1500:]}")
             time.sleep(0.5)
 
     def _answers(self, path: str) -> bool:
@@ -177,7 +198,9 @@ def main() -> None:
         servers, missing = peers(options, Path(home))
         try:
             for peer in servers:
-                measured(peer, 8, argparse.Namespace(words=8, new=2, **{}), 0)
+                peer.wait()
+            for peer in servers:
+                measured(peer, 8, argparse.Namespace(words=8, new=2), 0)
             lines = [row for clients in options.clients for row in rows(servers, clients, options)]
         finally:
             for peer in servers:

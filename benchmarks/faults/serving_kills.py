@@ -122,6 +122,7 @@ class Load:
 
     def insist(self, call: Any) -> Any:
         """Until it is done: after a refusal as long later as it says, after the kill when the server is back."""
+        is_down = False
         while True:
             try:
                 return call()
@@ -130,8 +131,9 @@ class Load:
                 time.sleep(min(error.retry_after_s or 1, 5))
             except Unreachable:
                 with self.seen.lock:
-                    self.seen.broken += 1
-                time.sleep(0.5)
+                    self.seen.broken += not is_down
+                is_down = True
+                time.sleep(3)
 
     def refused(self, error: Refused) -> None:
         with self.seen.lock:
