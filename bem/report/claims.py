@@ -77,7 +77,7 @@ def _differences(arm: Measurement, other: Measurement) -> Floats:
 
 
 def sentences(config: ExperimentConfig, measured: Mapping[str, Measurement]) -> Iterator[str]:
-    """What the numbers say of the router (AR1, else AR0), and no more than their intervals show."""
+    """What the numbers say of the routers, and no more than their intervals show."""
     by_route = {arm.route: measured[arm.name] for arm in reversed(config.arms) if arm.route}
     main = by_route.get("ar1") or by_route.get("ar0")
     if main is None:

@@ -34,6 +34,8 @@ from bem.training.linear import fit_linear, turn_features
 
 PEERS: dict[str, Callable[..., Peer]] = {"arrow": arrow, "xlora": xlora}
 """Methods of PEFT's, by route."""
+ROUTERS = ("ar0", "ar1", "fitted")
+"""Routes that a router of ours decides, and stages of the artifacts."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def ready_arm(arm: ArmConfig, artifacts: RoutingArtifacts, cell: Cell) -> Iterat
         with put_on(artifacts.model, lambda base: _peer(route, base, folders, artifacts)) as peer:
             _train_peer(peer, artifacts, cell)
             yield ReadyArm(peer, artifacts.inputs.tasks, {})
-    elif route in ("ar0", "ar1"):
-        folder = artifacts.ar0() if route == "ar0" else artifacts.ar1()
+    elif route in ROUTERS:
+        folder = getattr(artifacts, route)()
         facts: dict[str, Any] = {}
         if artifacts.saved is None:
             facts["interference"] = interference_of(artifacts, folder)
@@ -191,7 +193,7 @@ def _oracle(artifacts: RoutingArtifacts, rows: Sequence[Example]) -> tuple[Optio
 
 def _linear(artifacts: RoutingArtifacts, rows: Sequence[Example]) -> tuple[Options, dict]:
     """A linear classifier on the base's mean hidden states, trained on the makers' labels."""
-    layer, train = _router_layer(artifacts), artifacts.traced_rows()
+    layer, train = _router_layer(artifacts), artifacts.labelled_rows()
     seen = _turn_features(artifacts, train, layer)
     labels = [
         option
