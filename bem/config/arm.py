@@ -18,6 +18,8 @@ Route = Literal[
     "ar0", "ar1", "fitted", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "xlora",
     "arrow",
 ]  # fmt: skip
+ROUTERS = ("ar1", "ar0", "fitted")
+"""Routes that a router of ours decides; where one is shown for all, the first that a run has."""
 LABELLED = ("fitted", "linear", "encoder")
 """Routes that learn from the makers' labels of `RoutingConfig.labelled_rows` conversations."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bem.config import ArmConfig
+from bem.config.arm import ROUTERS
 from bem.experiments.adapted import put_on
 from bem.experiments.measuring.kept import KeptAnswers
 from bem.experiments.routing.arrow import arrow
@@ -34,8 +35,6 @@ from bem.training.linear import fit_linear, turn_features
 
 PEERS: dict[str, Callable[..., Peer]] = {"arrow": arrow, "xlora": xlora}
 """Methods of PEFT's, by route."""
-ROUTERS = ("ar0", "ar1", "fitted")
-"""Routes that a router of ours decides, and stages of the artifacts."""
 
 
 @dataclass(frozen=True)
