@@ -83,7 +83,7 @@ def test_what_was_acknowledged_survives_a_database_that_is_killed(server, url):
     for after in (20, 60):
         command = [sys.executable, "-c", WRITER, url, str(acknowledged + 1)]
         pipe = subprocess.PIPE
-        writer = subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        writer = subprocess.Popen(command, stdout=pipe, text=True)
         for _ in range(after):
             acknowledged = int(writer.stdout.readline())
         server.end(signal.SIGKILL)
