@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 
-from bem.bases.load import find_base  # noqa: E402
 from bem.serving.client import Client  # noqa: E402
 from benchmarks.serving import shared  # noqa: E402
 
@@ -77,12 +76,14 @@ class Peer:
         self.log = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=self.log)
 
-    def wait(self) -> None:
-        """Until it answers."""
+    def wait(self) -> str:
+        """Until it answers; returns why it never will."""
         while not self._answers(self.ready):
             if self.process.poll() is not None:
-                sys.exit(f"{self.name} ended: {Path(self.log.name).read_text()[-1500:]}")
+                last = Path(self.log.name).read_text().strip().splitlines()[-1:]
+                return f"{self.name} ended while it started: {' '.join(last)[:300]}"
             time.sleep(0.5)
+        return ""
 
     def _answers(self, path: str) -> bool:
         try:
@@ -146,6 +147,8 @@ def measured(peer: Peer, clients: int, options: argparse.Namespace, seed: int) -
 
 def peers(options: argparse.Namespace, home: Path) -> tuple[list[Peer], list[str]]:
     """Those that can be started here, and why not the others."""
+    from bem.bases.load import find_base  # not where the clients run: it loads torch
+
     new, missing = options.new, []
     body = {"max_tokens": new, "temperature": 0}
     python, folder = [sys.executable, "-m"], str(find_base(options.base))
@@ -197,8 +200,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         servers, missing = peers(options, Path(home))
         try:
-            for peer in servers:
-                peer.wait()
+            missing += filter(None, [peer.wait() for peer in servers])
+            servers = [peer for peer in servers if peer.process.poll() is None]
             for peer in servers:
                 measured(peer, 8, argparse.Namespace(words=8, new=2), 0)
             lines = [row for clients in options.clients for row in rows(servers, clients, options)]

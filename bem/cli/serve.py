@@ -116,6 +116,6 @@ def _tell(server: Server, folder: Path | None) -> None:
         said = f"  nothing is in use: `bem` is the bare base; the store keeps {kept or 'nothing'}"
         console.print(Text(said), soft_wrap=True)
     console.print(Text(f"  {url}/v1"), soft_wrap=True)
-    asked = '{"messages": [{"role": "user", "content": "Name a prime."}]}'
+    asked = '{"messages": [{"role": "user", "content": "Name a prime."}], "temperature": 0}'
     line = f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{asked}'"
     console.print(Text(line), soft_wrap=True)
