@@ -219,8 +219,9 @@ class Chains:
         assert acts is not None and spans is not None
         if not chain:
             root = self._root(sequence)
-            told = list(sequence.request.evidence or ()) if "evidence" in acts.reads else []
-            decided = f"{root} {acts.controller} {[float(x) for x in told]} {sequence.route}"
+            told = [getattr(sequence.request, name) or () for name in acts.reads]
+            told = [[float(x) for x in values] for values in told]
+            decided = f"{root} {acts.controller} {told} {sequence.route}"
             before = _hash(root), _hash(decided)
         else:
             before = chain[-1]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bem.control.generation import conditioning_of
+from bem.control.generation import CONDITIONING, conditioning_of
 from bem.engine.acts import Acts
 from bem.engine.answers import Reader
 from bem.engine.grammar import Grammars
@@ -88,6 +88,6 @@ class Intake:
 
 def told_of(request: Request, acts: Acts) -> dict[str, Tensor]:
     """What the adapter reads of what is known beside the tokens."""
-    evidence = None if request.evidence is None else list(request.evidence)
-    told = conditioning_of(None, evidence)
+    given = {name: getattr(request, name) for name in CONDITIONING}
+    told = conditioning_of(None, **{n: None if v is None else list(v) for n, v in given.items()})
     return {name: value for name, value in told.items() if name in acts.reads}

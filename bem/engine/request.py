@@ -93,6 +93,8 @@ class Request:
     """Positions in the prompt that predict the first token of an earlier answer: where its chunks began."""
     evidence: Sequence[float] | None = None
     """`EvidenceRecord.features()` of what the prompt shows."""
+    vision: Sequence[float] | None = None
+    """`VisionRecord.features()` of the picture that belongs to it."""
     route: str | int | None = None
     """Expert, by name or option (0 or "base": none), instead of the router's choice."""
     version: str | None = None

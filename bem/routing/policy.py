@@ -1,10 +1,11 @@
 """The macro policy: memory and the last action in, a distribution over actions out.
 
-    h = tanh(W [memory, evidence, turn, chunk number, value] + V [last action, span, plan] + b)
+    h = tanh(W [memory, evidence, picture, turn, chunk number, value] + V [last action, span, plan] + b)
     logits of expert, span, rank budget and strength = heads(h)
-    logits of expert += expert_bias(memory)
+    logits of expert += expert_bias(memory) + picture_bias(picture)
 
-`expert_bias` is a linear map from memory to expert logits, trained with the reader.
+`expert_bias` is a linear map from memory to expert logits, trained with the reader; `picture_bias` another, without
+a constant, from what a vision tower sees: without a picture it adds nothing.
 What is read (W) is the same for all chunks of a prompt at once; only what was done before (V) must
 wait for the chunk before. The critic is a network of its own that sees what was read, and nothing of
 what was done: it gives the value of the state and Q of every expert, which hysteresis compares.
@@ -31,11 +32,18 @@ class Observed:
     memory: int
     n_evidence: int
     space: ActionSpace
+    n_vision: int = 0
 
     @property
     def read(self) -> int:
-        """Memory, evidence, whether a turn begins, whether anything was read, chunk number."""
-        return self.memory + self.n_evidence + 3
+        """Memory, evidence, picture, whether a turn begins, whether anything was read, chunk number."""
+        return self.memory + self.n_evidence + self.n_vision + 3
+
+    @property
+    def picture(self) -> slice:
+        """Where in what is read the picture stands."""
+        first = self.memory + self.n_evidence
+        return slice(first, first + self.n_vision)
 
     @property
     def done(self) -> int:
@@ -103,6 +111,10 @@ class Actor(nn.Module):
         super().__init__()
         self.observed, self.sizes = observed, observed.space.sizes
         self.expert_bias = nn.Linear(observed.memory, self.sizes[0])
+        self.picture_bias: nn.Linear | None = None
+        if observed.n_vision:
+            self.picture_bias = nn.Linear(observed.n_vision, self.sizes[0], bias=False)
+            nn.init.zeros_(self.picture_bias.weight)
         self.net = Net(observed.read + 1, observed.done, hidden, sum(self.sizes), 0.01)
 
     def logits(self, observation: Float[Tensor, "*batch width"]) -> tuple[Tensor, ...]:
@@ -117,6 +129,8 @@ class Actor(nn.Module):
             (hidden layer's half (..., hidden), bias of all logits (..., options of all heads)).
         """
         bias = self.expert_bias(read[..., : self.observed.memory])
+        if self.picture_bias is not None:
+            bias = bias + self.picture_bias(read[..., self.observed.picture])
         others = sum(self.sizes) - self.sizes[0]
         return self.net.begin(read), nn.functional.pad(bias, (0, others))
 
