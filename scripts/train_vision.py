@@ -47,7 +47,7 @@ def main() -> None:
 def train(path: Path, steps: int) -> tuple[TinyNet, float]:
     """The trained network, and CPU seconds spent."""
     torch.manual_seed(SEED)
-    net = TinyNet()
+    net = TinyNet().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(net.parameters(), lr=PEAK, weight_decay=0.01)
     begun, spent = 0, 0.0
     if path.is_file():
@@ -62,7 +62,9 @@ def train(path: Path, steps: int) -> tuple[TinyNet, float]:
         for group in optimiser.param_groups:
             group["lr"] = rate
         pixels, wanted = drawn_batch(np.random.default_rng([SEED, step]))
-        loss = loss_of(net, pixels, wanted)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(net, pixels, wanted)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -72,7 +74,7 @@ def train(path: Path, steps: int) -> tuple[TinyNet, float]:
             torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1,
                         "spent": spent}, path.with_suffix(".new"))  # fmt: skip
             path.with_suffix(".new").replace(path)
-    return net.eval(), spent
+    return net.to(memory_format=torch.contiguous_format).eval(), spent
 
 
 def drawn_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,7 @@ def no_scene(rng: np.random.Generator) -> Picture:
 
 
 def loss_of(net: TinyNet, pixels: Tensor, wanted: Tensor) -> Tensor:
-    thing, colour, shape = net.heads(net(pixels)).split([1, len(COLOURS), len(SHAPES)], -1)
+    thing, colour, shape = net.heads(net(pixels)).float().split([1, len(COLOURS), len(SHAPES)], -1)
     there = wanted[..., 0] >= 0
     found = F.binary_cross_entropy_with_logits(thing[..., 0], there.float(), reduction="none")
     loss = 20 * found.mean()

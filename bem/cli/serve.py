@@ -28,6 +28,9 @@ Store = Annotated[
     ),
 ]
 Index = Annotated[Path | None, typer.Option("--index", help="Folder of passages, for `retrieve`.")]
+Vision = Annotated[
+    str | None, typer.Option("--vision", help="Tower for pictures: tiny, or a folder of a CLIP or SigLIP.")
+]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", help="0: any that is free.")]
 Keys = Annotated[Path | None, typer.Option("--keys", help="File of API keys, see `bem keys`.")]
@@ -52,6 +55,7 @@ def serve(
     dtype: Dtype = None,
     store: Store = None,
     index: Index = None,
+    vision: Vision = None,
     host: Host = "127.0.0.1",
     port: Port = 8080,
     keys: Keys = None,
@@ -66,7 +70,7 @@ def serve(
     _log()
     folder = store or (DEFAULT if DEFAULT.is_dir() else None)
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
-    given |= {"keys": keys, "feedback": feedback, "dtype": dtype}
+    given |= {"keys": keys, "feedback": feedback, "dtype": dtype, "vision": vision}
     values = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     config = serving_config({k: v for k, v in values.items() if v is not None}, canary, settings)
     server = Server(config)

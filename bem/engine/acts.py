@@ -47,11 +47,6 @@ class Acts:
         return {} if self.acting is None else self.acting.controller.conditioning
 
     @property
-    def encoder(self) -> str:
-        """`encoder_id` of the vision tower whose numbers it reads; "": of none."""
-        return "" if self.acting is None else self.acting.controller.encoder
-
-    @property
     def frozen(self) -> bool:
         """Does it stay what it is while the model's weights are changed?"""
         return isinstance(self.acting, Pack)

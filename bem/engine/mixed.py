@@ -45,7 +45,6 @@ class MixedReader(ChunkReader):
         self.parts = parts
         first: ChunkReader = parts[0][0].controller
         self.chunk_size, self.conditioning = first.chunk_size, first.conditioning
-        self.encoder = first.encoder
         self.width, self.tail_width = first.width, first.tail_width
 
     def features(self, hidden: Tensor, head_input: Tensor | None) -> Tensor:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bem.engine.request import ChunkAction, FinishReason, Result, TokenLogprob
-from bem.evidence.retriever import Evidence
 from bem.runs.release import SHORT
+from bem.serving.pictures import about_picture
 from bem.serving.prompts import Prepared
 
 LEAST = -9999.0
@@ -71,7 +71,7 @@ class Face:
             **self._head(receipt, self.whole_object),
             "choices": choices,
             "usage": usage(results, len(prepared.prompts)),
-            "bem": about(receipt, results, prepared.evidence),
+            "bem": about(receipt, results, prepared),
         }
 
     def piece(self, receipt: Receipt, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -208,16 +208,18 @@ def usage(results: Sequence[Result], prompts: int) -> dict[str, Any]:
     }
 
 
-def about(receipt: Receipt, results: Sequence[Result], evidence: Evidence | None) -> dict[str, Any]:
+def about(receipt: Receipt, results: Sequence[Result], prepared: Prepared) -> dict[str, Any]:
     """What only this server says of an answer."""
     cached = sum(result.cached_tokens for result in results)
     said: dict[str, Any] = {"version": receipt.version, "cached_tokens": cached}
-    if evidence is not None:
+    if (evidence := prepared.evidence) is not None:
         said["evidence"] = {
             "passages": [{"id": p.id, "text": p.shown} for p in evidence.passages],
             "features": list(evidence.record.features()),
             "timed_out": evidence.record.timed_out,
         }
+    if prepared.vision is not None:
+        said["vision"] = about_picture(prepared.vision)
     return said
 
 

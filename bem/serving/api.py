@@ -25,6 +25,7 @@ from bem.serving.feedback import FeedbackRequest
 from bem.serving.gate import Gate, refusal_response
 from bem.serving.generation import Answering, Stream, error_body
 from bem.serving.naming import Name, parse_name, unknown_model
+from bem.serving.pictures import check_sees
 from bem.serving.prompts import Prepared
 from bem.serving.resident import Lease, Resident
 from bem.serving.schemas import Asked, ChatRequest, CompletionRequest
@@ -213,6 +214,7 @@ class Answer:
             expert = expert_of(name, asked.model, lease.resident)
             owner = self.request.state.owner
             prepared = await serving.prepare(asked, owner, expert)
+            check_sees(lease.resident, prepared)
             return await self._generate(lease, prepared)
         except BaseException:
             lease.end()
@@ -250,7 +252,7 @@ class Answer:
     ) -> None:
         """Record the answers for feedback, if there is to be any."""
         ledger, owner = self.serving.feedback, self.request.state.owner
-        if ledger is not None:
+        if ledger is not None and prepared.vision is None:  # pictures are not kept
             await ledger.keep(receipt, self.asked, prepared, results, owner, lease.coin)
 
     def _stream(

@@ -172,7 +172,7 @@ class Stream:
         """What a piece says of the whole request; the last one, what only this server says."""
         said: dict[str, Any] = {"usage": None} if self.with_usage else {}
         if self._over:
-            said["bem"] = about(self.receipt, self.results, self.prepared.evidence)
+            said["bem"] = about(self.receipt, self.results, self.prepared)
         return said
 
 

@@ -21,6 +21,7 @@ from bem.evidence.retriever import Evidence, Retriever
 from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Message
 from bem.training.data import encode, end_of_turn
 from bem.training.example import Example
+from bem.vision.eyes import VisionRecord
 
 UNLIMITED = 1 << 40
 CHARACTERS = 128
@@ -56,6 +57,8 @@ class Prepared:
     evidence: Evidence | None
     echoed: tuple[tuple[int, ...], ...] = ()
     """The prompt of each choice, if it is to stand before the answer."""
+    vision: VisionRecord | None = None
+    """What is seen on the picture; None: there is none."""
 
 
 class Writer:

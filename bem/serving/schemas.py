@@ -131,9 +131,19 @@ class ContentPart(Part):
     text: Text
 
 
+class ImageUrl(Part):
+    url: Annotated[str, Field(max_length=32 << 20)]
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Part):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class Message(Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ContentPart] | None = None
+    content: Text | list[ContentPart | ImagePart] | None = None
     name: str | None = None
     refusal: str | None = None
 
@@ -141,8 +151,14 @@ class Message(Part):
     def text(self) -> str:
         """All that it says."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "".join(part.text for part in self.content if isinstance(part, ContentPart))
         return self.content or ""
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of its pictures."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
 class ChatRequest(Asked):

@@ -27,6 +27,7 @@ from bem.serving.feedback import Ledger
 from bem.serving.history import History
 from bem.serving.keys import KeyRing, Quotas
 from bem.serving.metrics import Metrics
+from bem.serving.pictures import Sight
 from bem.serving.prompts import Limits, Prepared, Writer
 from bem.serving.residents import Residents
 from bem.serving.schemas import Asked
@@ -55,6 +56,7 @@ class Serving:
         self.residents = Residents(model, self.tokenizer, config, self.driver)
         limits = Limits(self.residents.bare.engine.max_tokens, text_config(model).vocab_size)
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
+        self.sight = Sight(config)
         self.keys = KeyRing(None if config.keys is None else Path(config.keys))
         self.quotas = Quotas(time.monotonic)
         self.feedback = None if config.feedback is None else Ledger(config.feedback)
@@ -102,10 +104,12 @@ class Serving:
     # --- what it does -----------------------------------------------------------------------------
 
     async def prepare(self, asked: Asked, owner: str, route: str | None) -> Prepared:
-        """See `Writer.prepare`."""
-        call = self.writer.prepare
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writes, call, asked, owner, route)
+        """See `Writer.prepare` and `Sight.add`."""
+
+        def call() -> Prepared:
+            return self.sight.add(asked, self.writer.prepare(asked, owner, route))
+
+        return await asyncio.get_running_loop().run_in_executor(self._writes, call)
 
     def note(
         self, receipt: Receipt, owner: str, prepared: Prepared, results: Sequence[Result]

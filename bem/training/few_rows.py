@@ -14,6 +14,7 @@ from bem.config import CloningConfig, ReadingConfig
 from bem.routing.mounted import Mounted
 from bem.training.data import Encoded
 from bem.training.linear import best_linear, fit_centroids, turn_features
+from bem.training.picture_bias import check_pictures, fit_picture
 from bem.training.plain_policy import follow_reader, worth_of
 from bem.training.reader import ReaderTrainer, States, read_states
 from bem.training.reader_start import Recipe, Start, Turn, start_reader
@@ -61,6 +62,7 @@ def learn(
         train: those that teach; others are not looked at.
     """
     policy, device = mounted.router.policy, mounted.base.device
+    check_pictures(prompts, policy.actor.picture_bias is not None)
     tell("reading the prompts", 0, 0)
     read = read_states(mounted, prompts, train, train, pad_id)
     trainee = _Trainee(mounted, read, targets, train, seed)
@@ -73,7 +75,13 @@ def learn(
         trainee.train(train, epochs)
     policy.reader.rescale(read.centre.to(device), read.spread.to(device))
     regrets = torch.from_numpy(trainee.regrets[:, start.options])
-    worth = worth_of(start.logits, regrets)
+    logits = start.logits
+    if policy.actor.picture_bias is not None:
+        nothing = (0.0,) * policy.actor.observed.n_vision
+        seen = torch.tensor([prompts[row].vision or nothing for row in trainee.rows])
+        wanted = torch.stack([turn.wanted for turn in trainee.turns])
+        logits = fit_picture(policy.actor, start, seen, wanted, trainee.folds)
+    worth = worth_of(logits, regrets)
     follow_reader(policy, worth)
     return Learned(start.recipe, epochs, [round(loss, 4) for loss in curve], worth)
 
