@@ -220,7 +220,7 @@ class Chains:
         if not chain:
             root = self._root(sequence)
             told = [getattr(sequence.request, name) or () for name in acts.reads]
-            told = [[float(x) for x in values] for values in told]
+            told = [[float(x) for x in values] if any(values) else [] for values in told]
             decided = f"{root} {acts.controller} {told} {sequence.route}"
             before = _hash(root), _hash(decided)
         else:

@@ -181,16 +181,17 @@ def probability(claim: Claim, of: dict[str, Tensor], grid: tuple[int, int]) -> f
 
 def count_probability(support: Tensor, least: int, most: int) -> float:
     """P(least <= number of things <= most), each patch holding one with its own probability, independently."""
-    chances = torch.zeros(min(max(least, 1), MOST_COUNTED) + (0 if most >= MOST_COUNTED else most) + 1).double()
+    seen = support[support > 1e-4].clamp(max=1).tolist()
+    top = min(len(seen), least if most >= len(seen) else most)
+    chances = torch.zeros(top + 2, dtype=torch.float64)
     chances[0] = 1.0  # the last cell takes all larger numbers
-    for p in support[support > 1e-4].clamp(max=1).tolist():
+    for p in seen:
         moved = chances * p
         chances = chances * (1 - p)
         chances[1:] += moved[:-1]
         chances[-1] += moved[-1]
-    below = float(chances[: min(least, len(chances))].sum())
-    above = 0.0 if most >= len(chances) - 1 else float(chances[most + 1 :].sum())
-    return min(1.0, max(0.0, 1 - below - above))
+    kept = chances[least:] if most >= len(seen) else chances[least : most + 1]
+    return min(1.0, max(0.0, float(kept.sum())))
 
 
 def _related(relation: str, one: Tensor, other: Tensor, grid: tuple[int, int]) -> float:
