@@ -27,7 +27,7 @@ from bem.vision.scenes import BOX_GREY, COLOURS, SHAPES, Picture, Scene, draw, d
 from bem.vision.tiny import PATCH, TinyNet, batch_of, described
 from bem.vision.usual import fit_usual
 
-BATCH, PEAK, WARM_UP = 32, 4e-3, 100
+BATCH, PEAK, WARM_UP, EVERY = 32, 4e-3, 100, 100
 SEED, SEED_CALIBRATION = 1, 1 << 20
 REFERENCE, COVERAGE = 600, 0.99
 """Scenes that the Gaussian is fitted to, as many that set its limit, and the share that stays below it."""
@@ -68,7 +68,7 @@ def train(path: Path, steps: int) -> tuple[TinyNet, float]:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % EVERY == 0:
             spent = time.process_time() - started
             print(f"step {step + 1} loss {loss.item():.4f} cpu {spent:.0f} s", flush=True)
             torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1,

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from bem.errors import DataError
+from bem.files import json_lines
 from bem.training.example import Example
 from bem.vision.eyes import Eyes
+from bem.vision.images import decode, from_data_url
 from bem.vision.scenes import BOX, BOX_GREY, SIZES, Picture, Scene, Thing, draw, draw_scene, scene_of
 
 Condition = Literal["shown", "shuffled", "blank", "noise", "none"]
@@ -119,3 +121,41 @@ def read_omniglot(path: Path) -> list[Drawing]:
         Drawing(np.repeat(255 * (1 - drawn)[..., None], 3, -1).astype(np.uint8), str(a), str(c), int(d))
         for drawn, a, c, d in zip(ink, *named, strict=True)
     ]
+
+
+def rows_with_images(path: Path, eyes: Eyes) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file whose `image` (a file beside it, or a data URL) is replaced by what is seen on it.
+
+    Raises:
+        DataError: a picture that cannot be read; names the line.
+    """
+    rows = []
+    for number, row in json_lines(path):
+        if isinstance(row, dict) and row.get("image") is not None:
+            image, text = row["image"], last_words(row)
+            try:
+                if not isinstance(image, str):
+                    raise DataError(f"image must be a file or a data URL, found {image!r:.40}.")
+                shown = from_data_url(image) if image.startswith("data:") else _read(path, image)
+            except DataError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+            row = {k: v for k, v in row.items() if k != "image"}
+            row["vision"] = list(eyes.look(shown, text).features())
+        rows.append(row)
+    return rows
+
+
+def _read(path: Path, name: str) -> Picture:
+    try:
+        return decode((path.parent / name).read_bytes())
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}.") from None
+
+
+def last_words(row: dict[str, Any]) -> str:
+    """What the user of a row says last, in any of its forms; "" where it is no text."""
+    said = row.get("input") or row.get("prompt") or row.get("messages") or ""
+    if isinstance(said, list):
+        asked = [m for m in said if isinstance(m, dict) and m.get("role") == "user"]
+        said = asked[-1].get("content") if asked else ""
+    return said if isinstance(said, str) else ""
