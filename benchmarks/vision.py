@@ -31,7 +31,7 @@ from bem.tasks.pictures import pictures_for, read_omniglot, scene_of_row, sighte
 from bem.training.data import Example, read_jsonl  # noqa: E402
 from bem.training.linear import PENALTIES, fit_linear  # noqa: E402
 from bem.vision.claims import NUMBERS  # noqa: E402
-from bem.vision.eyes import Eyes, VisionRecord, count_probability, probability  # noqa: E402
+from bem.vision.eyes import Eyes, count_probability, probability  # noqa: E402
 from bem.vision.load import load_tower  # noqa: E402
 from bem.vision.scenes import BOX, COLOURS, GAP, Picture, draw, draw_scene  # noqa: E402
 from bem.vision.tiny import PATCH  # noqa: E402
@@ -80,7 +80,10 @@ def claims(eyes: Eyes, data: Path) -> Lines:
             scores[kind].append((p, is_true(claim, scene)))
     every = [pair for pairs in scores.values() for pair in pairs]
     rows = [("all kinds", every), *scores.items()]
-    lines = ["| claims | AUROC [95 % DeLong] | true / false | Brier | right at 0.5 |", "|---|---|---|---|---|"]
+    lines = [
+        "| claims | AUROC [95 % DeLong] | true / false | Brier | right at 0.5 |",
+        "|---|---|---|---|---|",
+    ]
     for name, pairs in rows:
         yes, no = ([p for p, true in pairs if true == side] for side in (True, False))
         found = auroc(yes, no)
@@ -159,6 +162,7 @@ def crops(rng: np.random.Generator, n: int) -> list[Picture]:
 # --- people's sentences ---------------------------------------------------------------------------
 
 NOUNS = {"circle", "square", "triangle", "block", "item", "object", "thing", "shape", "box"}
+WORDS = "exactly/at least/only/all/no /not/touch/tower/box/same/top/two/one/three".split("/")
 PHRASE = re.compile(
     rf"(?:(?P<n>\d|{'|'.join(NUMBERS)}|a|an|no) )?(?:(?P<c>{'|'.join(COLOURS)}) )?(?P<s>{'|'.join(sorted(NOUNS - {'box'}))})s?\b"
 )
@@ -172,12 +176,11 @@ def sentence_numbers(eyes: Eyes, row: Example, picture: Picture) -> tuple[list[f
     """(what the words alone say, what the picture says of the phrases that are read)."""
     text = row.input.lower()
     seen = eyes.tower.encode([picture])
-    words = ("exactly", "at least", "only", "all", "no ", "not", "touch", "tower", "box", "same", "top", "two", "one", "three")
-    flags = [float(word in text) for word in words]
+    flags = [float(word in text) for word in WORDS]
     found = []
     columns = torch.arange(seen.grid[1]).repeat(seen.grid[0])
     for match in PHRASE.finditer(text):
-        noun = {"block": "square"}.get(match["s"], match["s"]) if "tower" in text or match["s"] != "block" else "square"
+        noun = match["s"]
         noun = "thing" if noun in ("item", "object", "shape", "thing") else noun
         phrase = " ".join(filter(None, (match["c"], noun)))
         said = match["n"] or ""
@@ -190,7 +193,9 @@ def sentence_numbers(eyes: Eyes, row: Example, picture: Picture) -> tuple[list[f
         asked = [(n, 1 << 20), (n, n)]
         whole = [count_probability(support, *a) for a in asked]
         per_box = [[count_probability(s, *a) for a in asked] for s in boxes]
-        found.append([*whole, *np.max(per_box, 0), *np.min(per_box, 0), min(9.0, float(support.sum())) / 9])
+        found.append(
+            [*whole, *np.max(per_box, 0), *np.min(per_box, 0), min(9.0, float(support.sum())) / 9]
+        )
     if not found:
         return [*flags, 0.0], [0.0] * 14
     return [*flags, min(len(found), 4) / 4], [*np.min(found, 0), *np.mean(found, 0)]
@@ -198,17 +203,32 @@ def sentence_numbers(eyes: Eyes, row: Example, picture: Picture) -> tuple[list[f
 
 def people(eyes: Eyes, data: Path) -> Lines:
     rows = {side: nlvr_rows(data, side) for side in ("train", "dev")}
-    numbers = {side: [sentence_numbers(eyes, r, draw(scene_of_row(r))) for r in of] for side, of in rows.items()}
-    truth = {side: np.array([r.references[0].lower() == "true" for r in of]) for side, of in rows.items()}
+    numbers = {
+        side: [sentence_numbers(eyes, r, draw(scene_of_row(r))) for r in of]
+        for side, of in rows.items()
+    }
+    truth = {
+        side: np.array([r.references[0].lower() == "true" for r in of]) for side, of in rows.items()
+    }
     group = [row.id.rsplit("-", 1)[0] for row in rows["dev"]]
     rng = np.random.default_rng([SEED, 4])
     order = rng.permutation(len(rows["dev"]))
-    shuffled = [sentence_numbers(eyes, r, draw(scene_of_row(rows["dev"][at])))[1] for r, at in zip(rows["dev"], order, strict=True)]
+    shuffled = [
+        sentence_numbers(eyes, r, draw(scene_of_row(rows["dev"][at])))[1]
+        for r, at in zip(rows["dev"], order, strict=True)
+    ]
     majority = truth["train"].mean() > 0.5
     base = truth["dev"] == majority
     w, p = ({side: [pair[i] for pair in numbers[side]] for side in rows} for i in (0, 1))
-    both = {side: [[*a, *b, *np.outer(a[:5], b[:7]).ravel()] for a, b in zip(w[side], p[side], strict=True)] for side in rows}
-    mixed = [[*a, *b, *np.outer(a[:5], b[:7]).ravel()] for a, b in zip(w["dev"], shuffled, strict=True)]
+    both = {
+        side: [
+            [*a, *b, *np.outer(a[:5], b[:7]).ravel()] for a, b in zip(w[side], p[side], strict=True)
+        ]
+        for side in rows
+    }
+    mixed = [
+        [*a, *b, *np.outer(a[:5], b[:7]).ravel()] for a, b in zip(w["dev"], shuffled, strict=True)
+    ]
     model, alone = chosen(both["train"], truth["train"]), chosen(w["train"], truth["train"])
     tried = {
         "words and picture": model(torch.tensor(both["dev"]).float()).numpy().astype(bool),
@@ -223,7 +243,9 @@ def people(eyes: Eyes, data: Path) -> Lines:
     ]
     for name, said in tried.items():
         right = said == truth["dev"]
-        lines.append(f"| {name} | {share(list(right))} | {mean_of(right.astype(float) - base, group)} |")
+        lines.append(
+            f"| {name} | {share(list(right))} | {mean_of(right.astype(float) - base, group)} |"
+        )
     return lines
 
 
@@ -256,8 +278,13 @@ def omniglot(eyes: Eyes, data: Path) -> Lines:
     nearest = torch.cdist(seen[~first], seen[first]).argmin(1)
     gallery = [d for d in drawings if d.drawer == drawers[0]]
     asked = [d for d in drawings if d.drawer != drawers[0]]
-    same = [(gallery[int(at)].alphabet, gallery[int(at)].character) == (d.alphabet, d.character) for at, d in zip(nearest, asked, strict=True)]
-    alphabet = [gallery[int(at)].alphabet == d.alphabet for at, d in zip(nearest, asked, strict=True)]
+    same = [
+        (gallery[int(at)].alphabet, gallery[int(at)].character) == (d.alphabet, d.character)
+        for at, d in zip(nearest, asked, strict=True)
+    ]
+    alphabet = [
+        gallery[int(at)].alphabet == d.alphabet for at, d in zip(nearest, asked, strict=True)
+    ]
     return [
         f"One drawing of each of {len(gallery)} characters by one person, asked for by another person's; nearest `summary`. "
         "The tower was not made for it and abstains on nearly all of it (above).\n",
@@ -273,7 +300,9 @@ CUES = ("Answer in JSON.", "Name the intent only.", "List the slots.")
 ASKED = "Do what the picture stands for."
 
 
-def conversations(data: Path, side: str, n: int, by_picture: bool) -> tuple[list[Example], list[int]]:
+def conversations(
+    data: Path, side: str, n: int, by_picture: bool
+) -> tuple[list[Example], list[int]]:
     """Two turns each: another skill first, then one that the picture stands for, or that the text names."""
     rng = np.random.default_rng([SEED, 5, side == "dev", by_picture])
     said = [row.input for row in read_jsonl(data / f"json_snips.{side}.jsonl.gz")]
@@ -286,7 +315,9 @@ def conversations(data: Path, side: str, n: int, by_picture: bool) -> tuple[list
         kind = "picture" if by_picture else "text"
         history = ((f"{CUES[before]} {one}", "Done."),)
         meta = {"label": SKILLS[skill]}
-        rows.append(Example(f"{kind}-{side}-{number}", f"{cue} {two}", (), history=history, meta=meta))
+        rows.append(
+            Example(f"{kind}-{side}-{number}", f"{cue} {two}", (), history=history, meta=meta)
+        )
         skills.append(skill)
     return rows, skills
 
@@ -353,7 +384,11 @@ def main() -> None:
     torch.set_num_threads(1)
     tower = load_tower(args.tower)
     eyes = Eyes(tower)
-    kept = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", args.out.read_text(), re.M | re.S)) if args.out.is_file() else {}
+    kept = (
+        dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", args.out.read_text(), re.M | re.S))
+        if args.out.is_file()
+        else {}
+    )
     about = json.dumps(tower.config["about"] | {"limit": round(tower.config["limit"], 3)})  # pyright: ignore
     head = (
         "# The shipped vision tower\n\n`python benchmarks/vision.py DIR_OF_THE_PUBLIC_SETS`, what is measured: its docstring. "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -36,7 +37,9 @@ REFERENCE, COVERAGE = 600, 0.99
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=tiny.FOLDER)
-    parser.add_argument("--state", type=Path, required=True, help="file that a stopped run goes on from")
+    parser.add_argument(
+        "--state", type=Path, required=True, help="file that a stopped run goes on from"
+    )
     parser.add_argument("--steps", type=int, default=6000)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,7 +61,7 @@ def train(path: Path, steps: int) -> tuple[TinyNet, float]:
     started = time.process_time() - spent
     net.train()
     for step in range(begun, steps):
-        rate = PEAK * min(1.0, step / WARM_UP) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        rate = PEAK * min(1.0, step / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
         pixels, wanted = drawn_batch(np.random.default_rng([SEED, step]))
@@ -151,7 +154,12 @@ def write(folder: Path, net: TinyNet, steps: int, spent: float) -> None:
     raw = save({**kept, "centre": usual.centre, "whiten": usual.whiten})
     about = {"steps": steps, "batch": BATCH, "cpu_seconds": round(spent), "seed": SEED,
              "parameters": sum(p.numel() for p in net.parameters())}  # fmt: skip
-    config = {"format": tiny.FORMAT, "sha256": sha256(raw).hexdigest(), "limit": usual.limit, "about": about}
+    config = {
+        "format": tiny.FORMAT,
+        "sha256": sha256(raw).hexdigest(),
+        "limit": usual.limit,
+        "about": about,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     files.write_bytes(folder / tiny.WEIGHTS, raw)
     files.write_json(folder / tiny.CONFIG, config)

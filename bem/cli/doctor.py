@@ -136,7 +136,9 @@ def _tower() -> Check:
 
         tower = load_tower("tiny")
     except (BemError, ImportError) as error:
-        return Check("missing", "vision tower", str(error), "reinstall, or pip install 'bem[vision]'")
+        return Check(
+            "missing", "vision tower", str(error), "reinstall, or pip install 'bem[vision]'"
+        )
     named = f"{tower.encoder_id}: {len(tower.concepts)} concepts; CLIP, SigLIP: from local folders"
     return Check("ok", "vision tower", named)
 

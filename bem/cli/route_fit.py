@@ -49,7 +49,9 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of one
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Vision = Annotated[
     str | None,
-    typer.Option("--vision", help='Look at the rows\' "image" through this tower: tiny, or a folder.'),
+    typer.Option(
+        "--vision", help='Look at the rows\' "image" through this tower: tiny, or a folder.'
+    ),
 ]
 
 

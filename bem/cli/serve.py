@@ -29,7 +29,8 @@ Store = Annotated[
 ]
 Index = Annotated[Path | None, typer.Option("--index", help="Folder of passages, for `retrieve`.")]
 Vision = Annotated[
-    str | None, typer.Option("--vision", help="Tower for pictures: tiny, or a folder of a CLIP or SigLIP.")
+    str | None,
+    typer.Option("--vision", help="Tower for pictures: tiny, or a folder of a CLIP or SigLIP."),
 ]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", help="0: any that is free.")]

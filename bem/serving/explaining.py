@@ -38,7 +38,9 @@ async def explained(
     if not isinstance(adapted, Mounted):
         raise Refused(400, f"Version {resident.short} has no router: nothing was chosen.", "model")
     if has_pictures(asked.messages):
-        why = "Conversations with pictures are not explained: the answer's `bem` says what was seen."
+        why = (
+            "Conversations with pictures are not explained: the answer's `bem` says what was seen."
+        )
         raise Refused(400, why, "messages", "unsupported_value")
     ids, turns = _tokens(asked.messages, tokenizer)
     most = resident.engine.max_tokens

@@ -84,7 +84,9 @@ def check_sees(resident: Resident, prepared: Prepared) -> None:
     adapted, here = resident.adapted, prepared.vision.encoder_id
     reads = adapted.encoder if isinstance(adapted, Attached) else ""
     if not reads:
-        why = f"Version {resident.short} reads no pictures: leave them out, or ask for one that does."
+        why = (
+            f"Version {resident.short} reads no pictures: leave them out, or ask for one that does."
+        )
         raise Refused(400, why, "messages", "unsupported_value")
     if reads != here:
         why = f"Version {resident.short} reads pictures through {reads}, this server looks through {here}."

@@ -22,7 +22,17 @@ from bem.files import json_lines
 from bem.training.example import Example
 from bem.vision.eyes import Eyes
 from bem.vision.images import decode, from_data_url
-from bem.vision.scenes import BOX, BOX_GREY, SIZES, Picture, Scene, Thing, draw, draw_scene, scene_of
+from bem.vision.scenes import (
+    BOX,
+    BOX_GREY,
+    SIZES,
+    Picture,
+    Scene,
+    Thing,
+    draw,
+    draw_scene,
+    scene_of,
+)
 
 Condition = Literal["shown", "shuffled", "blank", "noise", "none"]
 SIGNS = ("yellow circle", "blue square", "red triangle", "green circle", "black square")
@@ -118,7 +128,9 @@ def read_omniglot(path: Path) -> list[Drawing]:
         raise DataError(f"{path} is no vision_omniglot: {type(error).__name__} {error}.") from None
     ink = np.unpackbits(bits, axis=2)[:, :, :35]
     return [
-        Drawing(np.repeat(255 * (1 - drawn)[..., None], 3, -1).astype(np.uint8), str(a), str(c), int(d))
+        Drawing(
+            np.repeat(255 * (1 - drawn)[..., None], 3, -1).astype(np.uint8), str(a), str(c), int(d)
+        )
         for drawn, a, c, d in zip(ink, *named, strict=True)
     ]
 

@@ -140,8 +140,7 @@ def _features(value: Any, name: str, known: Sequence[str]) -> tuple[float, ...]:
     right = isinstance(value, list | tuple) and len(value) in (0, n)
     if not right or not all(_is_number(v) and 0 <= v <= 1 for v in value):
         raise DataError(
-            f"{name} must be {n} numbers from 0 to 1 ({', '.join(known)}), "
-            f"found {value!r:.80}."
+            f"{name} must be {n} numbers from 0 to 1 ({', '.join(known)}), found {value!r:.80}."
         )
     return tuple(float(v) for v in value)
 

@@ -177,8 +177,8 @@ def _loaded(model: Any, experts: Any) -> list[Expert]:
 
 def _rules(loaded: Sequence[Expert], rules: Mapping[str, Any]) -> dict[str, Any]:
     """One decision per turn, free of charge; memory and hidden layer have room for every expert."""
-    options = len(loaded) + 1
-    sides = ([e for e in loaded if (e.name == rules.get("shared")) == side] for side in (False, True))
+    options, shared = len(loaded) + 1, rules.get("shared")
+    sides = ([e for e in loaded if (e.name == shared) == side] for side in (False, True))
     all_ranks = sum(
         max((u.v.shape[0] for e in side for u in e.updates.values()), default=0) for side in sides
     )

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 NUMBERS = {
     word: n
-    for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    for n, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
 }
 RELATIONS = {
     "left of": "left of", "to the left of": "left of", "right of": "right of", "to the right of": "right of",
@@ -27,7 +29,9 @@ _DOUBT = re.compile(
 _COUNT = rf"(?P<how>exactly |at least |at most |only )?(?P<n>no|an?|one|some|\d{{1,2}}|{'|'.join(NUMBERS)})"
 _NOUN = r"(?P<noun>[a-z]+(?: [a-z]+){0,2}?)"
 _THERE = re.compile(rf"^there (?:is|are) {_COUNT} {_NOUN}$")
-_PRESENT = re.compile(rf"^{_COUNT} {_NOUN} (?:is|are) (?:present|visible|shown|there|in the picture|in the image)$")
+_PRESENT = re.compile(
+    rf"^{_COUNT} {_NOUN} (?:is|are) (?:present|visible|shown|there|in the picture|in the image)$"
+)
 _AND = re.compile(rf"^{_COUNT} {_NOUN}$")
 _RELATION = re.compile(
     rf"^(?:there is )?(?:an?|the) (?P<one>[a-z]+(?: [a-z]+)??) (?:is )?(?P<how>{'|'.join(sorted(RELATIONS, key=len, reverse=True))})"

@@ -102,7 +102,9 @@ class Eyes:
         if not 0 <= conflict < 1:
             raise ConfigError(f"conflict must be in [0, 1), got {conflict}.")
         if len(tower.concepts) > CONCEPTS:
-            raise ConfigError(f"a tower has {CONCEPTS} concepts at most, got {len(tower.concepts)}.")
+            raise ConfigError(
+                f"a tower has {CONCEPTS} concepts at most, got {len(tower.concepts)}."
+            )
         self.tower, self.conflict = tower, conflict
 
     @property
@@ -126,7 +128,9 @@ class Eyes:
     def _looked(self, picture: Picture, text: str) -> VisionRecord:
         try:
             return self._judged(picture, claims_in(text))
-        except Exception as error:  # whatever a tower dies of: the answer is then that of the text alone
+        except (
+            Exception
+        ) as error:  # whatever a tower dies of: the answer is then that of the text alone
             LOG.exception("the vision tower %s failed", self.encoder_id)
             return self._none(f"error: {type(error).__name__} {error}"[:300])
 
@@ -162,7 +166,9 @@ class Eyes:
         if bool(seen.blank[0]):
             return "blank"
         if not strange <= 1:  # also true for NaN
-            return f"unlike all that {self.encoder_id} knows ({strange:.1f} times as far as its limit)"
+            return (
+                f"unlike all that {self.encoder_id} knows ({strange:.1f} times as far as its limit)"
+            )
         if certainty < self.conflict:
             said = next(j for j in judged if j.probability == certainty)
             return f"conflict: {said.text!r} is {certainty:.2f} probable"

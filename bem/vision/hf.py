@@ -45,7 +45,9 @@ class HFTower:
 
     def __init__(self, folder: Path, concepts: Sequence[str] = ()):
         try:
-            self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval().float()
+            self.model: Any = (
+                AutoModel.from_pretrained(folder, local_files_only=True).eval().float()
+            )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise CheckpointError(

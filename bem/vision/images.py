@@ -15,6 +15,8 @@ from bem.vision.scenes import Picture
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_BYTES, MOST_PIXELS, MOST_SIDE = 4 << 20, 1 << 22, 1 << 13
 """Of one picture: encoded bytes; pixels, read from its header before anything is unpacked; and of each side."""
+SCAN, MOST_SCANS = b"\xff\xda", 64
+"""Where a scan of a JPEG begins; each of a progressive one costs a pass over all pixels, however few bytes it has."""
 
 
 def decode(data: bytes, most_bytes: int = MOST_BYTES, most_pixels: int = MOST_PIXELS) -> Picture:
@@ -35,10 +37,19 @@ def decode(data: bytes, most_bytes: int = MOST_BYTES, most_pixels: int = MOST_PI
                     f"the picture has {width} x {height} pixels: {most_pixels} in all and {MOST_SIDE} a side are "
                     "taken. Make it smaller."
                 )
+            if image.format == "JPEG" and data.count(SCAN) > MOST_SCANS:
+                raise DataError(f"a JPEG of {data.count(SCAN)} scans: {MOST_SCANS} are taken.")
             return _pixels(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise DataError(f"no {', '.join(FORMATS)} picture: it begins with {data[:8]!r}.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        MemoryError,
+        Image.DecompressionBombError,
+    ) as error:
         raise DataError(f"a damaged picture: {type(error).__name__} {error}"[:300]) from None
 
 
@@ -65,7 +76,9 @@ def from_data_url(
     if not head.lower().endswith(";base64"):
         raise DataError(f"a data URL must be base64, got {head[:60]!r}.")
     if len(body) > most_bytes * 4 // 3 + 4:
-        raise DataError(f"a picture may have {most_bytes} bytes, this one has about {len(body) * 3 // 4}.")
+        raise DataError(
+            f"a picture may have {most_bytes} bytes, this one has about {len(body) * 3 // 4}."
+        )
     try:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -74,7 +74,9 @@ def scene_of(boxes: Sequence[Sequence[Sequence[Any]]]) -> Scene:
                 for s, c, x, y, n in box
             )
         except (TypeError, ValueError) as error:
-            raise DataError(f"a thing is [shape, colour, x, y, size], found {box!r:.80}.") from error
+            raise DataError(
+                f"a thing is [shape, colour, x, y, size], found {box!r:.80}."
+            ) from error
         for thing in things:
             if thing.shape not in SHAPES or thing.colour not in COLOURS:
                 raise DataError(

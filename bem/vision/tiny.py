@@ -44,7 +44,13 @@ class TinyNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = ((3, 24, 5, 2), (24, 32, 3, 2), (32, 48, 3, 2), (48, WIDTH, 3, 1), (WIDTH, WIDTH, 3, 1))
+        sizes = (
+            (3, 24, 5, 2),
+            (24, 32, 3, 2),
+            (32, 48, 3, 2),
+            (48, WIDTH, 3, 1),
+            (WIDTH, WIDTH, 3, 1),
+        )
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o))
             for i, o, k, s in sizes

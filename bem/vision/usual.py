@@ -38,7 +38,9 @@ class Usual:
     @property
     def digest(self) -> str:
         """Of all of it."""
-        raw = self.centre.numpy().tobytes() + self.whiten.numpy().tobytes() + str(self.limit).encode()
+        raw = (
+            self.centre.numpy().tobytes() + self.whiten.numpy().tobytes() + str(self.limit).encode()
+        )
         return sha256(raw).hexdigest()
 
 

@@ -76,7 +76,9 @@ def test_a_picture_that_comes_later_changes_no_token_before_the_next_chunk(subje
     assert not torch.allclose(late[:, 24:], never[:, 24:], atol=1e-3)
 
 
-def test_generate_and_the_engine_agree_and_gate_zero_shares_the_chunks_of_the_text(subject, tokenizer):
+def test_generate_and_the_engine_agree_and_gate_zero_shares_the_chunks_of_the_text(
+    subject, tokenizer
+):
     engine = Engine(subject, tokenizer, slots=2, prefill_tokens=99)
     ids = IDS[0].tolist()
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 import bem
 from bem.vision.load import load_tower
+from bem.vision.scenes import Thing, draw
 from tests.conftest import make_llama
 from tests.routing.mounted import FREE, expert
 from tests.serving.running import _loud, _put, client, served
-from bem.vision.scenes import Thing, draw
 
 TOWER = load_tower("tiny").encoder_id
 RED = ((Thing("circle", "red", 20, 20, 30),), (Thing("square", "blue", 10, 60, 20),))
@@ -34,14 +34,18 @@ def said(text, *pictures, role="user"):
 def server(tmp_path_factory):
     home = tmp_path_factory.mktemp("eyes")
     model = make_llama()
-    experts = [_loud(expert(model, *each)) for each in zip("abc", (4, 4, 2), (0, 1, 2), strict=True)]
+    experts = [
+        _loud(expert(model, *each)) for each in zip("abc", (4, 4, 2), (0, 1, 2), strict=True)
+    ]
     made = bem.mount(model, experts, **FREE, vision=TOWER)
     made.router.trained = True
     seen = made.router.policy.actor.picture_bias.weight.data
     seen[1, 0], seen[2, 0] = -1e4, 1e4  # a picture that is heeded: b
     _put(made, home / "store", home / "work", "seeing", True)
     feedback = str(home / "feedback.db")
-    with served(home / "store", vision="tiny", feedback=feedback, max_image_pixels=1 << 18) as running:
+    with served(
+        home / "store", vision="tiny", feedback=feedback, max_image_pixels=1 << 18
+    ) as running:
         yield running
 
 

@@ -11,7 +11,13 @@ from PIL import Image
 from bem.config import VISION_FEATURES
 from bem.errors import DataError
 from bem.tasks.pictures import (
-    SIGNS, _signed, pictures_for, read_omniglot, rows_with_images, scene_of_row, sighted,
+    SIGNS,
+    _signed,
+    pictures_for,
+    read_omniglot,
+    rows_with_images,
+    scene_of_row,
+    sighted,
 )  # fmt: skip
 from bem.training.example import Example, data_hash
 from bem.vision.eyes import Eyes
@@ -31,7 +37,9 @@ def test_shuffled_pictures_are_the_same_ones_and_controls_hold_nothing():
     skills = [0, 1, 2, 3] * 3
     shown, mixed = (pictures_for(skills, c, 1) for c in ("shown", "shuffled"))
     key = lambda p: p.tobytes()  # noqa: E731
-    assert sorted(map(key, shown)) == sorted(map(key, mixed)) and list(map(key, shown)) != list(map(key, mixed))
+    assert sorted(map(key, shown)) == sorted(map(key, mixed)) and list(map(key, shown)) != list(
+        map(key, mixed)
+    )
     assert pictures_for(skills, "none", 1) == [None] * 12
     assert all(np.ptp(p) == 0 for p in pictures_for(skills, "blank", 1))
     assert all(p.std() > 60 for p in pictures_for(skills, "noise", 1))
@@ -43,7 +51,10 @@ def test_shuffled_pictures_are_the_same_ones_and_controls_hold_nothing():
 def test_rows_are_told_what_is_seen_and_others_keep_their_hash():
     rows = [Example("a", "There is a red thing.", ("x",)), Example("b", "Go on.", ("x",))]
     told = sighted(rows, [tiles("red", ""), None], EYES)
-    assert told[0].vision == EYES.look(tiles("red", ""), rows[0].input).features() and told[0].vision[0] == 1
+    assert (
+        told[0].vision == EYES.look(tiles("red", ""), rows[0].input).features()
+        and told[0].vision[0] == 1
+    )
     assert told[1] == rows[1] and data_hash(told[1:]) == data_hash(rows[1:])
     assert data_hash(told) != data_hash(rows)
     with pytest.raises(DataError, match="vision must be 24"):

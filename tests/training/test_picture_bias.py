@@ -27,7 +27,14 @@ def rows(n, first=0):
     for i in range(first, first + n):
         for at, name in enumerate(NAMES):
             number = i * 7919 % 1000
-            made.append({"id": f"t{name}-{i}", "prompt": f"{CUES[name]} {number}", "label": name, "vision": seen(number % 3)})
+            made.append(
+                {
+                    "id": f"t{name}-{i}",
+                    "prompt": f"{CUES[name]} {number}",
+                    "label": name,
+                    "vision": seen(number % 3),
+                }
+            )
             made.append({"id": f"p{name}-{i}", "prompt": f"the value {number}", "label": name, "vision": seen(at)})  # fmt: skip
     return made
 

@@ -25,7 +25,9 @@ def test_a_claim_that_holds_is_covered_and_explains_its_patch():
 
 def test_a_claim_that_does_not_hold_shuts_the_gate():
     seen = EYES.look(tiles("red", "", "", "blue"), "There is a red thing. There is a green thing.")
-    assert seen.gate == 0 and seen.conflict == 1 and seen.why.startswith("conflict: 'there is a green")
+    assert (
+        seen.gate == 0 and seen.conflict == 1 and seen.why.startswith("conflict: 'there is a green")
+    )
     assert seen.features() == NOTHING
     assert [claim.probability for claim in seen.claims] == [1.0, 0.0]
 
@@ -55,7 +57,10 @@ def test_words_that_the_tower_does_not_know_neither_support_nor_contradict():
 
 def test_a_relation_is_that_of_places():
     picture = tiles("red", "", "", "blue")
-    for text, p in (("a red thing is left of a blue thing", 1), ("a red thing is below a blue thing", 0)):
+    for text, p in (
+        ("a red thing is left of a blue thing", 1),
+        ("a red thing is below a blue thing", 0),
+    ):
         assert EYES.look(picture, text).claims[0].probability == p
 
 

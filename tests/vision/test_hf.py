@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, SiglipConfig, SiglipModel, SiglipTextConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
     SiglipVisionConfig,
 )  # fmt: skip
 
@@ -13,8 +19,19 @@ from bem.vision.eyes import Eyes
 from bem.vision.load import load_tower
 from tests.conftest import make_tokenizer
 
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {**SMALL, "vocab_size": 320, "max_position_embeddings": 16, "eos_token_id": 1, "pad_token_id": 0}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+TEXT = {
+    **SMALL,
+    "vocab_size": 320,
+    "max_position_embeddings": 16,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 VISION = {**SMALL, "image_size": 32, "patch_size": 8}
 
 
@@ -22,11 +39,11 @@ VISION = {**SMALL, "image_size": 32, "patch_size": 8}
 def folder(request, tmp_path_factory):
     torch.manual_seed(0)
     if request.param == "clip":
-        made = CLIPConfig(CLIPTextConfig(**TEXT).to_dict(), CLIPVisionConfig(**VISION).to_dict(), projection_dim=12)
-        model = CLIPModel(made)
+        text, vision = CLIPTextConfig(**TEXT), CLIPVisionConfig(**VISION)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
     else:
-        text = SiglipTextConfig(**TEXT, projection_size=16).to_dict()
-        model = SiglipModel(SiglipConfig(text, SiglipVisionConfig(**VISION).to_dict()))
+        text, vision = SiglipTextConfig(**TEXT, projection_size=16), SiglipVisionConfig(**VISION)
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
@@ -59,7 +76,11 @@ def test_support_is_the_calibrated_cosine_of_patch_and_phrase(folder):
     text = torch.stack([tower._text(t) for t in ("a dog", "a photo")])
     cosine = seen.patches[0, 3] @ text.T
     scale, model = tower.model.logit_scale.exp(), tower.model
-    logit = scale * (cosine[0] - cosine[1]) if tower.kind == "clip" else scale * cosine[0] + model.logit_bias
+    logit = (
+        scale * (cosine[0] - cosine[1])
+        if tower.kind == "clip"
+        else scale * cosine[0] + model.logit_bias
+    )
     assert float(support[0, 3, 0]) == pytest.approx(float(logit.sigmoid().detach()), abs=1e-6)
 
 
@@ -68,14 +89,19 @@ def test_eyes_describe_a_picture_by_the_given_concepts_and_abstain_on_a_blank(fo
     seen = eyes.look(noise(40, 40))
     assert seen.gate == 1 and len(seen.concepts) == 2
     assert eyes.look(np.full((40, 40, 3), 90, np.uint8)).why == "blank"
-    assert load_tower(folder, ["a dog"]).encoder_id != eyes.encoder_id != load_tower(folder).encoder_id
+    assert (
+        load_tower(folder, ["a dog"]).encoder_id != eyes.encoder_id != load_tower(folder).encoder_id
+    )
 
 
 def test_what_is_familiar_is_learned_from_pictures(folder):
     tower = load_tower(folder)
     before = tower.encoder_id
     base = noise(32, 32)
-    near = [np.clip(base.astype(int) + noise(32, 32, seed=s) // 32, 0, 255).astype(np.uint8) for s in range(60)]
+    near = [
+        np.clip(base.astype(int) + noise(32, 32, seed=s) // 32, 0, 255).astype(np.uint8)
+        for s in range(60)
+    ]
     tower.familiar(near)
     assert tower.encoder_id.startswith(before + "+")
     assert (tower.encode(near).strangeness <= 1.5).all()

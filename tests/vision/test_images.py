@@ -46,7 +46,9 @@ def bomb(width: int, height: int) -> bytes:
     """A few bytes that say to be a huge picture."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     body = zlib.compress(bytes(1000))
@@ -59,6 +61,15 @@ def test_a_bomb_is_refused_by_its_header(size):
         decode(bomb(*size))
 
 
+def test_a_jpeg_of_endless_scans_is_refused_and_an_honest_progressive_one_is_read():
+    picture = np.random.default_rng(1).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    data = encoded(picture, "JPEG", progressive=True, quality=90)
+    assert decode(data).shape == (64, 64, 3)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(DataError, match="scans"):
+        decode(data[:-2] + scan * 100 + data[-2:])
+
+
 @pytest.mark.parametrize("form", ["BMP", "TIFF", "GIF", "PPM", "ICO"])
 def test_other_formats_are_refused(form):
     with pytest.raises(DataError, match="PNG, JPEG, WEBP"):
@@ -67,7 +78,14 @@ def test_other_formats_are_refused(form):
 
 def test_damage_is_an_error_of_ours():
     whole = encoded(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8))
-    for data in (b"", whole[:-30], whole[:40], b"\x89PNG\r\n\x1a\n", b"GIF89a", whole[:60] + b"x" * 500):
+    for data in (
+        b"",
+        whole[:-30],
+        whole[:40],
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        whole[:60] + b"x" * 500,
+    ):
         with pytest.raises(DataError):
             decode(data)
     with pytest.raises(DataError, match="1 to 10 bytes"):

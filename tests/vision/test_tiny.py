@@ -47,7 +47,11 @@ def test_claims_of_fresh_scenes_are_mostly_judged_rightly(eyes):
 def test_blank_noise_and_stripes_shut_the_gate_and_a_scene_opens_it(eyes):
     rng = np.random.default_rng(1)
     stripes = np.tile(np.arange(100) % 6 * 40, (100, 1))[..., None].repeat(3, -1).astype(np.uint8)
-    for odd in (np.full((64, 64, 3), 120, np.uint8), rng.integers(0, 256, (90, 90, 3)).astype(np.uint8), stripes):
+    for odd in (
+        np.full((64, 64, 3), 120, np.uint8),
+        rng.integers(0, 256, (90, 90, 3)).astype(np.uint8),
+        stripes,
+    ):
         assert eyes.look(odd).gate == 0
     assert eyes.look(draw(SCENE)).gate == 1
 
