@@ -162,7 +162,22 @@ def crops(rng: np.random.Generator, n: int) -> list[Picture]:
 # --- people's sentences ---------------------------------------------------------------------------
 
 NOUNS = {"circle", "square", "triangle", "block", "item", "object", "thing", "shape", "box"}
-WORDS = "exactly/at least/only/all/no /not/touch/tower/box/same/top/two/one/three".split("/")
+WORDS = [
+    "exactly",
+    "at least",
+    "only",
+    "all",
+    "no ",
+    "not",
+    "touch",
+    "tower",
+    "box",
+    "same",
+    "top",
+    "two",
+    "one",
+    "three",
+]
 PHRASE = re.compile(
     rf"(?:(?P<n>\d|{'|'.join(NUMBERS)}|a|an|no) )?(?:(?P<c>{'|'.join(COLOURS)}) )?(?P<s>{'|'.join(sorted(NOUNS - {'box'}))})s?\b"
 )

@@ -4,7 +4,7 @@
     coverage     mean over the phrases that the text says are there of max_i s_ij
     explained    share of the salient patches that one of these phrases accounts for
     consistency  mean_j p_j
-    gate         0: no picture, a blank one, one unlike all that the tower knows, a claim with p_j < `conflict`, or an
+    gate         0: no picture, a blank one, one unlike all that the tower knows or with nothing of it on it, a claim with p_j < `conflict`, or an
                  error; else min_j p_j, or 1 where nothing is claimed
 
 All features are multiplied by the gate: where it is 0 they are all zero, which is what "there is no picture" is, and
@@ -169,6 +169,8 @@ class Eyes:
             return (
                 f"unlike all that {self.encoder_id} knows ({strange:.1f} times as far as its limit)"
             )
+        if not bool(seen.salient.any()):
+            return f"nothing that {self.encoder_id} knows is on it"
         if certainty < self.conflict:
             said = next(j for j in judged if j.probability == certainty)
             return f"conflict: {said.text!r} is {certainty:.2f} probable"

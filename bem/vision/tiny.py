@@ -123,7 +123,7 @@ class TinyTower:
             valid=valid,
             salient=salient,
             strangeness=far / self.usual.limit,
-            blank=flat | ~salient.any(1),
+            blank=flat,
             encoder_id=self._id,
         )
 

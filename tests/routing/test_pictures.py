@@ -8,21 +8,24 @@ from bem.config import VISION_FEATURES
 from bem.engine.engine import Engine
 from bem.engine.request import Request
 from bem.errors import AttachError
+from bem.training.plain_policy import follow_reader
 from tests.conftest import make_llama
 from tests.engine.plain import prompts
 from tests.routing.mounted import mounted
 
 N = len(VISION_FEATURES)
+RULES = {"spans": (1,), "plan_length": 9, "hidden": 48 + N}
 NOTHING, SEEN = torch.zeros(1, N), torch.linspace(0, 1, N)[None]
 
 
 def routed():
     """A router whose choice a picture moves."""
-    made = mounted(make_llama(), vision="colours@1", spans=(1,))
+    made = mounted(make_llama(), vision="colours@1", **RULES)
     with torch.no_grad():
         made.router.policy.actor.picture_bias.weight.normal_(
             std=3.0, generator=torch.Generator().manual_seed(1)
         )
+    follow_reader(made.router.policy, 1.0)  # so that hysteresis does not hold against it
     return made
 
 
@@ -55,7 +58,7 @@ def test_gate_zero_is_the_text_alone_to_the_bit(subject):
 
 
 def test_a_router_that_could_see_does_without_a_picture_what_one_does_that_cannot():
-    seeing, blind = routed(), mounted(make_llama(), spans=(1,))
+    seeing, blind = routed(), mounted(make_llama(), **RULES)
     own, other = seeing.router.policy, blind.router.policy
     reads = other.actor.net.read.weight.shape[1]
     keep = [c for c in range(own.actor.net.read.weight.shape[1]) if not 48 <= c < 48 + N]
