@@ -64,7 +64,7 @@ def claims(eyes: Eyes, data: Path) -> Lines:
     rng = np.random.default_rng([SEED, 1])
     scores: dict[str, list[tuple[float, bool]]] = {kind: [] for kind in KINDS}
     spent = []
-    for number in range(300):
+    for number in range(150):
         scene = draw_scene(rng, boxes=1 + number % 3)
         while not any(scene):
             scene = draw_scene(rng, boxes=1 + number % 3)
@@ -99,7 +99,7 @@ def claims(eyes: Eyes, data: Path) -> Lines:
 def swaps(eyes: Eyes, data: Path) -> Lines:
     rng = np.random.default_rng([SEED, 2])
     shown, texts = [], []
-    while len(shown) < 200:
+    while len(shown) < 100:
         scene = draw_scene(rng, boxes=1)
         drawn = [drawn_claim(scene, kind, rng) for kind in ("present", "count", "present")]
         true = [claim.text for claim in drawn if is_true(claim, scene)]
@@ -122,14 +122,14 @@ def swaps(eyes: Eyes, data: Path) -> Lines:
 
 def abstention(eyes: Eyes, data: Path) -> Lines:
     rng = np.random.default_rng([SEED, 3])
-    n = 200
+    n = 100
     kinds: dict[str, list[Picture]] = {
         "blank: one colour": [np.full((100, 100 + 150 * (i % 3), 3), rng.integers(0, 256, 3)).astype(np.uint8) for i in range(n)],
         "noise: uniform, every pixel": [rng.integers(0, 256, (100, 100 + 150 * (i % 3), 3)).astype(np.uint8) for i in range(n)],
         "noise: Gaussian around grey": [np.clip(rng.normal(128, rng.uniform(20, 80), (100, 100, 3)), 0, 255).astype(np.uint8) for _ in range(n)],
         "noise: salt and pepper": [np.repeat(255 * (rng.random((100, 100, 1)) < 0.5), 3, -1).astype(np.uint8) for _ in range(n)],
         "photographs (crops of three)": crops(rng, n),
-        "hand-drawn characters (omniglot)": [d.picture for d in read_omniglot(data / "vision_omniglot.train.npz")[::18]],
+        "hand-drawn characters (omniglot)": [d.picture for d in read_omniglot(data / "vision_omniglot.train.npz")[::36]],
     }  # fmt: skip
     lines = ["| pictures | abstains [95 %] |", "|---|---|"]
     for name, pictures in kinds.items():
@@ -348,7 +348,7 @@ def routing(eyes: Eyes, data: Path) -> Lines:
     rng = np.random.default_rng([SEED, 6])
     taught: list[Example] = []
     for by_picture in (True, False):
-        rows, skills = conversations(data, "train", 40, by_picture)
+        rows, skills = conversations(data, "train", 30, by_picture)
         shown = skills if by_picture else [int(s) for s in rng.integers(0, 3, len(rows))]
         taught += sighted(rows, pictures_for(shown, "shown", SEED), eyes)
     model, tokenizer = load_base("bem-tiny")
@@ -367,7 +367,7 @@ def routing(eyes: Eyes, data: Path) -> Lines:
         "|---|---|---|---|---|",
     ]
     for by_picture in (True, False):
-        rows, skills = conversations(data, "dev", 70, by_picture)
+        rows, skills = conversations(data, "dev", 30, by_picture)
         shown = skills if by_picture else [int(s) for s in rng.integers(0, 3, len(rows))]
         alone = choices(rows)
         for condition in ("none", "shown", "shuffled", "blank", "noise"):
@@ -383,9 +383,9 @@ PARTS = {
     "claims": ("Machine claims of fresh scenes", claims),
     "swaps": ("Two pictures swapped", swaps),
     "abstention": ("Pictures that it does not know", abstention),
-    "people": ("People's sentences (vision_nlvr)", people),
     "omniglot": ("Hand-drawn characters (vision_omniglot)", omniglot),
     "routing": ("Conversations whose picture decides the skill", routing),
+    "people": ("People's sentences (vision_nlvr)", people),
 }
 
 

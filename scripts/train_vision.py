@@ -1,6 +1,6 @@
 """Train the shipped vision tower on scenes that are drawn on the way.
 
-    python scripts/train_vision.py --out bem/vision/tiny-tower --steps 6000
+    python scripts/train_vision.py --out bem/vision/tiny-tower --state vision.pt
 
 Nothing is read but numbers of a generator. A run that was stopped goes on from `--state`; the scenes of a step depend
 on its number alone, so that it ends where one that was not stopped would have. One in eight pictures is no scene (noise,
@@ -30,7 +30,7 @@ from bem.vision.usual import fit_usual
 
 BATCH, PEAK, WARM_UP, EVERY = 32, 4e-3, 100, 100
 SEED, SEED_CALIBRATION = 1, 1 << 20
-REFERENCE, COVERAGE = 600, 0.99
+REFERENCE, COVERAGE = 200, 0.99
 """Scenes that the Gaussian is fitted to, as many that set its limit, and the share that stays below it."""
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, required=True, help="file that a stopped run goes on from"
     )
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=650)
     args = parser.parse_args()
     torch.set_num_threads(1)
     net, spent = train(args.state, args.steps)
