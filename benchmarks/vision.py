@@ -302,7 +302,7 @@ def omniglot(eyes: Eyes, data: Path) -> Lines:
     ]
     return [
         f"One drawing of each of {len(gallery)} characters by one person, asked for by another person's; nearest `summary`. "
-        "The tower was not made for it and abstains on nearly all of it (above).\n",
+        "The tower was not made for it.\n",
         f"- the character: {share(same)}; chance {100 / len(gallery):.1f} %",
         f"- its alphabet: {share(alphabet)}; chance about {100 / len({d.alphabet for d in gallery}):.1f} %",
     ]

@@ -25,7 +25,7 @@ from torch import Tensor
 from bem import files
 from bem.vision import tiny
 from bem.vision.scenes import BOX_GREY, COLOURS, SHAPES, Picture, Scene, draw, draw_scene
-from bem.vision.tiny import PATCH, TinyNet, batch_of, described
+from bem.vision.tiny import PATCH, WIDTH, TinyNet, batch_of, described, doubt_of
 from bem.vision.usual import fit_usual
 
 BATCH, PEAK, WARM_UP, EVERY = 32, 4e-3, 100, 100
@@ -151,6 +151,11 @@ def write(folder: Path, net: TinyNet, steps: int, spent: float) -> None:
     ]
     seen = [_valid_patches(net, picture) for picture in pictures]
     usual = fit_usual(seen[:REFERENCE], seen[REFERENCE:], COVERAGE)
+    doubts = sorted(
+        float(doubt_of(net.probabilities(patches[None, :, :WIDTH])[0][..., 0]))
+        for patches in seen[REFERENCE:]
+    )
+    doubt = doubts[min(len(doubts), math.ceil(COVERAGE * (len(doubts) + 1))) - 1]
     raw = save({**kept, "centre": usual.centre, "whiten": usual.whiten})
     about = {"steps": steps, "batch": BATCH, "cpu_seconds": round(spent), "seed": SEED,
              "parameters": sum(p.numel() for p in net.parameters())}  # fmt: skip
@@ -158,6 +163,7 @@ def write(folder: Path, net: TinyNet, steps: int, spent: float) -> None:
         "format": tiny.FORMAT,
         "sha256": sha256(raw).hexdigest(),
         "limit": usual.limit,
+        "doubt": doubt,
         "about": about,
     }
     folder.mkdir(parents=True, exist_ok=True)

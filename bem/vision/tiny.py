@@ -4,8 +4,10 @@
     support  s(patch, "yellow circle") = P(thing) * P(yellow) * P(circle)
 
 It knows five colours and three shapes between 10 and 30 pixels on a grey ground, and nothing else: its card says
-how well. What does not look like that lies beyond the Mahalanobis distance that 99 % of its own scenes stay below
-(split-conformal), and is not judged.
+how well. What does not look like that is not judged: it lies beyond a limit that 99 % of its own scenes stay below
+(split-conformal), either of the patches' Mahalanobis distance or of the doubt about what is a thing,
+
+    doubt = sum over patches of p (1 - p) / (1/2 + sum of p)
 """
 
 from __future__ import annotations
@@ -92,12 +94,14 @@ class TinyTower:
             tensors = {name: value.float() for name, value in load(raw).items()}
             limit = float(self.config["limit"])
             self.usual = Usual(tensors.pop("centre"), tensors.pop("whiten"), limit)
+            self.doubt = float(self.config["doubt"])
             self.net.load_state_dict(tensors, strict=False)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{folder} holds no vision tower that can be read: {type(error).__name__} {error}."
             ) from None
-        self._id = f"tiny@{digest[:12]}"
+        limits = f"{digest} {limit} {self.doubt}"
+        self._id = f"tiny@{sha256(limits.encode()).hexdigest()[:12]}"
 
     @property
     def encoder_id(self) -> str:
@@ -110,7 +114,7 @@ class TinyTower:
         with torch.inference_mode():
             patches = described(self.net, pixels)
             hidden = patches[..., :WIDTH]
-            salient = (self.net.probabilities(hidden)[0][..., 0] > 0.5) & valid
+            thing = self.net.probabilities(hidden)[0][..., 0] * valid
             far = (self.usual.distance(patches) * valid).sum(1) / valid.sum(1)
             flat = patch_deviation(pixels * 127.5, PATCH).masked_fill(~valid, 0).amax(1) < FLAT
             shown = valid[..., None].float()
@@ -121,8 +125,8 @@ class TinyTower:
             patches=patches,
             grid=(HEIGHT // PATCH, pixels.shape[3] // PATCH),
             valid=valid,
-            salient=salient,
-            strangeness=far / self.usual.limit,
+            salient=thing > 0.5,
+            strangeness=torch.maximum(far / self.usual.limit, doubt_of(thing) / self.doubt),
             blank=flat,
             encoder_id=self._id,
         )
@@ -155,6 +159,11 @@ def _named(phrase: str) -> tuple[int | None, int | None] | None:
         return colour, SHAPES.index(word)
     known = word in THINGS or (not words and colour is not None)
     return (colour, None) if known else None
+
+
+def doubt_of(thing: Tensor) -> Tensor:
+    """How undecided a picture leaves it what is a thing (images,); thing: probabilities (images, patches)."""
+    return (thing * (1 - thing)).sum(1) / (0.5 + thing.sum(1))
 
 
 def described(net: TinyNet, pixels: Tensor) -> Tensor:
