@@ -353,7 +353,9 @@ def routing(eyes: Eyes, data: Path) -> Lines:
         taught += sighted(rows, pictures_for(shown, "shown", SEED), eyes)
     model, tokenizer = load_base("bem-tiny")
     experts = [blank_expert(model, name, 2) for name in SKILLS]
-    fit = fit_router(model, tokenizer, experts, taught, vision=eyes.encoder_id, seed=1)
+    fit = fit_router(
+        model, tokenizer, experts, taught, vision=eyes.encoder_id, seed=1, baselines=False
+    )
 
     def choices(rows: Sequence[Example]) -> np.ndarray:
         prompts = prompts_of(read_routing_rows(rows, SKILLS), tokenizer, 512)

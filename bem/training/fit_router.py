@@ -395,8 +395,4 @@ def _better(other: Score, router: Score) -> str:
 
 def _last(targets: Targets, rows: Sequence[int]) -> list[int]:
     """Option of the last turn of each row that somebody judged."""
-    found = []
-    for i in rows:
-        known = targets.best[i][targets.best[i] != UNKNOWN]
-        found.append(int(known[-1]))
-    return found
+    return [int(targets.best[i][targets.best[i] != UNKNOWN][-1]) for i in rows]
