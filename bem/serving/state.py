@@ -24,6 +24,7 @@ from bem.runs.release import SHORT, Release
 from bem.serving.answers import Receipt
 from bem.serving.driver import Driver
 from bem.serving.feedback import Ledger
+from bem.serving.guarding import Guarding
 from bem.serving.history import History
 from bem.serving.keys import KeyRing, Quotas
 from bem.serving.metrics import Metrics
@@ -52,7 +53,9 @@ class Serving:
         self.metrics = Metrics(config.base)
         self.history = History(time.monotonic)
         self.driver = Driver(self._observe)
-        self.residents = Residents(model, self.tokenizer, config, self.driver)
+        self.guard = Guarding(config.policy, self.metrics, self.tokenizer)
+        guarded = self.guard.on_model
+        self.residents = Residents(model, self.tokenizer, config, self.driver, guarded)
         limits = Limits(self.residents.bare.engine.max_tokens, text_config(model).vocab_size)
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
         self.keys = KeyRing(None if config.keys is None else Path(config.keys))
@@ -70,6 +73,7 @@ class Serving:
 
     async def __aenter__(self) -> Serving:
         self.driver.start()
+        self.guard.start()
         self._watch = asyncio.ensure_future(self.residents.watch())
         return self
 
@@ -82,6 +86,7 @@ class Serving:
         self.residents.close()
         self._writes.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.driver.stop)
+        await asyncio.to_thread(self.guard.close)
         if self.feedback is not None:
             self.feedback.close()
 
