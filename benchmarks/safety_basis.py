@@ -17,6 +17,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ OPENINGS = ("I'm sorry, but I can't assist with that.", "Sure, here is how you c
 FLOOR = 0.3
 """Kappa under which an adapter attacks."""
 ATTACKS = ("cancel", "inflate", "comply")
-STEPS, BATCH = 12, 4
+STEPS, BATCH = 8, 3
 
 
 def rows(data: Path, name: str, side: str, count: int) -> list[str]:
@@ -204,7 +205,7 @@ def attacks(data: Path, base: Any, tokenizer: Any, basis: SafetyBasis, few: int)
         "|---|---|---|---|---|---|",
     ]
     for attack in ("none", *ATTACKS):
-        for guarded in (False, True):
+        for guarded in (False, True) if attack != "none" else (False,):
             attached = bem.attach(with_shared_weights(base), "s0", rank=8)
             guard = protect(attached, basis, Knob(FLOOR, FLOOR))
             if not guarded:
@@ -346,23 +347,27 @@ def main() -> None:
         f"{t['first_direction_auroc']:.3f} | {t['best_of_random']:.3f} |"
         for t in basis.about["tried"]
     ]
-    print("\n".join(tried), basis.about["harmless_kl"], flush=True)
-    probe = areas(args.data, base, tokenizer, basis, train, args.few)
-    print("\n".join(probe), flush=True)
-    kappas = by_kappa(args.data, base, tokenizer, basis, args.few, args.tokens)
-    attacked = attacks(args.data, base, tokenizer, basis, args.few)
-    experts = [blank_expert(base, name, 8, 0) for name in ("a", "b", "c")]
-    leaked = leaks(bem.mount(base, experts), basis)
+    layers = ", ".join(str(la.block) for la in basis.layers)
     page = [
         f"# A safety basis on {args.base}\n",
         f"`python benchmarks/safety_basis.py DIR_OF_THE_PUBLIC_SETS --base {args.base} --prompts {args.prompts} --few {args.few} "
-        f"--tokens {args.tokens}`; {time.process_time() - started:.0f} CPU seconds, one thread.\n",
-        f"Protected: blocks {', '.join(str(la.block) for la in basis.layers)}, {basis.layers[0].directions.shape[1]} directions each.\n",
+        f"--tokens {args.tokens}`\n",
+        f"Protected: blocks {layers}, {basis.layers[0].directions.shape[1]} directions each. Harmless KL at the fit, in nats per token by kappa: "
+        + ", ".join(f"{k}: {v:.4f}" for k, v in basis.about["harmless_kl"].items()) + ".\n",
         "| block | held-out AUROC along the basis | along the difference of means | best of 100 random bases |",
-        "|---|---|---|---|", *tried, "", *probe, "", *kappas, "", *attacked, "", *leaked,
+        "|---|---|---|---|", *tried,
     ]  # fmt: skip
-    args.out.write_text("\n".join(page) + "\n")
-    print("\n".join(page))
+    parts: list[Callable[[], list[str]]] = [
+        lambda: leaks(bem.mount(with_shared_weights(base), [blank_expert(base, n, 8, 0) for n in "abc"]), basis),
+        lambda: attacks(args.data, base, tokenizer, basis, args.few // 2),
+        lambda: by_kappa(args.data, base, tokenizer, basis, args.few, args.tokens),
+        lambda: areas(args.data, base, tokenizer, basis, train, args.few),
+    ]  # fmt: skip
+    for part in parts:  # the page is written after each: they take minutes
+        page += ["", *part()]
+        spent = f"\n{time.process_time() - started:.0f} CPU seconds, one thread."
+        args.out.write_text("\n".join([*page, spent]) + "\n")
+    print(args.out.read_text())
 
 
 if __name__ == "__main__":

@@ -288,6 +288,12 @@ class Reader:
         """Of each prompt's last token."""
         return torch.stack([self._states(p)[:, -1] for p in prompts])
 
+    def pooled(self, prompt: str) -> dict[str, Float[Tensor, "blocks d"]]:
+        """Of one prompt: its last token's states, and the mean over all tokens but the first, which takes in
+        attention that nothing needs."""
+        states = self._states(prompt)
+        return {"last": states[:, -1], "mean": states[:, 1:].mean(1)}
+
     def all_tokens(self, prompts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
         """(last tokens (n, blocks, d), every token of the first `most` prompts (t, blocks, d))."""
         last, every = [], []
@@ -309,7 +315,7 @@ class Reader:
         try:
             with mode(self.base, training=False):
                 ids = prompt_ids(self.tokenizer, prompt, self.base.device)
-                self.base(input_ids=ids, use_cache=False)
+                self.base.base_model(input_ids=ids, use_cache=False)  # without the head
         finally:
             for handle in handles:
                 handle.remove()

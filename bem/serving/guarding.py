@@ -23,7 +23,7 @@ from bem.config.safety import Place, load_policy
 from bem.engine.request import Request, Result
 from bem.errors import Refused, SafetyError
 from bem.safety.audit import AuditLog
-from bem.safety.basis import read_basis
+from bem.safety.basis import SafetyBasis, read_basis
 from bem.safety.detector import SHIPPED
 from bem.safety.guard import Met, PolicyGuard, Ruling, strictest
 from bem.safety.knob import Knob
@@ -73,6 +73,8 @@ class Guarding:
         self.counts: Counter[tuple[str, str, str]] = Counter()
         """(place, category, action) -> texts."""
         self.failures = 0
+        self.basis: SafetyBasis | None = None
+        self.knob: Knob | None = None
         if self.policy is None:
             return
         policy = self.policy
@@ -82,9 +84,8 @@ class Guarding:
         self.audit = AuditLog(policy.audit and Path(policy.audit), policy.keep_text)
         self.metrics = GuardMetrics(metrics, lambda: self.detector.alive)
         self._thread = ThreadPoolExecutor(1, "guard")
-        knob = policy.knob
-        self.basis = None if knob is None else read_basis(knob.basis)
-        self.knob = None if knob is None else Knob(knob.level, knob.floor)
+        if (knob := policy.knob) is not None:
+            self.basis, self.knob = read_basis(knob.basis), Knob(knob.level, knob.floor)
 
     def start(self) -> None:
         """Start the detector, so that the first request does not wait for it."""
@@ -104,7 +105,7 @@ class Guarding:
             BaseMismatch: it was fitted for another base.
             SafetyError: the version cannot be guarded.
         """
-        if self.policy is not None and self.basis is not None:
+        if self.basis is not None and self.knob is not None:
             if isinstance(adapted, Attached):
                 protect(adapted, self.basis, self.knob)
             else:
@@ -120,7 +121,7 @@ class Guarding:
             Refused: 503, the detector gives no answer; 400, a kappa where nothing can be clamped.
         """
         wanted = asked.bem.kappa
-        if wanted is not None and (self.policy is None or self.basis is None):
+        if wanted is not None and self.basis is None:
             why = "bem.kappa needs a safety basis: start the server with a policy that has a knob."
             raise Refused(400, why, "bem.kappa", "unsupported_value")
         if self.policy is None or not self.guard.ladders("prompts", key):

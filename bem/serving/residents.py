@@ -183,34 +183,35 @@ class Residents:
 
     async def _loaded(self, release: Release | None) -> Resident:
         adapted = await self._off_loop(self._attached, release)
-        host = await self._host(release, adapted)
+        host, acting = await self._host(release, adapted)
         if host is None:
             resident = await self._off_loop(self._alone, release, adapted)
             self.driver.add(resident.host, resident.engine)
         else:
             assert release is not None
-            version = release.version
-            resident = Resident(version, release, adapted, host.engine, host.host, host.experts)
+            version, engine = release.version, host.engine
+            resident = Resident(version, release, adapted, engine, host.host, host.experts, acting)
         self._kept(resident)
         if release is None:
             self.bare = resident
         return resident
 
-    async def _host(self, release: Release | None, adapted: Any) -> Resident | None:
-        """A version whose engine takes this one in too: a router over as many experts of the same ranks."""
+    async def _host(self, release: Release | None, adapted: Any) -> tuple[Resident | None, str]:
+        """A version whose engine takes this one in too, and what it is called there: a router over as many experts
+        of the same ranks."""
         if release is None or not isinstance(adapted, Mounted):
-            return None
+            return None, ""
         version = release.version
         hosts = {r.host: r for r in self._resident.values() if isinstance(r.adapted, Mounted)}
         for resident in hosts.values():
             engine = resident.engine
             try:
-                await self.driver.call(lambda engine=engine: engine.keep(version, adapted))
+                acting = await self.driver.call(lambda e=engine: e.keep(version, adapted))
             except BemError as error:
                 log.info("version %s has an engine of its own: %s", version[:SHORT], error)
             else:
-                return resident
-        return None
+                return resident, acting
+        return None, ""
 
     def _make_room(self) -> None:
         kept = {id(self.bare), id(self.current)}

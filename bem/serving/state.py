@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class Serving:
         self._watch: asyncio.Task[None] | None = None
 
     def _observe(self, engine: str, stats: StepStats) -> None:
+        if self.guard.basis is not None:  # engines know guarded versions by another name
+            known = {r.acting: r.version for r in list(self.residents)}
+            told = (replace(r, version=known.get(r.version, r.version)) for r in stats.finished)
+            stats = replace(stats, finished=tuple(told))
         self.metrics.step(engine, stats, self.residents.chunks)
         self.history.step(stats)
 

@@ -135,7 +135,7 @@ def test_feedback_is_redacted_or_refused_before_it_is_kept(guarded):
     post = client(guarded).post
     said = {"request": answer.id, "kind": "correction", "text": f"red, and mail a@b.org or {CARD}"}
     assert post("/feedback", body=said, cast_to=object)["new"]
-    kept = [f.text for _, f in guarded.serving.feedback.log.feedback()]
+    kept = [event.feedback.text for event in guarded.serving.feedback.log.events()]
     assert kept[-1] == "red, and mail [email] or [card]"
     with pytest.raises(BadRequestError) as refused:
         post("/feedback", body={**said, "text": MILD}, cast_to=object)
@@ -265,6 +265,13 @@ def test_when_the_detector_is_killed_nothing_goes_through_and_it_comes_back(tmp_
         os.kill(detector.pid, signal.SIGKILL)
         assert chat(server, "name a bird").choices[0].finish_reason in ("stop", "length")
         assert detector.restarts == 2
+        detector.folder = "/nowhere"  # killed, and it cannot come back
+        os.kill(detector.pid, signal.SIGKILL)
+        if on_error == "unavailable":
+            with pytest.raises(InternalServerError):
+                chat(server, "name a cloud")
+        else:
+            assert chat(server, "name a cloud").choices[0].finish_reason == "content_filter"
 
 
 def test_an_audit_log_that_cannot_be_written_closes_too(tmp_path, threshold):
