@@ -242,7 +242,9 @@ class _Seen:
             handle.remove()
 
 
-def _attack(attached: Any, tokenizer: Any, basis: SafetyBasis, train: list[str], attack: str) -> None:
+def _attack(
+    attached: Any, tokenizer: Any, basis: SafetyBasis, train: list[str], attack: str
+) -> None:
     steps = torch.optim.AdamW(attached.parameters(), lr=1e-2)
     seen = _Seen(attached.model, basis)
     for n in range(STEPS):
@@ -253,7 +255,9 @@ def _attack(attached: Any, tokenizer: Any, basis: SafetyBasis, train: list[str],
                 loss = -log_likelihood(attached.model, ids, start)
             else:
                 attached.model(input_ids=prompt_ids(tokenizer, prompt, "cpu"), use_cache=False)
-                parts = [coordinates(seen.found[la.block].float(), la.directions) for la in basis.layers]
+                parts = [
+                    coordinates(seen.found[la.block].float(), la.directions) for la in basis.layers
+                ]
                 loss = sum(c.mean() if attack == "cancel" else -r.log().mean() for c, r in parts)
             (loss / BATCH).backward()
         torch.nn.utils.clip_grad_norm_(attached.parameters(), 1.0)
@@ -262,7 +266,9 @@ def _attack(attached: Any, tokenizer: Any, basis: SafetyBasis, train: list[str],
 
 
 @torch.no_grad()
-def _depths(model: Any, tokenizer: Any, basis: SafetyBasis, prompts: list[str]) -> tuple[float, float]:
+def _depths(
+    model: Any, tokenizer: Any, basis: SafetyBasis, prompts: list[str]
+) -> tuple[float, float]:
     """(lowest coordinate above its floor at FLOOR, mean of log r against the bare base, as a factor)."""
     seen, lowest, grown = _Seen(model, basis), float("inf"), []
     for prompt in prompts:
@@ -306,7 +312,10 @@ def by_kappa(
             interval = binomtest(sum(flags), len(flags)).proportion_ci()
             shares.append(f"{sum(flags)} of {len(flags)} [{interval.low:.2f}, {interval.high:.2f}]")
         with guard.knob.raised(kappa):
-            now = margins(guard.attached.model, tokenizer, harmful), losses(guard.attached.model, tokenizer, tasks)
+            now = (
+                margins(guard.attached.model, tokenizer, harmful),
+                losses(guard.attached.model, tokenizer, tasks),
+            )
         first = first or now
         worse = sum(m < 0 for m in now[0])
         lines.append(

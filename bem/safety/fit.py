@@ -249,7 +249,9 @@ def harmless_kl(
             ids = prompt_ids(tokenizer, prompt, base.device)
             plain = base(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
             handles = [
-                modules[blocks[la.block]].register_forward_hook(partial(clamped, Clamp(la, knob, "")))
+                modules[blocks[la.block]].register_forward_hook(
+                    partial(clamped, Clamp(la, knob, ""))
+                )
                 for la in layers
             ]
             try:

@@ -116,7 +116,9 @@ class PolicyGuard:
             hidden += finds if step.do == "redact" else []
         action = max((m.action for m in met), key=ORDER.index, default="allow")
         found = sorted(set(hidden), key=lambda each: each.start)  # two steps may name one kind
-        return Ruling(action, redact(text, found), tuple(met), max(kappas, default=None), say, tuple(found))
+        return Ruling(
+            action, redact(text, found), tuple(met), max(kappas, default=None), say, tuple(found)
+        )
 
     def _steps(
         self, checked: Checked, ladders: Ladders

@@ -130,7 +130,9 @@ def read_probe(folder: str | Path) -> Probe:
 def write_probe(folder: Path, probe: Probe) -> None:
     """Write config.json and model.safetensors."""
     named = {name: getattr(probe, name) for name in ("weights", "centre", "spread")}
-    raw = save({name: np.ascontiguousarray(value, dtype=np.float32) for name, value in named.items()})
+    raw = save(
+        {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in named.items()}
+    )
     plain = ("base", "block", "pool", "bias", "slope", "intercept")
     config = {name: getattr(probe, name) for name in plain}
     config |= {"about": dict(probe.about), "format": FORMAT, "sha256": sha256(raw).hexdigest()}

@@ -220,7 +220,9 @@ class JudgedAnswering:
         worst = "refuse" if ruling.action == "refuse" else "redact" if shown.redacted else None
         if worst is None:
             worst = "flag" if any(m.action == "flag" for m in met) else "allow"
-        await self.judge.noted(self.id, self.key, shown.text, replace(ruling, action=worst, met=met))
+        await self.judge.noted(
+            self.id, self.key, shown.text, replace(ruling, action=worst, met=met)
+        )
 
 
 def filtered(result: Result, text: str, say: str) -> Result:

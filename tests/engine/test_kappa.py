@@ -59,7 +59,9 @@ def test_a_prompt_under_another_kappa_finds_none_of_the_blocks(tokenizer):
     assert cached(0.6) == 0
     assert cached(0.0) > 100  # changes nothing: those of no kappa
     for tenant in ("kappa", "0.5"):
-        assert engine.generate([Request(ids, max_new_tokens=1, tenant=tenant)])[0].cached_tokens == 0
+        assert (
+            engine.generate([Request(ids, max_new_tokens=1, tenant=tenant)])[0].cached_tokens == 0
+        )
 
 
 def test_a_bare_base_has_a_knob_too(tokenizer):

@@ -49,7 +49,9 @@ def test_the_strictest_category_decides_and_all_are_noted():
 
 
 def test_kappa_is_raised_beside_a_stricter_step():
-    rules = {"prompts": {"harm": [{"do": "raise_kappa", "kappa": 0.5}], "personal": [{"do": "redact"}]}}
+    rules = {
+        "prompts": {"harm": [{"do": "raise_kappa", "kappa": 0.5}], "personal": [{"do": "redact"}]}
+    }
     ruling = guard(rules, (0.9, 0.0), **KNOB)[0].rule("mail a@b.org", "prompts", "-")
     assert (ruling.action, ruling.kappa, ruling.text) == ("redact", 0.5, "mail [email]")
 

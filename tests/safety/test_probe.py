@@ -37,7 +37,9 @@ def test_the_states_are_those_of_a_plain_forward_pass(pool):
     states = model(input_ids=ids, output_hidden_states=True).hidden_states[2][0].detach()
     wanted = states[-1] if pool == "last" else states[1:].mean(0)
     hidden = HiddenProbe(model, tokenizer, probe)
-    assert hidden.log_odds("name the value") == pytest.approx(probe.log_odds(wanted.numpy()), abs=1e-4)
+    assert hidden.log_odds("name the value") == pytest.approx(
+        probe.log_odds(wanted.numpy()), abs=1e-4
+    )
     odds = hidden.log_odds("name the value")
     assert hidden.score("name the value") == pytest.approx(1 / (1 + math.exp(-odds)))
     words = ViolationDetector()
@@ -51,7 +53,7 @@ def test_the_states_are_those_of_a_plain_forward_pass(pool):
 def test_a_probe_of_another_base_is_refused():
     probe = make_probe(make_llama())
     with pytest.raises(BaseMismatch, match="trained on base"):
-        HiddenProbe(make_llama(layers=2), make_tokenizer(), probe)
+        HiddenProbe(make_llama(num_hidden_layers=2), make_tokenizer(), probe)
 
 
 def test_it_comes_back_from_disk_and_a_changed_one_does_not(tmp_path):

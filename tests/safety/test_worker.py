@@ -26,7 +26,7 @@ def test_one_that_hangs_is_an_error_in_time_and_is_started_anew(process):
     process.check("a")
     first, process.timeout_s = process.pid, 0.3
     os.kill(first, signal.SIGSTOP)
-    with pytest.raises(DetectorDown, match="within 0.3 s"):
+    with pytest.raises(DetectorDown, match=r"within 0\.3 s"):
         process.check("b")
     assert not process.alive
     process.timeout_s = 30.0

@@ -90,7 +90,9 @@ def test_a_refusal_is_streamed_as_filtered_too(guarded):
 def test_an_ordinary_prompt_is_answered_as_without_a_policy(guarded, tmp_path):
     with served(guarded.config.store and tmp_path.parent / "none", slots=2) as plain:
         expected = chat(plain, PLAIN, model="bem:base", temperature=0).choices[0].message.content
-    assert chat(guarded, PLAIN, model="bem:base", temperature=0).choices[0].message.content == expected
+    assert (
+        chat(guarded, PLAIN, model="bem:base", temperature=0).choices[0].message.content == expected
+    )
 
 
 def test_a_completion_says_its_refusal_as_text(guarded):
@@ -122,11 +124,16 @@ def test_history_system_evidence_and_another_turn_are_judged_too(guarded):
 
 def test_what_is_redacted_never_reaches_the_model(guarded):
     asked = f"my card is {CARD}, name it"
-    answer = client(guarded).completions.create(model="bem:base", prompt=asked, max_tokens=4, echo=True)
+    answer = client(guarded).completions.create(
+        model="bem:base", prompt=asked, max_tokens=4, echo=True
+    )
     assert CARD not in answer.choices[0].text and "[card]" in answer.choices[0].text
     parts = [{"type": "text", "text": f"card {CARD}"}, {"type": "text", "text": " is it"}]
     assert chat(guarded, parts).choices[0].finish_reason != "content_filter"
-    split = [{"type": "text", "text": "card 4111 1111"}, {"type": "text", "text": " 1111 1111 is it"}]
+    split = [
+        {"type": "text", "text": "card 4111 1111"},
+        {"type": "text", "text": " 1111 1111 is it"},
+    ]
     assert chat(guarded, split).choices[0].finish_reason == "content_filter"
 
 
@@ -196,7 +203,12 @@ def test_a_streamed_answer_that_is_let_through_is_the_whole_one(tmp_path):
     rules = {"answers": {"harm": [{"do": "flag", "above": 0.0}]}}
     policy = write_policy(tmp_path, rules, stream={"check_every": 10, "hold_back": 48})
     with served(policy=policy) as server, served() as plain:
-        options = {"max_tokens": 60, "temperature": 0, "logprobs": True, "extra_body": {"ignore_eos": True}}
+        options = {
+            "max_tokens": 60,
+            "temperature": 0,
+            "logprobs": True,
+            "extra_body": {"ignore_eos": True},
+        }
         expected = chat(plain, PLAIN, **options).choices[0]
         pieces = [c for p in chat(server, PLAIN, stream=True, **options) for c in p.choices]
         assert "".join(c.delta.content or "" for c in pieces) == expected.message.content
@@ -228,7 +240,10 @@ def test_a_raised_knob_reaches_the_clamp_and_no_other_request(tmp_path, threshol
             assert plain.choices[0].message.content != wished.choices[0].message.content
             assert wished.bem["cached_tokens"] == 0  # blocks of the other kappa are not its own
         assert chat(server, PLAIN).bem["version"] == release.version
-        assert chat(server, PLAIN, model=f"bem@{release.version[:12]}").bem["version"] == release.version
+        assert (
+            chat(server, PLAIN, model=f"bem@{release.version[:12]}").bem["version"]
+            == release.version
+        )
         assert len(server.serving.guard.knob.audit) >= 4
 
 
