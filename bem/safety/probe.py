@@ -90,7 +90,7 @@ class HiddenProbe:
             checked = self.words.check(text)
             if checked.error:
                 return 1.0
-            odds = (odds + _log_odds(checked.scores["harm"])) / 2
+            odds = (odds + log_odds_of(checked.scores["harm"])) / 2
         return float(1 / (1 + np.exp(-odds)))
 
     def log_odds(self, text: str) -> float:
@@ -99,7 +99,8 @@ class HiddenProbe:
         return self.probe.log_odds(states[0].numpy())
 
 
-def _log_odds(probability: float) -> float:
+def log_odds_of(probability: float) -> float:
+    """Of a probability, which is kept 1e-6 away from both ends."""
     p = min(max(probability, 1e-6), 1 - 1e-6)
     return float(np.log(p / (1 - p)))
 

@@ -25,6 +25,8 @@ from bem.safety.personal import PersonalData
 
 START_S = 60.0
 """For the process to load its weights; on a busy machine Python itself takes seconds."""
+PATIENCE = 0.7
+"""Of its time the detector itself takes so much: a text that is too long is then refused, and nobody killed."""
 PIECE = 1 << 16
 COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from bem.safety.worker import main; main()"
 
@@ -93,7 +95,8 @@ class DetectorProcess:
             self._process = subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True)  # fmt: skip
         self._socket = ours
         self.restarts += 1
-        self._asked({"folder": self.folder}, START_S)
+        first = {"folder": self.folder, "timeout_ms": 1000 * PATIENCE * self.timeout_s}
+        self._asked(first, START_S)
 
     def _asked(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         assert self._socket is not None
@@ -131,7 +134,7 @@ def main() -> None:
         for line in sys.stdin.buffer:
             question = json.loads(line)
             if detector is None:
-                detector = ViolationDetector(question["folder"])
+                detector = ViolationDetector(question["folder"], question["timeout_ms"])
                 said: dict[str, Any] = {"ready": True}
             else:
                 said = asdict(detector.check(question["text"]))

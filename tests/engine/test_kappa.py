@@ -17,7 +17,7 @@ NEW = 12
 
 def subject(kind: str, knob: Knob):
     adapted = random_adapter(kind) if kind != "router" else mounted(make_llama())
-    protect(adapted, make_basis(adapted.base), knob)
+    protect(adapted, make_basis(adapted.base, high=40.0), knob)
     return adapted
 
 
@@ -68,7 +68,7 @@ def test_a_bare_base_has_a_knob_too(tokenizer):
     model = make_llama()
     knob = Knob()
     plain_engine = Engine(make_llama(), tokenizer, slots=2)
-    clamp_bare(model, make_basis(model), knob)
+    clamp_bare(model, make_basis(model, high=40.0), knob)
     engine = Engine(model, tokenizer, slots=2)
     ids = prompts(30)[0]
     bare, raised = (Request(ids, max_new_tokens=NEW, ignore_eos=True, kappa=k) for k in (None, 1.0))
