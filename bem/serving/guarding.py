@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -86,6 +86,12 @@ class Guarding:
         self._thread = ThreadPoolExecutor(1, "guard")
         if (knob := policy.knob) is not None:
             self.basis, self.knob = read_basis(knob.basis), Knob(knob.level, knob.floor)
+
+    def warn_of(self, keys: Iterable[str]) -> None:
+        """Say which keys of the policy there are none of: their rules would hold for nobody."""
+        named = set() if self.policy is None else set(self.policy.keys)
+        for name in sorted(named - set(keys)):
+            log.warning("the policy has rules for key %r, and there is no such key", name)
 
     def start(self) -> None:
         """Start the detector, so that the first request does not wait for it."""

@@ -60,6 +60,7 @@ class Serving:
         limits = Limits(self.residents.bare.engine.max_tokens, text_config(model).vocab_size)
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
         self.keys = KeyRing(None if config.keys is None else Path(config.keys))
+        self.guard.warn_of(self.keys.names)
         self.quotas = Quotas(time.monotonic)
         self.feedback = None if config.feedback is None else Ledger(config.feedback)
         self.draining = False
