@@ -1,6 +1,8 @@
 """A kappa of a request's own: it acts on its rows alone, and its blocks are nobody else's."""
 
 import pytest
+import torch
+from transformers import GenerationConfig
 
 from bem.engine.engine import Engine
 from bem.engine.request import Request
@@ -21,6 +23,20 @@ def subject(kind: str, knob: Knob):
     return adapted
 
 
+def first_logprob(adapted, ids) -> float:
+    """Of the likeliest first token, by `generate` without the engine."""
+    adapted.base.generation_config.eos_token_id = None
+    settings = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0)
+    out = adapted.model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        generation_config=settings,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return float(out.logits[0][0].float().log_softmax(-1).max())
+
+
 @pytest.mark.parametrize("kind", ["s0", "v1", "router"])
 @pytest.mark.parametrize("level", [0.0, 0.2])
 def test_rows_of_one_pass_are_each_under_their_own_kappa(kind, level, tokenizer):
@@ -29,20 +45,22 @@ def test_rows_of_one_pass_are_each_under_their_own_kappa(kind, level, tokenizer)
     kappas = [None, 0.9, level / 2, 0.5, None]
     asked = prompts(9, 9, 9, 21, 14)
     asked[1] = asked[2] = asked[0]  # one prompt under several kappas
-    wanted = []
+    wanted, odds = [], []
     for ids, kappa in zip(asked, kappas, strict=True):
         with knob.raised(kappa or 0.0):
             wanted.append(plain(adapted, ids, NEW))
-    assert wanted[0] != wanted[1] and wanted[0] == wanted[2]
+            odds.append(first_logprob(adapted, ids))
+    assert abs(odds[0] - odds[1]) > 1e-4 and odds[0] == odds[2]
     engine = Engine(adapted, tokenizer, slots=4, prefill_tokens=16)
     requests = [
-        Request(ids, max_new_tokens=NEW, ignore_eos=True, kappa=kappa)
+        Request(ids, max_new_tokens=NEW, ignore_eos=True, kappa=kappa, logprobs=0)
         for ids, kappa in zip(asked, kappas, strict=True)
     ]
     for _ in range(2):  # cold, then out of the store
-        assert [list(r.token_ids) for r in engine.generate(requests)] == wanted
-    again = engine.generate(requests)
-    assert all(r.cached_tokens > 0 for r in again if r.prompt_tokens > 20)
+        results = engine.generate(requests)
+        assert [list(r.token_ids) for r in results] == wanted
+        assert [r.logprobs[0].logprob for r in results] == pytest.approx(odds, abs=1e-5)
+    assert all(r.cached_tokens > 0 for r in results if r.prompt_tokens > 20)
 
 
 def test_a_prompt_under_another_kappa_finds_none_of_the_blocks(tokenizer):
@@ -71,10 +89,12 @@ def test_a_bare_base_has_a_knob_too(tokenizer):
     clamp_bare(model, make_basis(model, high=40.0), knob)
     engine = Engine(model, tokenizer, slots=2)
     ids = prompts(30)[0]
-    bare, raised = (Request(ids, max_new_tokens=NEW, ignore_eos=True, kappa=k) for k in (None, 1.0))
-    (without,) = plain_engine.generate([Request(ids, max_new_tokens=NEW, ignore_eos=True)])
+    bare, raised = (Request(ids, max_new_tokens=NEW, logprobs=0, kappa=k) for k in (None, 1.0))
+    (without,) = plain_engine.generate([bare])
     low, high = engine.generate([bare, raised])
-    assert low.token_ids == without.token_ids != high.token_ids
+    assert low.token_ids == without.token_ids
+    first = [r.logprobs[0].logprob for r in (without, low, high)]
+    assert first[0] == pytest.approx(first[1], abs=1e-6) and abs(first[1] - first[2]) > 1e-4
     assert low.version != without.version  # what must be last is part of its name
 
 

@@ -241,7 +241,7 @@ def test_a_raised_knob_reaches_the_clamp_and_no_other_request(tmp_path, threshol
             plain = chat(server, PLAIN, model=model, **ask)
             wished = chat(server, PLAIN, model=model, extra_body={"bem": {"kappa": 1.0}}, **ask)
             assert "kappa" not in plain.bem and wished.bem["kappa"] == 1.0
-            assert abs(first_logprob(plain) - first_logprob(wished)) > 0.1
+            assert abs(first_logprob(plain) - first_logprob(wished)) > 1e-4
             assert wished.bem["cached_tokens"] == 0  # blocks of the other kappa are not its own
         assert chat(server, PLAIN).bem["version"] == release.version
         assert (
@@ -249,6 +249,19 @@ def test_a_raised_knob_reaches_the_clamp_and_no_other_request(tmp_path, threshol
             == release.version
         )
         assert len(server.serving.guard.knob.audit) >= 4
+        if kind == "router":  # another version, in the same engine
+            other = add_router(
+                tmp_path / "store", tmp_path / "more", promote=False, seeds=(3, 4, 5)
+            )
+            name = f"bem@{other.version[:12]}"
+            wished = chat(server, PLAIN, model=name, extra_body={"bem": {"kappa": 1.0}}, **ask)
+            assert wished.bem["version"] == other.version
+            plain = chat(server, PLAIN, model=name, **ask)
+            assert abs(first_logprob(plain) - first_logprob(wished)) > 1e-4
+            guests = [r for r in server.serving.residents if r.guest]
+            assert [r.version for r in guests] == [other.version]
+            counted = server.serving.metrics_text().decode()
+            assert f'version="{other.short}"' in counted  # by the release's name
 
 
 def test_a_basis_of_another_base_stops_the_start(tmp_path):
