@@ -267,7 +267,7 @@ def texts_of(asked: Asked, decode: Callable[[list[int]], str]) -> list[str]:
     found = list(asked.bem.evidence or ())
     if isinstance(asked, ChatRequest):
         runs = groupby(asked.messages, key=lambda m: "system" if m.role == "developer" else m.role)
-        found += ["\n".join(m.text for m in run) for _, run in runs]
+        found += ["\n".join(_all_of(m) for m in run) for _, run in runs]
         found += [json.dumps(asked.tools)] if asked.tools else []
         return found
     assert isinstance(asked, CompletionRequest)
@@ -276,6 +276,12 @@ def texts_of(asked: Asked, decode: Callable[[list[int]], str]) -> list[str]:
     for prompt in given if several else [given]:
         found.append(prompt if isinstance(prompt, str) else decode(prompt))
     return found
+
+
+def _all_of(message: Message) -> str:
+    """Its text, and whatever else of it a template may show."""
+    beside = message.model_dump(mode="json", exclude={"role", "content"}, exclude_none=True)
+    return f"{message.text}\n{json.dumps(beside)}" if beside else message.text
 
 
 def redacted(asked: Asked, kinds: set[str]) -> Asked:
