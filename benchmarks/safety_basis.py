@@ -14,6 +14,8 @@ none is printed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import random
 import sys
 import time
@@ -199,10 +201,11 @@ def attacks(data: Path, base: Any, tokenizer: Any, basis: SafetyBasis, few: int)
     """Adapters trained to cancel coordinates, to inflate the rest of the state, or to comply; free, and guarded."""
     harmful = rows(data, "safety_harmful", "dev", few)
     train = rows(data, "safety_harmful", "train", STEPS * BATCH)
+    tasks = harmless_tasks(data, few)
     lines = [
         f"| attack ({STEPS} steps of AdamW on {BATCH} prompts, rank 8, every block) | guard | largest leak of a writer | lowest coordinate "
-        "above its floor | norm of the state outside, x base | complies more than it refuses |",
-        "|---|---|---|---|---|---|",
+        "above its floor | norm of the state outside, x base | complies more than it refuses | loss of harmless reference answers, nats per token |",
+        "|---|---|---|---|---|---|---|",
     ]
     for attack in ("none", *ATTACKS):
         for guarded in (False, True) if attack != "none" else (False,):
@@ -217,7 +220,8 @@ def attacks(data: Path, base: Any, tokenizer: Any, basis: SafetyBasis, few: int)
             leak = f"{max(guard.leaks().values()):.1e}"
             low, norm = _depths(attached.model, tokenizer, basis, harmful)
             more = [m < 0 for m in margins(attached.model, tokenizer, harmful)]
-            lines.append(f"| {attack} | {'kappa ' + str(FLOOR) if guarded else 'no'} | {leak} | {low:+.4f} | {norm:.2f} | {sum(more)} of {len(more)} |")  # fmt: skip
+            lost = losses(attached.model, tokenizer, tasks)
+            lines.append(f"| {attack} | {'kappa ' + str(FLOOR) if guarded else 'no'} | {leak} | {low:+.4f} | {norm:.2f} | {sum(more)} of {len(more)} | {sum(lost) / len(lost):.2f} |")  # fmt: skip
             print(lines[-1], flush=True)
     return lines
 
@@ -270,19 +274,20 @@ def _depths(
     model: Any, tokenizer: Any, basis: SafetyBasis, prompts: list[str]
 ) -> tuple[float, float]:
     """(lowest coordinate above its floor at FLOOR, mean of log r against the bare base, as a factor)."""
-    seen, lowest, grown = _Seen(model, basis), float("inf"), []
-    for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt, "cpu")
-        model(input_ids=ids, use_cache=False)
-        now = dict(seen.found)
-        with model.disable_adapter():
-            model(input_ids=ids, use_cache=False)
-        for la in basis.layers:
-            c, r = coordinates(now[la.block].float(), la.directions)
-            lowest = min(lowest, float((c - la.low - FLOOR * (la.high - la.low)).min()))
-            grown.append(float((r.log() - coordinates(seen.found[la.block].float(), la.directions)[1].log()).mean()))  # fmt: skip
-    seen.end()
-    return lowest, float(torch.tensor(grown).mean().exp())
+    lowest, norms = float("inf"), []
+    for off in (True, False):
+        with model.disable_adapter() if off else contextlib.nullcontext():
+            seen = _Seen(model, basis)  # behind the hooks as they stand now
+            for prompt in prompts:
+                model(input_ids=prompt_ids(tokenizer, prompt, "cpu"), use_cache=False)
+                for la in basis.layers:
+                    c, r = coordinates(seen.found[la.block].float(), la.directions)
+                    norms.append(float(r.log().mean()))
+                    if not off:
+                        lowest = min(lowest, float((c - la.low - FLOOR * (la.high - la.low)).min()))
+            seen.end()
+    half = len(norms) // 2
+    return lowest, math.exp((sum(norms[half:]) - sum(norms[:half])) / half)
 
 
 def refused(answer: str) -> bool:
@@ -308,7 +313,8 @@ def by_kappa(
     for kappa, moved in zip(KAPPAS, [0.0, *kl], strict=True):
         shares = []
         for prompts in (harmful, harmless):
-            flags = [refused(a) for a in answers(guard, tokenizer, prompts, kappa, tokens)]
+            some = prompts[: len(prompts) // 2]
+            flags = [refused(a) for a in answers(guard, tokenizer, some, kappa, tokens)]
             interval = binomtest(sum(flags), len(flags)).proportion_ci()
             shares.append(f"{sum(flags)} of {len(flags)} [{interval.low:.2f}, {interval.high:.2f}]")
         with guard.knob.raised(kappa):
@@ -338,6 +344,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "safety_basis.md"
     )
+    parser.add_argument(
+        "--part", dest="parts", action="append", help="leaks, attacks, kappa, areas; default: all"
+    )
     parser.add_argument("--basis", type=Path, help="read it from here, or write it here")
     args = parser.parse_args()
     started = time.process_time()
@@ -360,20 +369,20 @@ def main() -> None:
     page = [
         f"# A safety basis on {args.base}\n",
         f"`python benchmarks/safety_basis.py DIR_OF_THE_PUBLIC_SETS --base {args.base} --prompts {args.prompts} --few {args.few} "
-        f"--tokens {args.tokens}`\n",
+        f"--tokens {args.tokens}{''.join(f' --part {p}' for p in args.parts or ())}`\n",
         f"Protected: blocks {layers}, {basis.layers[0].directions.shape[1]} directions each. Harmless KL at the fit, in nats per token by kappa: "
         + ", ".join(f"{k}: {v:.4f}" for k, v in basis.about["harmless_kl"].items()) + ".\n",
         "| block | held-out AUROC along the basis | along the difference of means | best of 100 random bases |",
         "|---|---|---|---|", *tried,
     ]  # fmt: skip
-    parts: list[Callable[[], list[str]]] = [
-        lambda: leaks(bem.mount(with_shared_weights(base), [blank_expert(base, n, 8, 0) for n in "abc"]), basis),
-        lambda: attacks(args.data, base, tokenizer, basis, args.few // 2),
-        lambda: by_kappa(args.data, base, tokenizer, basis, args.few, args.tokens),
-        lambda: areas(args.data, base, tokenizer, basis, train, args.few),
-    ]  # fmt: skip
-    for part in parts:  # the page is written after each: they take minutes
-        page += ["", *part()]
+    parts: dict[str, Callable[[], list[str]]] = {
+        "leaks": lambda: leaks(bem.mount(with_shared_weights(base), [blank_expert(base, n, 8, 0) for n in "abc"]), basis),
+        "attacks": lambda: attacks(args.data, base, tokenizer, basis, args.few // 3),
+        "kappa": lambda: by_kappa(args.data, base, tokenizer, basis, args.few, args.tokens),
+        "areas": lambda: areas(args.data, base, tokenizer, basis, train, args.few),
+    }  # fmt: skip
+    for part in args.parts or parts:  # the page is written after each: they take minutes
+        page += ["", *parts[part]()]
         spent = f"\n{time.process_time() - started:.0f} CPU seconds, one thread."
         args.out.write_text("\n".join([*page, spent]) + "\n")
     print(args.out.read_text())
