@@ -44,8 +44,7 @@ def test_an_audit_log_is_counted(capsys, tmp_path):
         ["answers", "harm", "refuse", "1"],
         ["prompts", "harm", "refuse", "2"],
     ]
-    code, out = run(capsys, "report", "--audit", tmp_path / "none")
-    assert code == 3 and "cannot be read" in out
+    assert run(capsys, "report", "--audit", tmp_path / "none")[0] == 3
 
 
 def test_from_prompts_to_a_checked_adapter(capsys, micro_base, tmp_path):
