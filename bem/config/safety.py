@@ -121,7 +121,7 @@ class SafetyPolicy(Section):
     """JSON Lines of everything that was not simply let through; None: none."""
     keep_text: bool = False
     """Write the texts to it too."""
-    stream: StreamRules = Field(default_factory=StreamRules)
+    stream: StreamRules = Field(default_factory=lambda: StreamRules.model_validate({}))
     knob: KnobRules | None = None
     """None: kappa cannot be raised."""
 

@@ -107,14 +107,17 @@ class PolicyGuard:
         return self._ruling(text, checked, ladders)
 
     def _ruling(self, text: str, checked: Checked, ladders: Ladders) -> Ruling:
-        met, kappas, say, hidden = [], [], self.policy.refusal, []
+        met: list[Met] = []
+        kappas: list[float] = []
+        hidden: list[PersonalData] = []
+        say = self.policy.refusal
         for category, step, score, finds in self._steps(checked, ladders):
             reason = f"{category} {score:.2f}" if not finds else f"personal data: {_kinds(finds)}"
             met.append(Met(category, step.do, score, reason))
             kappas += [step.kappa] if step.kappa is not None else []
             say = step.say or say
             hidden += finds if step.do == "redact" else []
-        action = max((m.action for m in met), key=ORDER.index, default="allow")
+        action: Action = max((m.action for m in met), key=ORDER.index, default="allow")
         found = sorted(set(hidden), key=lambda each: each.start)  # two steps may name one kind
         return Ruling(
             action, redact(text, found), tuple(met), max(kappas, default=None), say, tuple(found)

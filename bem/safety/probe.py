@@ -118,7 +118,8 @@ def read_probe(folder: str | Path) -> Probe:
         if config.pop("format") != FORMAT or config.pop("sha256") != sha256(raw).hexdigest():
             raise CheckpointError(f"{folder}: {WEIGHTS} is not what {CONFIG} describes: train it again.")  # fmt: skip
         tensors = {name: value.astype(np.float32) for name, value in load(raw).items()}
-        probe = Probe(**config, **tensors)
+        weights, centre, spread = (tensors[name] for name in ("weights", "centre", "spread"))
+        probe = Probe(weights=weights, centre=centre, spread=spread, **config)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} holds no probe that can be read: {type(error).__name__} {error}."

@@ -92,7 +92,8 @@ class DetectorProcess:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-I", "-c", COMMAND, json.dumps(sys.path)]
         with theirs:  # a session of its own: Ctrl-C is the server's
-            self._process = subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True)  # fmt: skip
+            end = theirs.fileno()
+            self._process = subprocess.Popen(command, stdin=end, stdout=end, start_new_session=True)
         self._socket = ours
         self.restarts += 1
         first = {"folder": self.folder, "timeout_ms": 1000 * PATIENCE * self.timeout_s}

@@ -81,7 +81,8 @@ class Guarding:
         self.detector = DetectorProcess(SHIPPED, policy.timeout_ms)
         limits = {c.name: c.limit for c in read_weights(SHIPPED).categories}
         self.guard = PolicyGuard(policy, self.detector.check, limits)
-        self.audit = AuditLog(policy.audit and Path(policy.audit), policy.keep_text)
+        audit = None if policy.audit is None else Path(policy.audit)
+        self.audit = AuditLog(audit, policy.keep_text)
         self.metrics = GuardMetrics(metrics, lambda: self.detector.alive)
         self._thread = ThreadPoolExecutor(1, "guard")
         if (knob := policy.knob) is not None:
