@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bem.cli.console import Terminal
 from bem.cli.conversation import show_routed
+from bem.cli.demo_guard import show_guard
 from bem.cli.display import Display, quiet
 from bem.cli.options import command
 from bem.cli.verdict import show_decision
@@ -66,6 +67,7 @@ def demo(
         second = _run(progress, config, f"2 of 2: the release {demos.SHOWN.name}, measured here")
     _tell(console, first, second, demos.SHOWN, why)
     _keep(console, second or first, demos.SHOWN if second else None)
+    show_guard(console)
     for done in filter(None, (second, first)):
         _print(console, f"Report: {done.result.report}")
     return 0

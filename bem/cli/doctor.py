@@ -119,13 +119,15 @@ def _base() -> Check:
 def _detector() -> Check:
     from bem.errors import BemError
     from bem.safety.detector import ViolationDetector
+    from bem.safety.personal import KINDS
 
     try:
         categories = ViolationDetector().weights.categories
     except BemError as error:
         return Check("missing", "violation detector", str(error), "reinstall")
     limits = ", ".join(f"{c.name} above {c.limit:.2f}" for c in categories)
-    return Check("ok", "violation detector", f"flags {limits}")
+    kinds = ", ".join(dict.fromkeys(kind.partition(" ")[0] for kind in KINDS))
+    return Check("ok", "violation detector", f"flags {limits}; finds {kinds}")
 
 
 def _tower() -> Check:

@@ -41,6 +41,9 @@ Log = Annotated[
         "--feedback", help="File (SQLite) or database URL for answers and what is said of them."
     ),
 ]
+Policy = Annotated[
+    Path | None, typer.Option("--policy", help="File of a safety policy, see docs/safety.md.")
+]
 Canary = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,6 +64,7 @@ def serve(
     port: Port = 8080,
     keys: Keys = None,
     feedback: Log = None,
+    policy: Policy = None,
     canary: Canary = None,
     settings: Settings = None,
 ) -> int:
@@ -72,6 +76,7 @@ def serve(
     folder = store or (DEFAULT if DEFAULT.is_dir() else None)
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
     given |= {"keys": keys, "feedback": feedback, "dtype": dtype, "vision": vision}
+    given |= {"policy": policy}
     values = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     config = serving_config({k: v for k, v in values.items() if v is not None}, canary, settings)
     server = Server(config)

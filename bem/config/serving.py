@@ -41,6 +41,8 @@ class ServingConfig(Section):
     """File of the API keys, see `bem keys`; None: whoever reaches the port may ask."""
     feedback: str | None = None
     """Where answers and what is said of them are kept: path of an SQLite file, or a URL of SQLAlchemy. None: neither is."""
+    policy: Folder | None = None
+    """File of the safety policy, see docs/safety.md; None: nothing is checked."""
     canary: dict[str, Share] = Field(default_factory=dict)
     """Version, by its first digits -> share of the conversations that ask for `bem` and get it instead."""
 

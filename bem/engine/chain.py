@@ -211,7 +211,11 @@ class Chains:
     # --- names ------------------------------------------------------------------------------------
 
     def _root(self, sequence: Sequence) -> str:
-        return self.root.salted(sequence.request.tenant).digest
+        request = sequence.request
+        root = self.root.salted(request.tenant)
+        if request.kappa is not None:  # a clamp that was raised acted on every chunk
+            root = root.extend([], torch.tensor([request.kappa]), "kappa")
+        return root.digest
 
     def _name(self, sequence: Sequence, chunks: int) -> None:
         """Name texts and decisions of the first chunks."""

@@ -19,6 +19,7 @@ FINISHED: dict[FinishReason, str] = {
     "deadline": "length",  # OpenAI's protocol knows no deadline; `bem` says that it was one
     "cancelled": "length",
     "error": "length",  # refused before it comes to this
+    "filtered": "content_filter",
 }
 Ids = Sequence[int]
 
@@ -34,6 +35,8 @@ class Receipt:
     """As the client named it."""
     version: str
     """Digest of what acted."""
+    kappa: float | None = None
+    """To which a guard or the request raised the safety knob."""
 
     def headers(self, cached_tokens: int) -> dict[str, str]:
         """Of the response."""
@@ -100,7 +103,13 @@ class Face:
     def ended(self, piece: dict[str, Any], result: Result) -> dict[str, Any]:
         """A piece with which an answer ends."""
         reason = FINISHED[result.finish_reason]
+        if result.finish_reason == "filtered":
+            self.refuse(piece, result.error)
         return {**piece, "finish_reason": reason, "bem": about_choice(result)}
+
+    def refuse(self, piece: dict[str, Any], say: str) -> None:
+        """Say in a piece, or in a whole answer, that it was taken away."""
+        raise NotImplementedError
 
     def text_of(self, token: int) -> str:
         """A token as text."""
@@ -121,6 +130,9 @@ class CompletionFace(Face):
         if result.prompt_logprobs or len(echoed) == 1:
             piece["logprobs"] = self._echoed(echoed, result)
         return self.ended(piece, result)
+
+    def refuse(self, piece: dict[str, Any], say: str) -> None:
+        piece["text"] = piece["text"] or say  # this protocol has no other place for it
 
     def _echoed(self, echoed: Ids, result: Result) -> dict[str, Any]:
         """Of prompt and answer; nothing precedes the first token, so that it has none."""
@@ -177,6 +189,10 @@ class ChatFace(Face):
         said = self._logprobs(logprobs)
         return {"index": index, "delta": delta, "logprobs": said, "finish_reason": None}
 
+    def refuse(self, piece: dict[str, Any], say: str) -> None:
+        message = piece["message"] if "message" in piece else piece["delta"]
+        message["refusal"], message["content"] = say, message["content"] or None
+
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not logprobs:
             return None
@@ -212,6 +228,8 @@ def about(receipt: Receipt, results: Sequence[Result], prepared: Prepared) -> di
     """What only this server says of an answer."""
     cached = sum(result.cached_tokens for result in results)
     said: dict[str, Any] = {"version": receipt.version, "cached_tokens": cached}
+    if receipt.kappa is not None:
+        said["kappa"] = receipt.kappa
     if (evidence := prepared.evidence) is not None:
         said["evidence"] = {
             "passages": [{"id": p.id, "text": p.shown} for p in evidence.passages],

@@ -23,7 +23,8 @@ from bem.serving.answers import ChatFace, CompletionFace, Face, Receipt
 from bem.serving.explaining import ExplainRequest, explained
 from bem.serving.feedback import FeedbackRequest
 from bem.serving.gate import Gate, refusal_response
-from bem.serving.generation import Answering, Stream, error_body
+from bem.serving.generation import Answers, Stream, error_body
+from bem.serving.guarding import Admission
 from bem.serving.naming import Name, parse_name, unknown_model
 from bem.serving.pictures import check_sees
 from bem.serving.prompts import Prepared
@@ -76,6 +77,7 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
         if serving.feedback is None:
             why = "This server keeps no feedback: start it with --feedback PATH."
             raise Refused(501, why, None, "no_feedback")
+        said = await serving.guard.feedback(said, request.state.owner)
         receipt = await serving.feedback.add(said, request.state.owner)
         return {"object": "feedback", "sequence": receipt.sequence, "new": receipt.new}
 
@@ -145,6 +147,7 @@ def _add_dashboard(app: FastAPI, serving: Serving) -> None:
             **serving.state(),
             "versions": serving.versions(),
             "history": serving.history.shown(),
+            "guard": serving.guard.shown(),
         }
 
 
@@ -213,18 +216,22 @@ class Answer:
         try:
             expert = expert_of(name, asked.model, lease.resident)
             owner = self.request.state.owner
-            prepared = await serving.prepare(asked, owner, expert)
+            admission = await serving.guard.admit(asked, self.id, owner)
+            self.asked = admission.asked
+            prepared = await serving.prepare(self.asked, owner, expert)
             check_sees(lease.resident, prepared)
-            return await self._generate(lease, prepared)
+            return await self._generate(lease, prepared, admission)
         except BaseException:
             lease.end()
             raise
 
-    async def _generate(self, lease: Lease, prepared: Prepared) -> Response:
-        streams, version = bool(self.asked.stream), lease.resident.version
-        requests = [replace(request, version=version) for request in prepared.requests]
-        answering = Answering(self.serving.driver, lease.resident.host, requests, streams)
-        receipt = Receipt(self.id, int(time.time()), self.asked.model, version)
+    async def _generate(self, lease: Lease, prepared: Prepared, admission: Admission) -> Response:
+        streams, resident = bool(self.asked.stream), lease.resident
+        requests = [replace(request, version=resident.acting) for request in prepared.requests]
+        submit = self.serving.driver, resident.host, requests, streams
+        owner, kappa = self.request.state.owner, admission.kappa
+        answering = self.serving.guard.answering(admission, prepared, submit, self.id, owner)
+        receipt = Receipt(self.id, int(time.time()), self.asked.model, resident.version, kappa)
         wanted = answering.next() if streams else answering.results()
         found: Any = None
         try:
@@ -258,7 +265,7 @@ class Answer:
     def _stream(
         self,
         lease: Lease,
-        answering: Answering,
+        answering: Answers,
         receipt: Receipt,
         prepared: Prepared,
         first: Any,

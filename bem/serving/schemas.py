@@ -47,6 +47,8 @@ class BemFields(Part):
     """Passages that the answer is to rest on; the best of them are shown."""
     retrieve: bool = False
     """Look for evidence in the server's index."""
+    kappa: float | None = Field(default=None, ge=0, le=1)
+    """Raises the safety knob for this answer; less than its level changes nothing."""
     conversation: str | None = Field(default=None, max_length=256)
     """Keeps a conversation on one version while a canary runs; default: how it began."""
     timeout_s: float | None = Field(default=None, gt=0)

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bem.runs.release import SHORT, Release
 from bem.serving.answers import Receipt
 from bem.serving.driver import Driver
 from bem.serving.feedback import Ledger
+from bem.serving.guarding import Guarding
 from bem.serving.history import History
 from bem.serving.keys import KeyRing, Quotas
 from bem.serving.metrics import Metrics
@@ -53,11 +55,14 @@ class Serving:
         self.metrics = Metrics(config.base)
         self.history = History(time.monotonic)
         self.driver = Driver(self._observe)
-        self.residents = Residents(model, self.tokenizer, config, self.driver)
+        self.guard = Guarding(config.policy, self.metrics, self.tokenizer)
+        guarded = self.guard.on_model
+        self.residents = Residents(model, self.tokenizer, config, self.driver, guarded)
         limits = Limits(self.residents.bare.engine.max_tokens, text_config(model).vocab_size)
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
         self.sight = Sight(config)
         self.keys = KeyRing(None if config.keys is None else Path(config.keys))
+        self.guard.warn_of(self.keys.names)
         self.quotas = Quotas(time.monotonic)
         self.feedback = None if config.feedback is None else Ledger(config.feedback)
         self.draining = False
@@ -65,6 +70,10 @@ class Serving:
         self._watch: asyncio.Task[None] | None = None
 
     def _observe(self, engine: str, stats: StepStats) -> None:
+        if self.guard.basis is not None:  # engines know guarded versions by another name
+            known = {r.acting: r.version for r in list(self.residents)}
+            told = (replace(r, version=known.get(r.version, r.version)) for r in stats.finished)
+            stats = replace(stats, finished=tuple(told))
         self.metrics.step(engine, stats, self.residents.chunks)
         self.history.step(stats)
 
@@ -72,6 +81,7 @@ class Serving:
 
     async def __aenter__(self) -> Serving:
         self.driver.start()
+        self.guard.start()
         self._watch = asyncio.ensure_future(self.residents.watch())
         return self
 
@@ -84,6 +94,7 @@ class Serving:
         self.residents.close()
         self._writes.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.driver.stop)
+        await asyncio.to_thread(self.guard.close)
         if self.feedback is not None:
             self.feedback.close()
 
