@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.logging import RichHandler
@@ -13,10 +13,19 @@ from rich.text import Text
 from bem.cli.console import Terminal
 from bem.cli.options import Settings
 
+if TYPE_CHECKING:
+    from bem.serving.server import Server
+
 DEFAULT = Path("runs/store")
 
 
-Base = Annotated[str, typer.Option("--base", help="bem-tiny, a folder or a Hugging Face id.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="A name, a folder or a Hugging Face id; default: that for which the store's releases were made, else bem-tiny.",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Of the base; that for which the store's adapters were made."),
@@ -55,7 +64,7 @@ Canary = Annotated[
 
 
 def serve(
-    base: Base = "bem-tiny",
+    base: Base = None,
     dtype: Dtype = None,
     store: Store = None,
     index: Index = None,
@@ -74,15 +83,28 @@ def serve(
 
     _log()
     folder = store or (DEFAULT if DEFAULT.is_dir() else None)
+    if base is None and folder is not None:
+        base, made_for = _base_of(folder)
+        dtype = dtype or made_for
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
     given |= {"keys": keys, "feedback": feedback, "dtype": dtype, "vision": vision}
     given |= {"policy": policy}
     values = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     config = serving_config({k: v for k, v in values.items() if v is not None}, canary, settings)
     server = Server(config)
-    _tell(server.url, config.base, folder)
+    _tell(server, folder)
     server.run()
     return 0
+
+
+def _base_of(folder: Path) -> tuple[str | None, str | None]:
+    """(base, dtype) that a store's releases need."""
+    from bem.runs.loading import base_of
+    from bem.runs.store import Store
+
+    store = Store(folder)
+    is_new = not (store.journal.pointer_file.exists() or store.journal.ledger_file.exists())
+    return (None, None) if is_new else base_of(store) or (None, None)
 
 
 def _log() -> None:
@@ -94,11 +116,16 @@ def _log() -> None:
     logging.getLogger("bem").setLevel(logging.INFO)
 
 
-def _tell(url: str, base: str, folder: Path | None) -> None:
-    console = Terminal()
+def _tell(server: Server, folder: Path | None) -> None:
+    config, url, console = server.config, server.url, Terminal()
     where = f"versions of {folder}" if folder else "no version store: the bare base"
-    console.print(Text.assemble(("Serving", "green"), f" {base}, {where}"), soft_wrap=True)
+    console.print(Text.assemble(("Serving", "green"), f" {config.base}, {where}"), soft_wrap=True)
+    residents = server.serving.residents
+    if residents.store is not None and residents.current is residents.bare:
+        kept = ", ".join(f"bem@{release.short}" for release in server.serving.kept()[:3])
+        said = f"  nothing is in use: `bem` is the bare base; the store keeps {kept or 'nothing'}"
+        console.print(Text(said), soft_wrap=True)
     console.print(Text(f"  {url}/v1"), soft_wrap=True)
-    asked = '{"messages": [{"role": "user", "content": "Name a prime."}]}'
+    asked = '{"messages": [{"role": "user", "content": "Name a prime."}], "temperature": 0}'
     line = f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{asked}'"
     console.print(Text(line), soft_wrap=True)

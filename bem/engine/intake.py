@@ -53,7 +53,7 @@ class Intake:
             raise EngineError(f"n is {request.n}, and no more than {self.queue} requests may wait.")
         named = None if request.version is None else self.versions.find(request.version)
         acts = named or self.versions.current
-        acts.option(request.route)
+        acts.at_strength(request.strength).option(request.route)
         request = self._raised(request)
         for name, told in told_of(request, acts).items():
             if told.shape != (acts.reads[name],):

@@ -10,6 +10,7 @@ from bem.engine.request import ChunkAction, FinishReason, Result, TokenLogprob
 from bem.runs.release import SHORT
 from bem.serving.pictures import about_picture
 from bem.serving.prompts import Prepared
+from bem.serving.tools import CallReader, Tools, said_calls
 
 LEAST = -9999.0
 """Stands for a log-probability of minus infinity, which JSON does not have."""
@@ -70,6 +71,9 @@ class Face:
             self.choice(i, result, ids)
             for i, (result, ids) in enumerate(zip(results, shown, strict=True))
         ]
+        if prepared.tools is not None:
+            for choice, result in zip(choices, results, strict=True):
+                _read_calls(choice, result, prepared.tools)
         return {
             **self._head(receipt, self.whole_object),
             "choices": choices,
@@ -208,6 +212,20 @@ class ChatFace(Face):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.text_of(token)
         return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
+
+
+def _read_calls(choice: dict[str, Any], result: Result, tools: Tools) -> None:
+    """Put the calls in a whole answer where OpenAI's protocol has them."""
+    text, calls = CallReader(tools).push(result.text, last=True)
+    if calls:
+        choice["message"] |= {"content": text or None, "tool_calls": said_calls(calls)}
+        choice["finish_reason"] = finished(result, called=True)
+
+
+def finished(result: Result, called: bool) -> str:
+    """Why an answer ended, as OpenAI's protocol says it; called: it holds calls of tools."""
+    reason = FINISHED[result.finish_reason]
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def usage(results: Sequence[Result], prompts: int) -> dict[str, Any]:

@@ -215,6 +215,7 @@ class Answer:
         lease = await serving.residents.lease(name, conversation_of(asked), asked.model)
         try:
             expert = expert_of(name, asked.model, lease.resident)
+            check_strength(asked, lease.resident)
             owner = self.request.state.owner
             admission = await serving.guard.admit(asked, self.id, owner)
             self.asked = admission.asked
@@ -331,6 +332,17 @@ def expert_of(name: Name, asked: str, resident: Resident) -> str | None:
         return name.expert
     known = ", ".join(f"bem:{e}" for e in resident.experts) or "none"
     raise unknown_model(asked, f"Experts of version {resident.short}: {known}.")
+
+
+def check_strength(asked: Asked, resident: Resident) -> None:
+    """Refuse a strength where there is nothing that could be stronger.
+
+    Raises:
+        Refused: that version has no experts.
+    """
+    if asked.bem.strength not in (None, 1) and not resident.experts:
+        why = f"bem.strength scales what a router's experts do, and version {resident.short} has none."
+        raise Refused(400, why, "bem.strength", "unsupported_value")
 
 
 def conversation_of(asked: Asked) -> str:

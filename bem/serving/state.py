@@ -146,7 +146,7 @@ class Serving:
     async def names(self) -> dict[str, dict[str, Any]]:
         """Name of each model that can be asked for -> what it is."""
         residents = self.residents
-        front, kept = residents.current, await asyncio.to_thread(self._releases)
+        front, kept = residents.current, await asyncio.to_thread(self.kept)
         listed = {
             "bem": {"version": front.version},
             "bem:base": {"version": residents.bare.version},
@@ -157,7 +157,8 @@ class Serving:
             listed.setdefault(name, {"version": release.version, "source": release.source})
         return listed
 
-    def _releases(self) -> list[Release]:
+    def kept(self) -> list[Release]:
+        """Releases that can be asked for by version, the one that was mentioned last first."""
         store = self.residents.store
         try:
             return [] if store is None else store.known()
