@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -13,8 +13,7 @@ from rich.text import Text
 from bem.cli.console import Terminal
 from bem.cli.options import Settings
 
-DEFAULT = Path("runs/store")
-
+DEFAULT, DEFAULT_LOG = Path("runs/store"), Path("runs/feedback.db")
 
 Base = Annotated[str, typer.Option("--base", help="bem-tiny, a folder or a Hugging Face id.")]
 Dtype = Annotated[
@@ -45,6 +44,13 @@ Canary = Annotated[
         help="Give a share of the conversations to a version of the store.",
     ),
 ]
+Learn = Annotated[
+    bool,
+    typer.Option("--learn", help="Learn from the feedback, in a process of its own; see `bem online`."),
+]
+LearnFolder = Annotated[
+    Path | None, typer.Option("--learn-folder", help="The learner's; default: runs/online.")
+]
 
 
 def serve(
@@ -57,6 +63,8 @@ def serve(
     keys: Keys = None,
     feedback: Log = None,
     canary: Canary = None,
+    learn: Learn = False,
+    learn_folder: LearnFolder = None,
     settings: Settings = None,
 ) -> int:
     """Serve a base and the versions of a store by OpenAI's protocol."""
@@ -64,10 +72,13 @@ def serve(
     from bem.serving.server import Server
 
     _log()
-    folder = store or (DEFAULT if DEFAULT.is_dir() else None)
+    learns = learn or learn_folder is not None
+    folder = store or (DEFAULT if learns or DEFAULT.is_dir() else None)
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
-    given |= {"keys": keys, "feedback": feedback, "dtype": dtype}
-    values = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    given |= {"keys": keys, "feedback": feedback or (DEFAULT_LOG if learns else None), "dtype": dtype}
+    values: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in given.items()}
+    if learns:
+        values["learn"] = {} if learn_folder is None else {"folder": str(learn_folder)}
     config = serving_config({k: v for k, v in values.items() if v is not None}, canary, settings)
     server = Server(config)
     _tell(server.url, config.base, folder)
