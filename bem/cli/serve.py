@@ -46,7 +46,9 @@ Canary = Annotated[
 ]
 Learn = Annotated[
     bool,
-    typer.Option("--learn", help="Learn from the feedback, in a process of its own; see `bem online`."),
+    typer.Option(
+        "--learn", help="Learn from the feedback, in a process of its own; see `bem online`."
+    ),
 ]
 LearnFolder = Annotated[
     Path | None, typer.Option("--learn-folder", help="The learner's; default: runs/online.")
@@ -75,7 +77,11 @@ def serve(
     learns = learn or learn_folder is not None
     folder = store or (DEFAULT if learns or DEFAULT.is_dir() else None)
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
-    given |= {"keys": keys, "feedback": feedback or (DEFAULT_LOG if learns else None), "dtype": dtype}
+    given |= {
+        "keys": keys,
+        "feedback": feedback or (DEFAULT_LOG if learns else None),
+        "dtype": dtype,
+    }
     values: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in given.items()}
     if learns:
         values["learn"] = {} if learn_folder is None else {"folder": str(learn_folder)}

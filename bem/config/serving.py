@@ -71,7 +71,9 @@ class ServingConfig(Section):
     @model_validator(mode="after")
     def _learning_needs_feedback_and_a_store(self) -> ServingConfig:
         if self.learn and not (self.feedback and self.store):
-            raise ValueError("learning needs feedback to learn from, and a store for what was learned")
+            raise ValueError(
+                "learning needs feedback to learn from, and a store for what was learned"
+            )
         if self.learn and not self.keys and not self.learn.believes_one_source:
             raise ValueError(
                 "without keys all feedback has one source, and no source may have so much to say that anything is "

@@ -1,6 +1,6 @@
 """What a learner's folder tells people: scores over time, and what became of every candidate.
 
-    scores.jsonl      a line per round: event, mean score, version that answered. Nothing is decided by it.
+scores.jsonl      a line per round: event, mean score, version that answered. Nothing is decided by it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ RECENT = 20
 class Learning:
     """The learner of a server, as it is told."""
 
-    def __init__(self, process: LearnerProcess | None, feedback: Ledger | None, store: Store | None):
+    def __init__(
+        self, process: LearnerProcess | None, feedback: Ledger | None, store: Store | None
+    ):
         self.process, self.feedback, self.store = process, feedback, store
         options = None if process is None else process.config.learn
         self.desk = None if options is None else Desk(Path(options.folder))
@@ -89,7 +91,9 @@ class Learning:
         if not told["on"]:
             return
         yield _gauge("up", "1: the learner's process runs.", told["alive"])
-        yield _counter("restarts", "Learners that were started because one had ended.", told["restarts"])
+        yield _counter(
+            "restarts", "Learners that were started because one had ended.", told["restarts"]
+        )
         yield _gauge("paused", "1: somebody paused learning.", told["paused"])
         yield _gauge("waiting_events", "Feedback that was not taken in yet.", told["waiting"])
         yield _counter("passed_over", "Feedback that could not be used.", told["passed_over"])
@@ -105,7 +109,9 @@ def _of_status(status: dict[str, Any], curve: list[dict[str, Any]]) -> Iterator[
     counts, trial = status["counts"], status["trial"]
     yield _counter("events", "Answered requests that were taken in.", status["event"])
     yield _counter("steps", "Steps that the shadow took.", counts["steps"])
-    yield _counter("discarded_steps", "Steps that were not finite or too long.", counts["discarded"])
+    yield _counter(
+        "discarded_steps", "Steps that were not finite or too long.", counts["discarded"]
+    )
     yield _gauge("lessons", "Lessons that are practised on.", status["practice"])
     yield _gauge("held_out", "Events that are never learned from.", status["held_out"])
     yield _gauge("watching", "1: a promotion is being watched.", status["watching"])

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 
 from bem.config import LearningConfig, OnlineConfig, ServingConfig
-from bem.errors import ConfigError, Refused
 from bem.online.desk import Desk
 from bem.runs.store import Store
 from bem.serving.client import Client

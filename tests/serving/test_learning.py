@@ -8,16 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bem.config import LearningConfig, OnlineConfig, ServingConfig
 from bem.online.told import Scores, scores
-from bem.runs.store import Store
-from bem.serving.learner import LearnerProcess
-from bem.serving.learning import Learning
 from bem.serving.metrics import Metrics
-from tests.online.toys import SKILLS, loop, moves, stream
+from tests.serving.learned import learn, told_of
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-OPEN = OnlineConfig(max_share=1, events_per_source=400)
 OWN = re.compile(r"(?:vllm:|bem_)[a-z0-9_]+")
 
 
@@ -25,16 +20,8 @@ OWN = re.compile(r"(?:vllm:|bem_)[a-z0-9_]+")
 def told(tmp_path_factory):
     """A learner that promoted and rolled back; what a server with it tells; and its metrics' text."""
     home = tmp_path_factory.mktemp("told")
-    zeros = dict.fromkeys(range(SKILLS), 0.0)
-    with loop(home) as made:
-        curve = Scores(home / "online", made.event)
-        turns = [*stream(48), *stream(24, 3, targets=zeros, start=1000)]
-        for at in range(0, len(turns), 8):
-            curve.add(made.round(turns[at : at + 8]))
-    assert moves(made)[:2] == ["promoted", "rolled back"]
-    learn = LearningConfig(folder=str(home / "online"), online=OPEN)
-    config = ServingConfig(store=str(home / "store"), feedback=str(home / "f.db"), learn=learn)
-    learning = Learning(LearnerProcess(config), None, Store(home / "store"))
+    learn(home)
+    learning = told_of(home)
     metrics = Metrics("toy")
     metrics.registry.register(learning)
     page = learning.read()
@@ -75,9 +62,7 @@ def test_what_is_going_to_be_done_again_is_not_told_twice(told, tmp_path):
 def test_a_damaged_status_is_a_problem_that_is_told(told, tmp_path):
     shutil.copytree(told[0] / "online", tmp_path / "online")
     (tmp_path / "online" / "status.json").write_text("{")
-    learn = LearningConfig(folder=str(tmp_path / "online"), online=OPEN)
-    config = ServingConfig(store=str(tmp_path / "s"), feedback="f.db", learn=learn)
-    page = Learning(LearnerProcess(config), None, Store(tmp_path / "s")).read()
+    page = told_of(tmp_path).read()
     assert "is not valid JSON" in page["problem"] and page["status"] is None
     assert page["ledger"] == [] and page["candidates"]
 
