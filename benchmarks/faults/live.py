@@ -113,7 +113,7 @@ class Live:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env={**os.environ, "COLUMNS": "200"},  # fmt: skip
+            env={**os.environ, "COLUMNS": "200"},
         )
         assert self.process.stdout is not None
         for line in self.process.stdout:

@@ -70,10 +70,9 @@ def luminance(colour):
 
 def contrast(page, selector):
     """Between the text of an element and the card that it stands on."""
-    script = (
-        "e => [getComputedStyle(e).color, getComputedStyle(e.closest('section')).backgroundColor]"
-    )
-    one, other = sorted(map(luminance, page.locator(selector).first.evaluate(script)))
+    script = """s => { const e = document.querySelector(s);
+        return [getComputedStyle(e).color, getComputedStyle(e.closest('section')).backgroundColor]; }"""
+    one, other = sorted(map(luminance, page.evaluate(script, selector)))
     return (other + 0.05) / (one + 0.05)
 
 
@@ -144,7 +143,9 @@ def test_a_screen_reader_hears_what_the_pictures_show(homes, browser):
     for drawn in page.locator("svg").all():
         assert drawn.get_attribute("aria-label")
     assert page.get_by_role("region", name="Learning").count() == 1
-    assert page.get_by_role("region", name="Candidates, the newest first").count() == 1
+    table = page.get_by_role("region", name="Candidates, the newest first")
+    assert table.get_by_role("columnheader", name="what became of it").count() == 1
+    assert table.get_by_role("cell", name="rolled back").count() == 1
     page.close()
 
 

@@ -67,12 +67,12 @@ def test_corrections_become_a_version_that_answers_and_a_killed_learner_takes_no
             first = set(pool.map(lambda i: taught(server, i), range(160)))
         assert first == {bare}
         learner = server.serving.learner
-        wait_for(lambda: (told(server)["status"] or {}).get("rounds", 0) >= 2, 180)
+        wait_for(lambda: (told(server)["status"] or {}).get("rounds", 0) >= 2, 600)
         pid = learner.pid
         os.kill(pid, signal.SIGKILL)
         assert taught(server, 160) in {bare, server.serving.residents.current.version}
-        wait_for(lambda: learner.pid not in (None, pid) and learner.restarts == 1, 180)
-        wait_for(lambda: told(server)["moves"]["promoted"], 400)
+        wait_for(lambda: learner.pid not in (None, pid) and learner.restarts == 1, 600)
+        wait_for(lambda: told(server)["moves"]["promoted"], 900)
         wait_for(lambda: server.serving.residents.current.version != bare, 30)
         version = taught(server, 161)
         promoted = Store(tmp_path / "store").journal.ledger().moves()[0]
@@ -93,7 +93,7 @@ def test_a_learner_that_cannot_begin_leaves_the_server_alone(tmp_path, micro_bas
     (tmp_path / "online").mkdir()
     (tmp_path / "online" / "start").write_text("no checkpoint")
     with learning(tmp_path, micro_base) as server:
-        wait_for(lambda: server.serving.learner.ended, 120)
+        wait_for(lambda: server.serving.learner.ended, 600)
         assert taught(server, 0) == server.serving.residents.bare.version
         page = told(server)
         assert page["status"] is None and page["waiting"] == 1 and page["ended"]
