@@ -16,13 +16,21 @@ from rich.logging import RichHandler
 
 from bem.cli.console import Terminal
 from bem.config import ServingConfig, parse
+from bem.errors import ConfigError
 from bem.online.beside import learn
 
 
 def run() -> int:
     """Learn until the server ends, or somebody ends this process."""
-    config = parse(ServingConfig, json.loads(sys.stdin.buffer.readline()), "the server")
-    assert config.learn is not None
+    told = sys.stdin.buffer.readline()
+    try:
+        config = parse(ServingConfig, json.loads(told), "the server")
+    except ValueError:
+        raise ConfigError(
+            "this is the process that `bem serve --learn` starts: start that."
+        ) from None
+    if config.learn is None:
+        raise ConfigError("this server has no learner: start it with --learn.")
     handler = RichHandler(console=Terminal(stderr=True), show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="learner: %(message)s", handlers=[handler])
     with contextlib.suppress(OSError):  # it may run where nobody may be nicer

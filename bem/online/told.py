@@ -6,6 +6,7 @@ scores.jsonl      a line per round: event, mean score, version that answered. No
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,42 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+class Journal:
+    """A learner's journal, read on from where it was read last: it grows for as long as the learner lives."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+        """All lines but those of steps that were discarded, which are many and only counted."""
+        self.counts: Counter[str] = Counter()
+        self._read = 0
+
+    def look(self) -> None:
+        """Take in what was written since; a journal that was cut is read anew. A torn last line waits."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if size < self._read:
+            self._forget()
+        if size == self._read:
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            raw = file.read()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+                what, _ = entry["what"], entry["event"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            self.counts[what] += 1
+            if what != "discarded":
+                self.entries.append(entry)
 
 
 def by_candidate(entries: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:

@@ -4,8 +4,9 @@ the dashboard and for Prometheus. Nothing here is decided by it."""
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from bem.errors import BemError
 from bem.online.desk import Desk
-from bem.online.told import candidates, scores
+from bem.online.told import Journal, candidates, scores
 from bem.runs.release import SHORT
 from bem.runs.store import Store
 from bem.serving.feedback import Ledger
@@ -21,10 +22,12 @@ from bem.serving.learner import LearnerProcess
 
 log = logging.getLogger(__name__)
 
-MOVES = ("candidate", "promoted", "rejected", "rolled back", "kept", "drift", "discarded")
-"""Words of the journal that are counted. Rounds that were discarded are steps, see `counts`."""
+MOVES = ("candidate", "promoted", "rejected", "rolled back", "kept", "drift")
+"""Words of the journal that are counted, and marked on the curve."""
 MARKS = 60
 ENTRIES = 30
+FRESH_S = 1.0
+"""What was read is told again for so long, however many ask."""
 RECENT = 20
 """Points of the curve whose mean is the score of late."""
 
@@ -33,43 +36,60 @@ class Learning:
     """The learner of a server, as it is told."""
 
     def __init__(
-        self, process: LearnerProcess | None, feedback: Ledger | None, store: Store | None
+        self,
+        process: LearnerProcess | None,
+        feedback: Ledger | None,
+        store: Store | None,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        self.process, self.feedback, self.store = process, feedback, store
+        self.process, self.feedback, self.store, self.clock = process, feedback, store, clock
         options = None if process is None else process.config.learn
         self.desk = None if options is None else Desk(Path(options.folder))
+        self._journal = None if self.desk is None else Journal(self.desk.journal)
+        self._problem = ""
         self._last: dict[str, Any] = {"on": False}
+        self._read_at = float("-inf")
+        self._lock = threading.Lock()
 
     def read(self) -> dict[str, Any]:
         """Everything, from the files: not on an event loop. What cannot be read is a problem that is told."""
-        told: dict[str, Any] = {"on": self.desk is not None, "ledger": self._ledger()}
-        if self.desk is not None and self.process is not None:
-            process = self.process
-            told |= {"alive": process.alive, "restarts": process.restarts, "ended": process.ended}
-            told |= self._learner(self.desk)
-        self._last = told
-        return told
+        with self._lock:
+            if self.clock() - self._read_at >= FRESH_S:
+                self._last, self._read_at = self._told(), self.clock()
+            return self._last
 
-    def _learner(self, desk: Desk) -> dict[str, Any]:
-        status, problem = None, ""
+    def _told(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"on": self.desk is not None, "ledger": self._ledger()}
+        process, desk, journal = self.process, self.desk, self._journal
+        if desk is None or process is None or journal is None:
+            return told
+        told |= {"alive": process.alive, "restarts": process.restarts, "ended": process.ended}
+        return told | self._learner(desk, journal)
+
+    def _learner(self, desk: Desk, journal: Journal) -> dict[str, Any]:
+        status, last, problem = None, 0, ""
         try:
             status = desk.status() if (desk.folder / "status.json").is_file() else None
             last = self.feedback.log.last() if self.feedback else 0
-        except BemError as failed:
-            problem, last = str(failed), 0
-        entries = desk.entries()
-        counted = Counter(entry["what"] for entry in entries)
-        marks = [_mark(e) for e in entries if e["what"] in MOVES and e["what"] != "discarded"]
+        except BemError as failed:  # paths are for the log, not for every key
+            problem = (
+                "the learner's folder or the feedback cannot be read: the server's log says why"
+            )
+            if self._problem != str(failed):
+                log.error("%s", failed)
+            self._problem = str(failed)
+        journal.look()
+        marks = [_mark(entry) for entry in journal.entries if entry["what"] in MOVES]
         return {
             "paused": desk.paused,
             "problem": problem,
             "status": status,
             "waiting": max(0, last - status["sequence"]) if status else last,
-            "moves": {word: counted[word] for word in MOVES},
-            "passed_over": counted["passed over"],
+            "moves": {word: journal.counts[word] for word in MOVES},
+            "passed_over": journal.counts["passed over"],
             "scores": scores(desk.folder),
             "marks": marks[-MARKS:],
-            "candidates": candidates(entries, status and status["trial"]),
+            "candidates": candidates(journal.entries, status and status["trial"]),
         }
 
     def _ledger(self) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
     python benchmarks/faults/live.py --minutes 30            # writes benchmarks/results/live.md
 
 `bem serve --learn` is started as anybody would start it. Sixty users ask over HTTP and send the right answers;
-others only ask. What is right changes as it goes:
+others only ask. The base is a random Llama of four layers (`tests/conftest.py`), which learns what is asked here in
+minutes of a busy core: what is tested is everything around it. What is right changes as it goes:
 
     known      questions of one kind: the learner is to get a version promoted
     drift      questions of a new kind, which nobody could learn before: scores fall, and are to be learned
@@ -40,24 +41,28 @@ from bem.errors import BemError  # noqa: E402
 from bem.files import write_json, write_text  # noqa: E402
 from bem.runs.store import Store  # noqa: E402
 from bem.serving.keys import add_key  # noqa: E402
+from tests.serving.running import base  # noqa: E402
 
-WORDS = ("function", "value", "docstring", "return")
+KNOWN, NEW = "name", "value"
+"""Words of the two kinds of questions."""
+FIRST, SECOND, THIRD = "function", "docstring", "return"
+"""Answers."""
 USERS, ENEMIES, TRUSTED = 60, 50, 32
 AHEAD = 32
 """Events that the learner may be behind: so that phases mean the same to it as to the users."""
 SETTINGS = {
     "round_size": 16,
     "batch_size": 16,
-    "learning_rate": 0.03,
-    "steps_per_round": 4,
+    "learning_rate": 0.02,
+    "steps_per_round": 8,
     "largest_step": 0.2,
     "largest_distance": 8.0,
     "pull": 0.02,
-    "candidate_every": 32,
+    "candidate_every": 320,
     "margin": 0.15,
     "tolerance": 0.15,
     "trial_events": 160,
-    "watch_events": 96,
+    "watch_events": 48,
     "drift_window": 200,
     "held_share": 0.2,
     "max_length": 64,
@@ -123,8 +128,7 @@ class Live:
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
 
     def _row(self, i: int) -> dict[str, Any]:
-        word = WORDS[i % 4]
-        return {"id": f"trusted {i}", "input": f"name the {word} {100_000 + i}", "references": [word]}  # fmt: skip
+        return {"id": f"trusted {i}", "input": question(KNOWN, 100_000 + i), "references": [FIRST]}
 
     def call(self, path: str, key: str, body: dict[str, Any] | None = None) -> tuple[Any, Any]:
         """(JSON, headers)."""
@@ -138,7 +142,7 @@ class Live:
         """What the dashboard shows of learning."""
         return self.call("/dashboard/online", self.users[0])[0]
 
-    def ask(self, prompt: str, key: str, model: str = "bem", tokens: int = 2) -> tuple[str, str]:
+    def ask(self, prompt: str, key: str, model: str = "bem", tokens: int = 6) -> tuple[str, str]:
         """(id, answer); its version is counted."""
         began = time.monotonic()
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0}  # fmt: skip
@@ -159,7 +163,7 @@ class Live:
         while not self.done.is_set():
             i += 1
             try:
-                self.ask(f"name the {WORDS[i % 4]} {worker}{i}", self.users[i % USERS])
+                self.ask(question(KNOWN, 300_000 + 10 * i + worker), self.users[i % USERS])
             except OSError:
                 self.refused += not self.done.is_set()
             self.done.wait(0.5)
@@ -174,24 +178,23 @@ class Live:
     def phase(
         self,
         name: str,
-        turned: int,
         kind: str,
+        right: str,
         keys: list[str],
-        until: Callable[[dict], bool],
+        until: Callable[[dict[str, Any]], bool],
         most: int,
     ) -> None:
         """Events of one kind, until something has come, or so many.
 
         Args:
-            turned: places by which the right word stands behind the one that is named.
-            kind: the question's verb.
+            kind: of the questions.
+            right: the answer that is said to be right.
         """
         began, first, told = time.monotonic(), self.asked, self.told()
         while self.asked - first < most and not until(told):
             for _ in range(SETTINGS["round_size"]):
                 i = self.asked
-                prompt = f"{kind} the {WORDS[i * 7 // 3 % 4]} {i}"
-                self.say(prompt, WORDS[(i * 7 // 3 + turned) % 4], keys[i * 11 % len(keys)])
+                self.say(question(kind, i), right, keys[i * 11 % len(keys)])
             while (told := self.told())["waiting"] > AHEAD and self.process.poll() is None:
                 time.sleep(1)
         came = until(told)
@@ -207,13 +210,14 @@ class Live:
         for worker in workers:
             worker.start()
         try:
-            self.phase("known", 0, "name", self.users, _learned, 960)
-            self.phase("drift", 1, "change", self.users, lambda t: t["moves"]["drift"] >= 1 and t["moves"]["promoted"] >= 2, 640)  # fmt: skip
+            self.phase("known", KNOWN, FIRST, self.users, _knows, 1200)
+            self.phase("drift", NEW, SECOND, self.users, _learned, 640)
             self.phase(
-                "turned", 0, "change", self.users, lambda t: t["moves"]["rolled back"] >= 1, 256
+                "turned", NEW, FIRST, self.users, lambda t: t["moves"]["rolled back"] > 0, 256
             )
-            self.phase("poison", 1, "name", self.enemies, lambda t: False, 96)
-            self.phase("known", 0, "name", self.users, lambda t: time.monotonic() - began > 60 * minutes, 100_000)  # fmt: skip
+            before = self.told()["moves"]["rejected"]
+            self.phase("poison", KNOWN, THIRD, self.enemies, lambda t: t["moves"]["rejected"] > before, 480)  # fmt: skip
+            self.phase("known", KNOWN, FIRST, self.users, lambda t: time.monotonic() - began > 60 * minutes, 100_000)  # fmt: skip
             told = self.told()
         finally:
             self.done.set()
@@ -226,8 +230,7 @@ class Live:
 
     def _is_right(self, i: int) -> bool:
         """Does what serves at the end still know the first kind?"""
-        word = WORDS[i % 4]
-        return self.ask(f"name the {word} {200_000 + i}", self.users[0])[1] == word
+        return self.ask(question(KNOWN, 200_000 + i), self.users[0])[1] == FIRST
 
     def foreign(self) -> list[str]:
         """Versions that answered and are neither the store's nor the one bare base."""
@@ -236,10 +239,25 @@ class Live:
         return others if len(others) > 1 else []
 
 
+def question(kind: str, i: int) -> str:
+    """One of a kind; no two are the same."""
+    return f"{kind} " * 6 + str(i)
+
+
+def _good(told: dict[str, Any]) -> bool:
+    return bool(told["scores"]) and told["scores"][-1]["mean"] > 0.9
+
+
+def _knows(told: dict[str, Any]) -> bool:
+    """What was promoted answers rightly, its watch is over, and the drift detector knows that as normal."""
+    status = told["status"] or {}
+    reference = status.get("drift_reference")
+    return _good(told) and not status["watching"] and reference is not None and reference > 0.5
+
+
 def _learned(told: dict[str, Any]) -> bool:
-    """Something was promoted, its watch is over, and the drift detector knows what is normal."""
-    status = told["status"]
-    return bool(told["moves"]["promoted"] and not status["watching"] and status["drift_reference"] is not None)  # fmt: skip
+    """Drift was told, and what was promoted since is right and is being watched."""
+    return bool(told["moves"]["drift"] and _good(told) and told["status"]["watching"])
 
 
 def page(live: Live, end: dict[str, Any], options: argparse.Namespace) -> str:
@@ -253,7 +271,7 @@ def page(live: Live, end: dict[str, Any], options: argparse.Namespace) -> str:
         [
             "# A server that learns, live",
             "",
-            f"`python benchmarks/faults/live.py --minutes {options.minutes:g} --base {options.base} --load {options.load}` on "
+            f"`python benchmarks/faults/live.py --minutes {options.minutes:g}{' --base ' + options.base if options.base else ''} --load {options.load}` on "
             f"{platform.machine()}, a busy machine: **{end['minutes']:.1f} minutes**, {len(times)} answers, {live.asked} corrections.",
             "",
             "| phase | events | came? | seconds | moves so far |",
@@ -276,11 +294,19 @@ def page(live: Live, end: dict[str, Any], options: argparse.Namespace) -> str:
     )
 
 
+def micro(folder: Path) -> str:
+    """The base of the tests, which chats."""
+    model, tokenizer = base()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def main() -> None:
     """Run, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--base", default="bem-tiny")
+    parser.add_argument("--base", help="default: a random Llama of four layers")
     parser.add_argument("--load", type=int, default=2, help="users that only ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/live.md")
     parser.add_argument("--keep", type=Path, help="folder that stays, to look at")
@@ -288,7 +314,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         home = options.keep or Path(work)
         home.mkdir(parents=True, exist_ok=True)
-        live = Live(home, options.base, options.load)
+        live = Live(home, options.base or micro(home / "base"), options.load)
         live.start()
         try:
             end = live.run(options.minutes)

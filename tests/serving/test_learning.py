@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bem.online.told import Scores, scores
+from bem.online.told import Journal, Scores, scores
 from bem.serving.metrics import Metrics
 from tests.serving.learned import learn, told_of
 
@@ -63,8 +63,29 @@ def test_a_damaged_status_is_a_problem_that_is_told(told, tmp_path):
     shutil.copytree(told[0] / "online", tmp_path / "online")
     (tmp_path / "online" / "status.json").write_text("{")
     page = told_of(tmp_path).read()
-    assert "is not valid JSON" in page["problem"] and page["status"] is None
+    assert (
+        "cannot be read" in page["problem"]
+        and str(tmp_path) not in page["problem"]
+        and page["status"] is None
+    )
     assert page["ledger"] == [] and page["candidates"]
+
+
+def test_a_journal_is_read_on_and_anew_where_it_was_cut(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    lines = ['{"event": 1, "what": "discarded"}', '{"event": 2, "what": "drift"}']
+    journal = Journal(path)
+    journal.look()
+    assert journal.entries == []
+    path.write_text(lines[0] + "\n" + lines[1] + '\n{"event": 3, "wh')
+    journal.look()
+    assert [e["event"] for e in journal.entries] == [2] and journal.counts["discarded"] == 1
+    path.write_text(lines[0] + "\n" + lines[1] + '\n{"event": 3, "what": "kept"}\n')
+    journal.look()
+    assert [e["event"] for e in journal.entries] == [2, 3]
+    path.write_text(lines[1] + "\n")
+    journal.look()
+    assert [e["event"] for e in journal.entries] == [2] and journal.counts["discarded"] == 0
 
 
 def exported(text: str) -> set[str]:
