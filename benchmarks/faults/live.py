@@ -8,7 +8,7 @@ minutes of a busy core: what is tested is everything around it. What is right ch
 
     known      questions of one kind: the learner is to get a version promoted
     drift      questions of a new kind, which nobody could learn before: scores fall, and are to be learned
-    turned     what was just promoted is wrong: the version before is right again, and is to take over
+    turned     what was just promoted is wrong: what the version before says is right, and it is to take over
     poison     fifty users send wrong answers to the questions of the first kind: never to be used
     known      to the end of the time
 
@@ -58,11 +58,11 @@ SETTINGS = {
     "largest_step": 0.2,
     "largest_distance": 8.0,
     "pull": 0.02,
-    "candidate_every": 320,
+    "candidate_every": 480,
     "margin": 0.15,
     "tolerance": 0.15,
     "trial_events": 160,
-    "watch_events": 48,
+    "watch_events": 80,
     "drift_window": 200,
     "held_share": 0.2,
     "max_length": 64,
@@ -166,7 +166,7 @@ class Live:
                 self.ask(question(KNOWN, 300_000 + 10 * i + worker), self.users[i % USERS])
             except OSError:
                 self.refused += not self.done.is_set()
-            self.done.wait(0.5)
+            self.done.wait(2.0)
 
     def say(self, prompt: str, right: str, key: str) -> None:
         """Ask, and say what would have been right."""
@@ -179,7 +179,7 @@ class Live:
         self,
         name: str,
         kind: str,
-        right: str,
+        right: str | None,
         keys: list[str],
         until: Callable[[dict[str, Any]], bool],
         most: int,
@@ -188,13 +188,15 @@ class Live:
 
         Args:
             kind: of the questions.
-            right: the answer that is said to be right.
+            right: the answer that is said to be right; None: that of the version before the one in use.
         """
         began, first, told = time.monotonic(), self.asked, self.told()
+        before = next((m["version"][:12] for m in told["ledger"][1:2] if m["version"]), "")
         while self.asked - first < most and not until(told):
             for _ in range(SETTINGS["round_size"]):
                 i = self.asked
-                self.say(question(kind, i), right, keys[i * 11 % len(keys)])
+                prompt, key = question(kind, i), keys[i * 11 % len(keys)]
+                self.say(prompt, right or self.ask(prompt, key, f"bem@{before}")[1], key)
             while (told := self.told())["waiting"] > AHEAD and self.process.poll() is None:
                 time.sleep(1)
         came = until(told)
@@ -213,10 +215,10 @@ class Live:
             self.phase("known", KNOWN, FIRST, self.users, _knows, 1200)
             self.phase("drift", NEW, SECOND, self.users, _learned, 640)
             self.phase(
-                "turned", NEW, FIRST, self.users, lambda t: t["moves"]["rolled back"] > 0, 256
+                "turned", NEW, None, self.users, lambda t: t["moves"]["rolled back"] > 0, 256
             )
-            before = self.told()["moves"]["rejected"]
-            self.phase("poison", KNOWN, THIRD, self.enemies, lambda t: t["moves"]["rejected"] > before, 480)  # fmt: skip
+            rejected = self.told()["moves"]["rejected"]
+            self.phase("poison", KNOWN, THIRD, self.enemies, lambda t: t["moves"]["rejected"] > rejected, 576)  # fmt: skip
             self.phase("known", KNOWN, FIRST, self.users, lambda t: time.monotonic() - began > 60 * minutes, 100_000)  # fmt: skip
             told = self.told()
         finally:
@@ -307,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--base", help="default: a random Llama of four layers")
-    parser.add_argument("--load", type=int, default=2, help="users that only ask")
+    parser.add_argument("--load", type=int, default=1, help="users that only ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/live.md")
     parser.add_argument("--keep", type=Path, help="folder that stays, to look at")
     options = parser.parse_args()
