@@ -8,7 +8,6 @@ import contextlib
 import logging
 import subprocess
 import sys
-from pathlib import Path
 
 from bem.config import ServingConfig
 
@@ -28,7 +27,6 @@ class LearnerProcess:
     def __init__(self, config: ServingConfig):
         """config: the server's; it goes over standard input, because databases have passwords and every
         user of the machine can read a command line."""
-        # relative paths are the server's, and mean the same there: the process has its working folder
         self.config = config
         self.restarts = 0
         self.ended = ""
@@ -50,29 +48,34 @@ class LearnerProcess:
         wait_s, clock = FIRST_WAIT_S, asyncio.get_running_loop().time
         while True:
             began = clock()
-            self._start()
-            while self.alive:
-                await asyncio.sleep(LOOK_S)
-            assert self._process is not None
-            code = self._process.returncode
+            self.ended = await self._one()
             wait_s = FIRST_WAIT_S if clock() - began > LONGEST_WAIT_S else wait_s
-            self.ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-            log.error("the learner ended with %s; another begins in %.0f s", self.ended, wait_s)
-            self._close_pipe()
+            log.error("the learner ended: %s; another begins in %.0f s", self.ended, wait_s)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             self.restarts += 1
 
-    def _start(self) -> None:
+    async def _one(self) -> str:
+        """One process from its start to its end, and how it ended."""
+        try:
+            process = self._start()
+        except OSError as failed:  # no memory, too many processes: it may be better later
+            return f"it could not be started: {failed.strerror}"
+        while (code := process.poll()) is None:
+            await asyncio.sleep(LOOK_S)
+        self._close_pipe()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "bem", "online", "learn"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=Path.cwd()
-        )
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it died at once: `run` sees that
-            self._process.stdin.write(self.config.model_dump_json().encode() + b"\n")
-            self._process.stdin.flush()
-        log.info("the learner is process %d", self._process.pid)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self._process = process
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it died at once: `_one` sees that
+            process.stdin.write(self.config.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+        log.info("the learner is process %d", process.pid)
+        return process
 
     def stop(self) -> None:
         """End it, with a snapshot if it can be had in time."""

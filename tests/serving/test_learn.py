@@ -11,6 +11,7 @@ from bem.config import LearningConfig, OnlineConfig, ServingConfig
 from bem.online.desk import Desk
 from bem.runs.store import Store
 from bem.serving.client import Client
+from bem.serving.learner import LearnerProcess
 from bem.serving.server import Server
 from tests.serving.test_versions import wait_for
 
@@ -22,13 +23,17 @@ ONLINE = OnlineConfig(
 WORDS = ["function", "value", "docstring", "return"]
 
 
-@contextmanager
-def learning(home, base, **options):
-    """A server on its own port, whose learner is another process."""
+def config_of(home, base):
+    """Of a server that learns."""
     learn = LearningConfig(folder=str(home / "online"), score="tokens", rank=4, wait_s=0.1, online=ONLINE)  # fmt: skip
     where = {"store": str(home / "store"), "feedback": str(home / "feedback.db"), "learn": learn}
-    settings = {"port": 0, "watch_s": 0.1, "max_new_tokens": 2, **where, **options}
-    server = Server(ServingConfig(base=str(base), **settings)).start()
+    return ServingConfig(base=str(base), port=0, watch_s=0.1, max_new_tokens=2, **where)
+
+
+@contextmanager
+def learning(home, base):
+    """A server on its own port, whose learner is another process."""
+    server = Server(config_of(home, base)).start()
     try:
         yield server
     finally:
@@ -98,6 +103,16 @@ def test_a_learner_that_cannot_begin_leaves_the_server_alone(tmp_path, micro_bas
         page = told(server)
         assert page["status"] is None and page["waiting"] == 1 and page["ended"]
         assert "bem_online_up 0.0" in metrics(server)
+
+
+@pytest.mark.slow
+def test_a_learner_ends_when_its_server_does_however_that_ends(tmp_path, micro_base):
+    """The kernel closes a killed server's end of the pipe."""
+    learner = LearnerProcess(config_of(tmp_path, micro_base))
+    process = learner._start()
+    wait_for((tmp_path / "online" / "status.json").is_file, 600)
+    process.stdin.close()
+    assert process.wait(600) == 0
 
 
 def test_learning_without_feedback_or_a_store_is_refused():
