@@ -126,6 +126,15 @@ class Live:
                 self.url = line.decode().split()[0].removesuffix("/v1")
                 break
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
+        while self.process.poll() is None and not self._answers():
+            time.sleep(1)
+
+    def _answers(self) -> bool:
+        """It says where it listens before it does."""
+        try:
+            return bool(self.call("/ready", "")[0]["ready"])
+        except OSError:
+            return False
 
     def _row(self, i: int) -> dict[str, Any]:
         return {"id": f"trusted {i}", "input": question(KNOWN, 100_000 + i), "references": [FIRST]}
