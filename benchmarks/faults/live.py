@@ -31,6 +31,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,18 @@ from bem.errors import BemError  # noqa: E402
 from bem.files import write_json, write_text  # noqa: E402
 from bem.runs.store import Store  # noqa: E402
 from bem.serving.keys import add_key  # noqa: E402
-from tests.serving.running import base  # noqa: E402
 
 KNOWN, NEW = "name", "value"
 """Words of the two kinds of questions."""
 FIRST, SECOND, THIRD = "function", "docstring", "return"
 """Answers."""
 USERS, ENEMIES, TRUSTED = 60, 50, 32
+ROUND, SENDERS = 16, 8
 AHEAD = 32
 """Events that the learner may be behind: so that phases mean the same to it as to the users."""
 SETTINGS = {
-    "round_size": 16,
-    "batch_size": 16,
+    "round_size": ROUND,
+    "batch_size": ROUND,
     "learning_rate": 0.02,
     "steps_per_round": 8,
     "largest_step": 0.2,
@@ -83,6 +84,7 @@ class Live:
         self.seconds: list[float] = []
         """Of every answer."""
         self.phases: list[dict[str, Any]] = []
+        self.pool = ThreadPoolExecutor(SENDERS)
         self.done = threading.Event()
         self._lock = threading.Lock()
 
@@ -175,14 +177,15 @@ class Live:
                 self.ask(question(KNOWN, 300_000 + 10 * i + worker), self.users[i % USERS])
             except OSError:
                 self.refused += not self.done.is_set()
-            self.done.wait(2.0)
+            self.done.wait(5.0)
 
-    def say(self, prompt: str, right: str, key: str) -> None:
-        """Ask, and say what would have been right."""
+    def say(self, i: int, kind: str, right: str | None, key: str, before: str) -> None:
+        """Ask, and say what would have been right; None: what the version before says."""
+        prompt = question(kind, i)
         name, _ = self.ask(prompt, key)
-        said = {"request": name, "kind": "correction", "text": right, "id": f"said {self.asked}"}
+        text = right or self.ask(prompt, key, f"bem@{before}")[1]
+        said = {"request": name, "kind": "correction", "text": text, "id": f"said {i}"}
         self.call("/v1/feedback", key, said)
-        self.asked += 1
 
     def phase(
         self,
@@ -200,12 +203,12 @@ class Live:
             right: the answer that is said to be right; None: that of the version before the one in use.
         """
         began, first, told = time.monotonic(), self.asked, self.told()
+        pool = self.pool
         before = next((m["version"][:12] for m in told["ledger"][1:2] if m["version"]), "")
         while self.asked - first < most and not until(told):
-            for _ in range(SETTINGS["round_size"]):
-                i = self.asked
-                prompt, key = question(kind, i), keys[i * 11 % len(keys)]
-                self.say(prompt, right or self.ask(prompt, key, f"bem@{before}")[1], key)
+            numbers = range(self.asked, self.asked + 2 * ROUND)
+            list(pool.map(lambda i: self.say(i, kind, right, keys[i * 11 % len(keys)], before), numbers))  # fmt: skip
+            self.asked = numbers.stop
             while (told := self.told())["waiting"] > AHEAD and self.process.poll() is None:
                 time.sleep(1)
         came = until(told)
@@ -307,6 +310,10 @@ def page(live: Live, end: dict[str, Any], options: argparse.Namespace) -> str:
 
 def micro(folder: Path) -> str:
     """The base of the tests, which chats."""
+    from tests.serving.running import base  # torch: only where it is not made yet
+
+    if folder.is_dir():
+        return str(folder)
     model, tokenizer = base()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
