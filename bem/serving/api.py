@@ -128,7 +128,7 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(serving.metrics_text(), media_type="text/plain; version=0.0.4")
+        return Response(await serving.metrics_text(), media_type="text/plain; version=0.0.4")
 
 
 def _add_dashboard(app: FastAPI, serving: Serving) -> None:
@@ -149,6 +149,11 @@ def _add_dashboard(app: FastAPI, serving: Serving) -> None:
             "history": serving.history.shown(),
             "guard": serving.guard.shown(),
         }
+
+    @app.get("/dashboard/online")
+    async def online() -> dict[str, Any]:
+        """What the page shows of learning, and the newest moves of the version store."""
+        return await asyncio.to_thread(serving.learning.read)
 
 
 def _tell_errors(app: FastAPI, serving: Serving) -> None:

@@ -28,6 +28,8 @@ from bem.serving.feedback import Ledger
 from bem.serving.guarding import Guarding
 from bem.serving.history import History
 from bem.serving.keys import KeyRing, Quotas
+from bem.serving.learner import LearnerProcess
+from bem.serving.learning import Learning
 from bem.serving.metrics import Metrics
 from bem.serving.pictures import Sight
 from bem.serving.prompts import Limits, Prepared, Writer
@@ -65,9 +67,13 @@ class Serving:
         self.guard.warn_of(self.keys.names)
         self.quotas = Quotas(time.monotonic)
         self.feedback = None if config.feedback is None else Ledger(config.feedback)
+        self.learner = LearnerProcess(config) if config.learn else None
+        self.learning = Learning(self.learner, self.feedback, self.residents.store)
+        self.metrics.registry.register(self.learning)
         self.draining = False
         self._writes = ThreadPoolExecutor(1, "writer")
-        self._watch: asyncio.Task[None] | None = None
+        self._beside: list[asyncio.Task[None]] = []
+        """What runs beside the answers: who watches the store, who keeps the learner alive."""
 
     def _observe(self, engine: str, stats: StepStats) -> None:
         if self.guard.basis is not None:  # engines know guarded versions by another name
@@ -82,15 +88,19 @@ class Serving:
     async def __aenter__(self) -> Serving:
         self.driver.start()
         self.guard.start()
-        self._watch = asyncio.ensure_future(self.residents.watch())
+        self._beside = [asyncio.ensure_future(self.residents.watch())]
+        if self.learner is not None:
+            self._beside.append(asyncio.ensure_future(self.learner.run()))
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         self.draining = True
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in self._beside:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+                await task
+        if self.learner is not None:
+            await asyncio.to_thread(self.learner.stop)
         self.residents.close()
         self._writes.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.driver.stop)
@@ -193,8 +203,9 @@ class Serving:
         ]
         return sorted(said, key=lambda version: not version["current"])
 
-    def metrics_text(self) -> bytes:
+    async def metrics_text(self) -> bytes:
         """For Prometheus."""
+        await asyncio.to_thread(self.learning.read)
         residents = self.residents
         versions = [resident.version for resident in residents]
         current, problems = residents.current.version, len(residents.problems)
