@@ -67,3 +67,37 @@ def _without_blocks_above(base: Any, layer: int) -> Iterator[None]:
         yield
     finally:
         blocks.extend(above)
+
+
+class LowerBlocks:
+    """The blocks below one layer, for forward passes over the same tokens again and again: no adapter acts there
+    (what is adapted lies above what the router reads), so they are read once."""
+
+    def __init__(self, base: Any, layer: int):
+        """layer: the lowest that may be adapted."""
+        self.blocks = [base.get_submodule(path) for path in find_sites(base).blocks[:layer]]
+
+    @contextmanager
+    def giving(self, known: Any) -> Iterator[list[Any]]:
+        """Forward passes inside.
+
+        Args:
+            known: what the uppermost of them gave to these tokens, as a pass noted it; None: nothing is known, and
+                the next pass computes them.
+        Yields:
+            what it gives, pass by pass.
+        """
+        given: list[Any] = []
+        if not self.blocks:
+            yield given
+            return
+        handle = self.blocks[-1].register_forward_hook(lambda _, __, out: given.append(out))
+        skipped = self.blocks if known is not None else []
+        for block in skipped:  # each is handed the last one's output, which the next one ignores
+            block.forward = lambda *_, **__: known
+        try:
+            yield given
+        finally:
+            handle.remove()
+            for block in skipped:
+                del block.forward

@@ -96,6 +96,8 @@ class Played:
         self.results: dict[tuple[int, int], Result] = {}
         self.kept: dict[str, int] = {}
         self.count: Counter[str] = Counter()
+        self.reasons: list[str] = []
+        self.compared = self.mixed = 0
 
     def play(self, events: int) -> None:
         """So many events, to the end; then whatever waits."""
@@ -141,6 +143,7 @@ class Played:
             self._collect()
 
     def _collect(self) -> None:
+        self.mixed += len({s.acts.version.digest for s in self.engine.running if s.acts}) > 1
         for result in self.engine.step().finished:
             assert (result.id, result.index) not in self.results, "handed out twice"
             self.results[result.id, result.index] = result
@@ -191,6 +194,8 @@ class Played:
 
     def _check_answer(self, number: int, result: Result) -> None:
         request, given = self.wanted[number], list(result.token_ids)
+        self.reasons.append(result.finish_reason)
+        self.compared += len(given)
         cut = result.finish_reason in ("cancelled", "deadline")
         assert cut or (result.finish_reason, len(given)) == ("length", request.max_new_tokens)
         if given:
