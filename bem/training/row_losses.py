@@ -63,7 +63,7 @@ def losses_behind(
     decoded.cache.crop(columns - 1 - decoded.cache.get_seq_length())
     batch = {name: value.to(model.device) for name, value in _behind(rows, pad_id).items()}
     before = decoded.prompts["attention_mask"][:, :-1]
-    seen = torch.cat([before, torch.ones_like(batch["input_ids"])], 1)
+    seen = torch.cat([before, batch["attention_mask"]], 1)
     given = {name: batch[name] for name in ("input_ids", "turn_starts", "route") if name in batch}
     if "position_ids" in arguments_of(model):
         given["position_ids"] = batch["position_ids"]
