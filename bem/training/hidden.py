@@ -88,16 +88,27 @@ class LowerBlocks:
             what it gives, pass by pass.
         """
         given: list[Any] = []
-        if not self.blocks:
-            yield given
-            return
-        handle = self.blocks[-1].register_forward_hook(lambda _, __, out: given.append(out))
-        skipped = self.blocks if known is not None else []
-        for block in skipped:  # each is handed the last one's output, which the next one ignores
-            block.forward = lambda *_, **__: known
+        computes = self.blocks[-1].forward if self.blocks else None
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            assert computes is not None
+            given.append(_copied(computes(*args, **kwargs)))  # who reads it may write to it
+            return _copied(given[-1])
+
+        # without a hook: those of others see what a block gives, known or not
+        changed = self.blocks[-1:] if known is None else self.blocks
+        before = [block.__dict__.get("forward") for block in changed]
+        for block in changed:
+            block.forward = noted if known is None else lambda *_, **__: _copied(known)
         try:
             yield given
         finally:
-            handle.remove()
-            for block in skipped:
+            for block, own in zip(changed, before, strict=True):
                 del block.forward
+                if own is not None:  # of a library that had put it there (accelerate)
+                    block.forward = own
+
+
+def _copied(out: Any) -> Any:
+    """A block's hidden states, with whatever else it gives."""
+    return (out[0].clone(), *out[1:]) if isinstance(out, tuple) else out.clone()
