@@ -53,11 +53,11 @@ def losses_behind(
         prompts: what `decoded` answers.
         rows: with their reference answers.
     Returns:
-        None: a row is cut elsewhere than its prompt, the cache cannot be cropped, or the logits are too many.
+        None: a row is cut elsewhere than its prompt, the cache does not hold them, or the logits are too many.
     """
     model, columns = attached.model, decoded.prompts["input_ids"].shape[1]
     width = max(len(row) - row.prompt_length for row in rows) + 1
-    goes_on = all(map(_begins_with, rows, prompts)) and columns > 1 and _can_crop(decoded.cache)
+    goes_on = all(map(_begins_with, rows, prompts)) and _can_crop(decoded.cache, columns)
     if not goes_on or len(rows) * width * _vocabulary(model) > LOGITS_AT_ONCE:
         return None
     decoded.cache.crop(columns - 1 - decoded.cache.get_seq_length())
@@ -97,9 +97,11 @@ def _begins_with(row: Encoded, prompt: Encoded) -> bool:
     return n == len(prompt) and same and turns and row.route[: n - 1] == prompt.route[: n - 1]
 
 
-def _can_crop(cache: Any) -> bool:
+def _can_crop(cache: Any, columns: int) -> bool:
+    """To less than what was read of these prompts; a window that slides has forgotten its beginning."""
     layers = getattr(cache, "layers", None) or []
-    return bool(layers) and not any(layer.is_sliding for layer in layers)
+    held = bool(layers) and cache.get_seq_length() >= columns > 1
+    return held and not any(layer.is_sliding for layer in layers)
 
 
 def _vocabulary(model: Any) -> int:
