@@ -42,6 +42,7 @@ def forms(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     four = Int4Linear.of(linear)
     scale = weight.abs().amax(1, keepdim=True) / 127
     eight = (weight / scale).round().to(torch.int8)
+    halves = packed_halves(weight)
     return {
         "float32": lambda x: F.linear(x.float(), weight),
         "bfloat16": partial(F.linear, weight=weight.bfloat16()),
@@ -51,7 +52,27 @@ def forms(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         "four bits": lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, four.packed, GROUP, four.scales
         ),
+        "eight bits, as two halves": lambda x: sum(
+            torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+            for packed, scales in halves
+        ),
     }
+
+
+def packed_halves(weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Q8_0 blocks, weight = d * q with q in -127 to 127, as (16 * d) * high + d * low: two weights of four bits."""
+    groups = weight.view(len(weight), -1, GROUP)
+    d = (groups.abs().amax(-1) / 127).half().float()
+    q = (groups / d.clamp(min=1e-12)[..., None]).round().clamp(-127, 127).to(torch.int32)
+    print(f"off the file's blocks by {float((q * d[..., None] - groups).abs().max()):.1e}", flush=True)
+    high, low = q >> 4, q & 15  # -8 to 7, 0 to 15
+    made = []
+    # what the kernel computes is (level - 8) * scale + zero
+    for level, scale, zero in ((high + 8, 16 * d, torch.zeros_like(d)), (low, d, 8 * d)):
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(level.view_as(weight).int(), 1)
+        scales = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().bfloat16()
+        made.append((packed, scales))
+    return made
 
 
 def speed(heads: dict[str, Callable], width: int, rounds: int) -> list[str]:
