@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
@@ -64,7 +63,9 @@ def packed_halves(weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     groups = weight.view(len(weight), -1, GROUP)
     d = (groups.abs().amax(-1) / 127).half().float()
     q = (groups / d.clamp(min=1e-12)[..., None]).round().clamp(-127, 127).to(torch.int32)
-    print(f"off the file's blocks by {float((q * d[..., None] - groups).abs().max()):.1e}", flush=True)
+    print(
+        f"off the file's blocks by {float((q * d[..., None] - groups).abs().max()):.1e}", flush=True
+    )
     high, low = q >> 4, q & 15  # -8 to 7, 0 to 15
     made = []
     # what the kernel computes is (level - 8) * scale + zero
@@ -90,14 +91,14 @@ def speed(heads: dict[str, Callable], width: int, rounds: int) -> list[str]:
     return lines
 
 
-def states(base: str, tokens: int) -> tuple[Any, Tensor, Tensor]:
-    """(model, hidden states that enter the head, the token behind each)."""
+def states(base: str, tokens: int) -> tuple[Tensor, Tensor]:
+    """(hidden states that enter the head, the token behind each)."""
     model, tokenizer = bem.load_base(base, dtype="bfloat16")
     files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     ids = tokenizer("\n".join(f.read_text(encoding="utf-8") for f in files))["input_ids"][:tokens]
     parts = [ids[at : at + LENGTH] for at in range(0, len(ids), LENGTH)]
     found = [model.model(torch.tensor([p])).last_hidden_state[0, :-1] for p in parts]
-    return model, torch.cat(found), torch.tensor([t for p in parts for t in p[1:]])
+    return torch.cat(found), torch.tensor([t for p in parts for t in p[1:]])
 
 
 def quality(heads: dict[str, Callable], hidden: Tensor, targets: Tensor) -> list[str]:
@@ -112,7 +113,10 @@ def quality(heads: dict[str, Callable], hidden: Tensor, targets: Tensor) -> list
             other = given.argmax(-1) != exact.argmax(-1)
             nll = F.nll_loss(given, own, reduction="none")
             sums[name] += torch.stack([nll.sum(), kl.sum(), other.sum()]).double()
-    lines = ["| head | nats per token | KL from float32 | another most likely token |", "|---|---:|---:|---:|"]
+    lines = [
+        "| head | nats per token | KL from float32 | another most likely token |",
+        "|---|---:|---:|---:|",
+    ]
     for name, total in sums.items():
         nll, kl, other = (total / len(hidden)).tolist()
         lines.append(f"| {name} | {nll:.4f} | {kl:.5f} | {100 * other:.1f} % |")
@@ -129,7 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, hidden, targets = states(args.base, args.tokens)
+    hidden, targets = states(args.base, args.tokens)
     exact, _ = bem.load_base(args.base, dtype="float32")
     heads = forms(exact.get_output_embeddings().weight.detach())
     text = [

@@ -214,7 +214,9 @@ class Engine:
                         results[result.id, result.index] = result
                     else:
                         others.append(result)
-        except BaseException:  # a request that cannot be served, or Ctrl-C: nobody is left to take the answers
+        except (
+            BaseException
+        ):  # a request that cannot be served, or Ctrl-C: nobody is left to take the answers
             for number in ours:
                 self.cancel(number)
             self._undelivered = [r for r in self._undelivered if r.id not in ours]

@@ -44,7 +44,11 @@ def answer_losses(
 
 @torch.inference_mode()
 def losses_behind(
-    attached: Any, decoded: Decoded, prompts: Sequence[Encoded], rows: Sequence[Encoded], pad_id: int
+    attached: Any,
+    decoded: Decoded,
+    prompts: Sequence[Encoded],
+    rows: Sequence[Encoded],
+    pad_id: int,
 ) -> tuple[list[float], list[float | None]] | None:
     """What `answer_losses` gives, without reading the prompts again: the reference answers go on where they were
     read. The cache is cropped for it.
@@ -77,9 +81,7 @@ def losses_behind(
 def _behind(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     """Each row from the last token of its prompt on, padded on the right: nothing looks there."""
     parts = [
-        Encoded(
-            row.input_ids[at:], row.labels[at:], 1, row.turn_starts[at:], (), row.route[at:]
-        )
+        Encoded(row.input_ids[at:], row.labels[at:], 1, row.turn_starts[at:], (), row.route[at:])
         for row in rows
         for at in [row.prompt_length - 1]
     ]

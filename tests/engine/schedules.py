@@ -177,7 +177,9 @@ class Played:
             self.engine.store.pin([self.random.choice(names)], self.random.random() < 0.5)
 
     def _quota(self) -> None:
-        self.engine.store.set_quota(self.random.choice(self.digests), self.random.choice([0.2, 1.0]))
+        self.engine.store.set_quota(
+            self.random.choice(self.digests), self.random.choice([0.2, 1.0])
+        )
 
     def _late(self) -> None:
         self.now += 1.0
@@ -202,7 +204,10 @@ class Played:
             whole = answer(self.asked[number], self.digests.index(result.version))
             assert given == whole[: len(given)], (number, given, whole)
             if request.prompt_logprobs is not None:
-                assert len(result.prompt_logprobs) == result.prompt_tokens - request.prompt_logprobs_from
+                assert (
+                    len(result.prompt_logprobs)
+                    == result.prompt_tokens - request.prompt_logprobs_from
+                )
 
     def _check_nothing_left(self) -> None:
         engine = self.engine

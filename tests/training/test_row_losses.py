@@ -63,6 +63,9 @@ def test_they_are_those_of_rows_that_are_read_whole(variant, tokenizer):
 def test_a_row_that_is_cut_elsewhere_than_its_prompt_is_read_whole(tokenizer):
     longest = max(len(encode(row, tokenizer, 400)) for row in examples("s0"))
     adapted, prompts, wholes, decoded = read("s0", tokenizer, length=longest - 2)
-    assert any(row.input_ids[: row.prompt_length] != p.input_ids for row, p in zip(wholes, prompts, strict=True))
+    assert any(
+        row.input_ids[: row.prompt_length] != p.input_ids
+        for row, p in zip(wholes, prompts, strict=True)
+    )
     assert losses_behind(adapted, decoded, prompts, wholes, 0) is None
     assert torch.isfinite(torch.tensor(answer_losses(adapted, wholes, 0)[0])).all()
