@@ -70,8 +70,8 @@ PROTECTED = OnlineConfig(
     drift_window=200,
     snapshot_every=100,
 )
-ARMS = ("frozen", "unprotected", "protected", "oracle")
-CALM = ("calm frozen", "calm protected")
+ARMS = ("frozen", "protected", "calm frozen", "calm protected", "oracle", "unprotected")
+"""calm: on a stream in which nothing changes."""
 MOVES = ("candidate", "promoted", "rejected", "rolled back", "drift", "discarded")
 
 
@@ -83,6 +83,7 @@ class Bench:
         self.settings = sha256_json([
             PROTECTED.model_dump(mode="json"), RANK, KNOWN_STEPS, ORACLE_STEPS, POOL, TAUGHT, options.sizes, options.base,
         ])[:12]  # fmt: skip
+        self.beginning = sha256_json([RANK, RATE, BATCH, KNOWN_STEPS, ORACLE_STEPS, POOL, TAUGHT, options.base])[:12]
         self._base: tuple[Any, Any] | None = None
         self._begun: dict[str, tuple[Any, Any, list[list[Example]]]] = {}
         self._known: dict[tuple[str, str], dict[str, float]] = {}
@@ -139,7 +140,7 @@ class Bench:
         spec, rng = STREAMS[name], np.random.default_rng(99)
         pools = [self._short(pool, spec.longest, rng) for pool in spec.parts(self.options.data)]
         apart = [[Turn(row, row.id) for row in pool[:TAUGHT]] for pool in pools]
-        files = [self.work / f"{name}-{which}-{self.settings}.safetensors" for which in ("frozen", "oracle")]
+        files = [self.work / f"{name}-{which}-{self.beginning}.safetensors" for which in ("frozen", "oracle")]
         if not files[0].is_file():
             save_file(self._trained(spec, apart[0], None, KNOWN_STEPS), files[0])
         start = load_file(files[0])
@@ -241,34 +242,39 @@ def _result(scores: list[float], old: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is not done yet, and write the page."""
+    """Run what is not done yet, arm by arm, and write the page after each."""
     options = _options()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    bench, runs = Bench(options), []
-    for seed in range(options.first, options.first + options.seeds):
-        for name in options.streams.split(","):
-            cells = {arm: bench.cell(name, seed, arm) for arm in (*ARMS, *CALM)}
-            runs.append({"stream": name, "seed": seed, "arms": cells})
+    bench = Bench(options)
+    seeds = range(options.first, options.first + options.seeds)
+    names = [name for name in STREAMS if name in options.streams.split(",")]
+    runs = [{"stream": name, "seed": seed, "arms": {}} for name in names for seed in seeds]
+    for arm in options.arms.split(","):
+        for run in runs:
+            run["arms"][arm] = bench.cell(run["stream"], run["seed"], arm)
+        _write(runs, options)
+    print(options.out.read_text(encoding="utf-8"))
+
+
+def _write(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
     about = (
         f"`{options.command}` on {platform.processor() or platform.machine()}, one thread, base {options.base}, "
         f"torch {torch.__version__}."
     )
-    order = list(STREAMS)
-    runs.sort(key=lambda r: (order.index(r["stream"]), r["seed"]))
-    text = page(runs, options.sizes, about)
-    options.out.write_text(text, encoding="utf-8")
-    for run in runs:
-        for cell in run["arms"].values():
-            cell.pop("journal", None)
-    write_json(options.out.with_suffix(".json"), {"command": options.command, "runs": runs}, indent=None)
-    print(text)
+    options.out.write_text(page(runs, options.sizes, about), encoding="utf-8")
+    kept = [
+        {**run, "arms": {arm: {k: v for k, v in cell.items() if k != "journal"} for arm, cell in run["arms"].items()}}
+        for run in runs
+    ]  # fmt: skip
+    write_json(options.out.with_suffix(".json"), {"command": options.command, "runs": kept}, indent=None)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder of the public sets")
     parser.add_argument("--streams", default="embedded", help=f"of {', '.join(STREAMS)}")
+    parser.add_argument("--arms", default=",".join(ARMS), help="in the order in which they are run")
     parser.add_argument("--base", default="bem-tiny")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -276,7 +282,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--known", type=int, default=32, help="events before anything is new")
     parser.add_argument("--old", type=int, default=96, help="rows on which forgetting is measured")
     parser.add_argument("--trusted", type=int, default=96, help="rows that the learner trusts")
-    parser.add_argument("--stationary", type=int, default=96, help="events of the calm stream")
+    parser.add_argument("--stationary", type=int, default=64, help="events of the calm stream")
     work = Path(tempfile.gettempdir()) / "bem_online"
     parser.add_argument("--work", type=Path, default=work, help="one file for each finished arm")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "online.md")

@@ -30,7 +30,7 @@ def _section(name: str, runs: Sequence[Run], sizes: Mapping[str, int]) -> list[s
     spec, known = STREAMS[name], sizes["known"]
     events = len(runs[0]["arms"]["frozen"]["scores"])
     cpu = sum(cell["cpu_s"] for run in runs for cell in run["arms"].values())
-    arms = [arm for arm in runs[0]["arms"] if not arm.startswith("calm")]
+    arms = [arm for arm in ("frozen", "unprotected", "protected", "oracle") if arm in runs[0]["arms"]]
     lines = [
         f"## {name}: {spec.about}",
         "",
@@ -42,6 +42,8 @@ def _section(name: str, runs: Sequence[Run], sizes: Mapping[str, int]) -> list[s
         "|---|---:|---:|---:|---:|---:|",
         *(_row(arm, runs, known) for arm in arms),
     ]
+    if "calm protected" not in runs[0]["arms"]:
+        return lines
     calm = interval([_mean(r, "calm protected", 0) - _mean(r, "calm frozen", 0) for r in runs])
     lines += [
         "",
