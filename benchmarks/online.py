@@ -19,7 +19,6 @@ arm is a file under --work, and is not run again: stopped, it goes on where it w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -53,7 +52,10 @@ from bem.training.example import Example  # noqa: E402
 
 RANK, RATE, BATCH = 8, 1e-2, 16
 KNOWN_STEPS, ORACLE_STEPS = 12, 24
-POOL, TAUGHT = 900, 128  # rows of a part; of them, what the frozen version and the oracle learned from
+POOL, TAUGHT = (
+    900,
+    128,
+)  # rows of a part; of them, what the frozen version and the oracle learned from
 PROTECTED = OnlineConfig(
     learning_rate=RATE,
     batch_size=BATCH,
@@ -83,7 +85,9 @@ class Bench:
         self.settings = sha256_json([
             PROTECTED.model_dump(mode="json"), RANK, KNOWN_STEPS, ORACLE_STEPS, POOL, TAUGHT, options.sizes, options.base,
         ])[:12]  # fmt: skip
-        self.beginning = sha256_json([RANK, RATE, BATCH, KNOWN_STEPS, ORACLE_STEPS, POOL, TAUGHT, options.base])[:12]
+        self.beginning = sha256_json(
+            [RANK, RATE, BATCH, KNOWN_STEPS, ORACLE_STEPS, POOL, TAUGHT, options.base]
+        )[:12]
         self._base: tuple[Any, Any] | None = None
         self._begun: dict[str, tuple[Any, Any, list[list[Example]]]] = {}
         self._known: dict[tuple[str, str], dict[str, float]] = {}
@@ -102,7 +106,9 @@ class Bench:
             started = time.process_time()
             found = self._run(name, seed, arm)
             cpu = round(time.process_time() - started, 1)
-            write_json(path, {"stream": name, "seed": seed, "arm": arm, "cpu_s": cpu, **found}, indent=None)
+            write_json(
+                path, {"stream": name, "seed": seed, "arm": arm, "cpu_s": cpu, **found}, indent=None
+            )
             print(f"{name} {seed} {arm}: {cpu} CPU s", flush=True)
         return read_json(path)
 
@@ -131,7 +137,10 @@ class Bench:
             return [Turn(row, f"row {row.id}", f"part {part}") for row in rows]
 
         new = [t for part in range(1, len(pools)) for t in take(part, sizes["events"])]
-        return [take(0, sizes["known"]) + new, *(take(0, sizes[n]) for n in ("old", "trusted", "stationary"))]
+        return [
+            take(0, sizes["known"]) + new,
+            *(take(0, sizes[n]) for n in ("old", "trusted", "stationary")),
+        ]
 
     # --- what a stream begins with ------------------------------------------------------------------
 
@@ -140,7 +149,10 @@ class Bench:
         spec, rng = STREAMS[name], np.random.default_rng(99)
         pools = [self._short(pool, spec.longest, rng) for pool in spec.parts(self.options.data)]
         apart = [[Turn(row, row.id) for row in pool[:TAUGHT]] for pool in pools]
-        files = [self.work / f"{name}-{which}-{self.beginning}.safetensors" for which in ("frozen", "oracle")]
+        files = [
+            self.work / f"{name}-{which}-{self.beginning}.safetensors"
+            for which in ("frozen", "oracle")
+        ]
         if not files[0].is_file():
             save_file(self._trained(spec, apart[0], None, KNOWN_STEPS), files[0])
         start = load_file(files[0])
@@ -267,7 +279,9 @@ def _write(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
         {**run, "arms": {arm: {k: v for k, v in cell.items() if k != "journal"} for arm, cell in run["arms"].items()}}
         for run in runs
     ]  # fmt: skip
-    write_json(options.out.with_suffix(".json"), {"command": options.command, "runs": kept}, indent=None)
+    write_json(
+        options.out.with_suffix(".json"), {"command": options.command, "runs": kept}, indent=None
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -287,7 +301,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=work, help="one file for each finished arm")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "online.md")
     options = parser.parse_args()
-    options.sizes = {n: getattr(options, n) for n in ("events", "known", "old", "trusted", "stationary")}
+    options.sizes = {
+        n: getattr(options, n) for n in ("events", "known", "old", "trusted", "stationary")
+    }
     typed = ["DATA" if a == options.data else a for a in sys.argv[1:]]
     for path in ("--out", "--work"):
         if path in typed:

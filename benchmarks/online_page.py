@@ -30,7 +30,9 @@ def _section(name: str, runs: Sequence[Run], sizes: Mapping[str, int]) -> list[s
     spec, known = STREAMS[name], sizes["known"]
     events = len(runs[0]["arms"]["frozen"]["scores"])
     cpu = sum(cell["cpu_s"] for run in runs for cell in run["arms"].values())
-    arms = [arm for arm in ("frozen", "unprotected", "protected", "oracle") if arm in runs[0]["arms"]]
+    arms = [
+        arm for arm in ("frozen", "unprotected", "protected", "oracle") if arm in runs[0]["arms"]
+    ]
     lines = [
         f"## {name}: {spec.about}",
         "",

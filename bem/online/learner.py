@@ -87,8 +87,10 @@ class Learner:
         wanted = round(self.config.fresh_share * self.config.batch_size)
         fresh, self._fresh = self._one_per_share(wanted)
         try:
-            kept = self.practice.draw_trusted(round(self.config.trusted_share * self.config.batch_size))
-            drawn = self.practice.draw(self.config.batch_size - len(fresh) - len(kept))
+            left = self.config.batch_size - len(fresh)
+            trusted = round(self.config.trusted_share * self.config.batch_size)
+            kept = self.practice.draw_trusted(min(trusted, left))
+            drawn = self.practice.draw(left - len(kept))
         except DataError as too_few:  # of sources: nobody may have so much to say
             self.counts.discarded += 1
             return Step(False, float("nan"), 0.0, str(too_few))

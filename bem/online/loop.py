@@ -210,7 +210,9 @@ class Loop:
                 self._end_watch(f"not shown to be worse than the version before in {since} events")
             elif not self.watching and decision != "HOLD":
                 self._decide("promote" if decision == "PROMOTE" else "reject", reason)
-            elif not self.watching and (why := self.trial.undecided(since, self.config.trial_events)):
+            elif not self.watching and (
+                why := self.trial.undecided(since, self.config.trial_events)
+            ):
                 self._decide("reject", why)
         return self._carry_out() if self.pending else ""
 

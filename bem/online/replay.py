@@ -183,7 +183,10 @@ class Replay:
         """n items of the reservoir alone with replacement; [] while it is not fair."""
         if not self.is_fair:
             return []
-        return [self.items[i] for i in self._rng.choice(len(self.items), size=n, p=self.chances(alone=True))]
+        return [
+            self.items[i]
+            for i in self._rng.choice(len(self.items), size=n, p=self.chances(alone=True))
+        ]
 
     def chances(self, alone: bool = False) -> np.ndarray:
         """Chance of every item, the reservoir's first, then the trusted ones' unless it is `alone`.

@@ -190,8 +190,15 @@ def test_what_is_no_score_is_refused_and_not_taken_in(wrong):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"window_size": 50}, {"sensitivity": 0.0}, {"sensitivity": 2.0}, {"bounds": (1.0, 0.0)},
-     {"period": 1001}, {"period": 39}, {"period": float("nan")}],
+    [
+        {"window_size": 50},
+        {"sensitivity": 0.0},
+        {"sensitivity": 2.0},
+        {"bounds": (1.0, 0.0)},
+        {"period": 1001},
+        {"period": 39},
+        {"period": float("nan")},
+    ],
 )
 def test_settings_that_cannot_be_honoured_are_errors(settings):
     with pytest.raises(ValueError, match=r"got"):
