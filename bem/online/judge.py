@@ -29,8 +29,8 @@ class Judge:
 
     def __init__(self, trainee: Trainee, learner: Learner, config: OnlineConfig):
         self.trainee, self.learner, self.config = trainee, learner, config
-        self.live: dict[str, float] = {}
-        """Of the version in use on replayed events: it is asked once."""
+        self.live: dict[str, dict[str, float]] = {}
+        """Stratum -> id -> score of the version in use: it is asked once."""
         self.first: dict[str, float] = {}
         """Of the version that learning began with, on what is trusted."""
 
@@ -53,7 +53,7 @@ class Judge:
         items = (held.draw_trusted if name == TRUSTED else held.draw_offered)(
             self.config.trial_events
         )
-        scores: dict[str, float | None] = {}
+        scores: dict[str, float] = {}
         for at in range(0, len(items), AT_ONCE):
             some = items[at : at + AT_ONCE]
             self._score(some, candidate, scores)
@@ -62,21 +62,22 @@ class Judge:
                 if trial.decided(name):
                     return
                 if (old := baseline.get(item.id)) is not None:
-                    trial.compare(name, old, scores[item.id])
+                    trial.compare(name, old, scores.get(item.id))
         if not trial.decided(name):
             trial.stuck = f"undecided on what is {name.replace('_', ' ')}: {trial.words(name)}"
 
     def _baseline(self, name: str, items: Sequence[Item], live: Weights) -> Mapping[str, float]:
+        known = self.live.setdefault(name, {})
         if name != TRUSTED:
-            self._score(items, live, self.live)
-            return self.live
+            self._score(items, live, known)
+            return known
         pool = self.learner.held.trusted
-        self._score(pool, live, self.live)
-        now = {i.id: self.live[i.id] for i in pool if i.id in self.live}
+        self._score(pool, live, known)
+        now = {i.id: known[i.id] for i in pool if i.id in known}
         self.first = {k: s for k, s in self.first.items() if k in now} or now
         return max(self.first, now, key=lambda scores: sum(scores.values()))
 
-    def _score(self, items: Sequence[Item], weights: Weights, known: dict[str, Any]) -> None:
+    def _score(self, items: Sequence[Item], weights: Weights, known: dict[str, float]) -> None:
         """Of those that are not known yet; what cannot be judged stays unknown."""
         new = {i.id: self.trainee.turn_of(i.content, i.id) for i in items if i.id not in known}
         if new:
@@ -116,4 +117,5 @@ class Judge:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self.live, self.first = dict(state["live"]), dict(state["first"])
+        self.live = {name: dict(scores) for name, scores in state["live"].items()}
+        self.first = dict(state["first"])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,26 @@ def test_a_candidate_that_raises_is_rolled_back():
     made, config = judge()
     trial = replayed(made, config, SAME, version(float("nan"), 0, 0, 0))
     assert trial.canary.decision == "ROLLBACK" and "FloatingPointError" in trial.canary.reason
+
+
+def test_a_candidate_without_a_score_is_rolled_back():
+    made, config = judge()
+    answers = made.trainee.answers
+    made.trainee.answers = lambda weights, turns, draws: [
+        replace(a, score=None) if weights is not SAME else a for a in answers(weights, turns, draws)
+    ]
+    trial = replayed(made, config, SAME, LOST_ONE)
+    assert trial.canary.decision == "ROLLBACK" and "score trusted is None" in trial.canary.reason
+
+
+def test_an_id_that_is_held_out_and_trusted_is_two_events():
+    """The stream and the file of trusted rows number their rows by themselves."""
+    made, config = judge(held=20, target=9.0)
+    made.learner.held.trusted = [
+        replace(i, id=i.id.replace("t", "h")) for i in made.learner.held.trusted
+    ]
+    replayed(made, config, SAME, SAME)
+    assert set(made.live[HELD].values()) == {0.0} and set(made.live[TRUSTED].values()) == {1.0}
 
 
 def test_held_out_events_of_too_few_sources_are_no_stratum():
