@@ -1,6 +1,6 @@
 """Router against static LoRA where cues conflict: fresh held-out conversations of one family of a finished run.
 
-    python benchmarks/conflict.py runs/smollm2 --data DIR_OF_THE_PUBLIC_SETS --task snips_forms
+    python benchmarks/conflict.py runs/smollm2 --data DIR_OF_THE_PUBLIC_SETS --task snips_forms --router fitted
 
 A run shows on which family the experts help; that is a guess made from its rows, and has to be confirmed on others.
 So the family's held-out rows are taken whose groups the run did not measure, as conversations of the same kind, and
@@ -23,6 +23,7 @@ from rich.console import Console
 
 from bem.cli.display import Display
 from bem.config import ExperimentConfig, parse
+from bem.config.arm import ROUTERS
 from bem.experiments import run as runner
 from bem.files import write_text
 from bem.report import words
@@ -47,8 +48,8 @@ def _task(tasks: list[Any], name: str) -> Any:
     return found[name]
 
 
-def confirmation(folder: RunFolder, task: str, rows: Path) -> ExperimentConfig:
-    """The run's adapters, as they are, on these rows."""
+def confirmation(folder: RunFolder, task: str, rows: Path, router: str) -> ExperimentConfig:
+    """The run's adapters, as they are, on these rows: the static LoRA, a router, and the maker's labels."""
     made = folder.config
     assert made.routing is not None, "a run with experts"
     seed = made.seeds[0]
@@ -62,7 +63,7 @@ def confirmation(folder: RunFolder, task: str, rows: Path) -> ExperimentConfig:
         "seeds": made.seeds[:1],
         "data": {"tasks": [{"name": task, "dev": str(rows), **metric}], "dev_rows": None},
         "routing": {
-            "checkpoint": str(folder.routing(seed) / "ar1"),
+            "checkpoint": str(folder.routing(seed) / router),
             "experts": made.routing.experts,
         },
         "arms": [
@@ -71,7 +72,8 @@ def confirmation(folder: RunFolder, task: str, rows: Path) -> ExperimentConfig:
                 "checkpoint": str(folder.cell(made.baseline.name, seed).checkpoint),
                 "role": "baseline",
             },
-            {"name": "ar1", "route": "ar1"},
+            {"name": router, "route": "ar1"},  # the router that was saved, whichever it is
+            {"name": "gold", "route": "gold", "role": "control"},
         ],
         "training": {"max_length": made.training.max_length},
         "gates": made.gates.model_dump(mode="json"),
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--task", required=True)
+    parser.add_argument("--router", default="ar1", choices=ROUTERS)
     parser.add_argument("--rows", type=int, default=300, help="at most")
     args = parser.parse_args()
     folder = RunFolder(args.run)
@@ -92,7 +95,7 @@ def main() -> None:
     lines = [json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) for row in rows]
     write_text(kept, "\n".join(lines) + "\n")
     print(f"{len(rows)} rows from {len({row.group for row in rows})} sources", flush=True)
-    config = confirmation(folder, args.task, kept)
+    config = confirmation(folder, args.task, kept, args.router)
     with Display(Console()) as display:
         result = runner.run(config, display.show, command=f"python {' '.join(sys.argv)}")
     print(words.headline(result.verdicts, config.baseline.name))

@@ -1,9 +1,9 @@
 """Make a release out of a finished run: static LoRA, router with its experts, held-out rows, card.
 
-    python scripts/make_release.py runs/smollm2 bem-smol --data DIR_OF_THE_PUBLIC_SETS
+    python scripts/make_release.py runs/smollm2 bem-smol --data DIR_OF_THE_PUBLIC_SETS --router fitted
     python scripts/make_release.py runs/mine mine --out somewhere/mine
 
-Takes the baseline (a static LoRA) and the arm with the route ar1, both of the run's first seed. LoRA weights are
+Takes the baseline (a static LoRA) and one arm under a router, both of the run's first seed. LoRA weights are
 rounded to the base's dtype, in which they compute anyway, and how far that moves the logits of held-out rows stands
 in the card. Every number of the card is one of the run's verdict and records, whatever that verdict is.
 """
@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import bem  # noqa: E402
 from bem.bases.named import NAMED  # noqa: E402
 from bem.config import ExperimentConfig  # noqa: E402
+from bem.config.arm import ROUTERS  # noqa: E402
 from bem.errors import CheckpointError, ConfigError  # noqa: E402
 from bem.experiments.inputs import RunInputs, load_inputs  # noqa: E402
 from bem.files import read_json, sha256_file, whole_folder, write_bytes, write_json, write_text  # noqa: E402
@@ -71,18 +72,23 @@ class Part:
     """Checkpoint whose manifest says at which rate and up to which step."""
 
 
-def parts_of(folder: RunFolder, config: ExperimentConfig) -> dict[str, Part]:
+def parts_of(
+    folder: RunFolder, config: ExperimentConfig, router: str | None = None
+) -> dict[str, Part]:
     """`static` and `router`.
 
+    Args:
+        router: arm whose router it is; None: the only one.
     Raises:
         ConfigError: the run has no such arms, or its base has no name that others could load it by.
     """
     seed, baseline = config.seeds[0], config.baseline
-    routed = [arm.name for arm in config.arms if arm.route == "ar1" and arm.role == "candidate"]
+    routed = [a.name for a in config.arms if a.route in ROUTERS and a.role == "candidate"]
+    routed = [name for name in routed if router in (None, name)]
     if not baseline.is_trained or config.variant_of(baseline) != "s0" or len(routed) != 1:
         raise ConfigError(
-            f"{folder.path}: a release needs a trained static LoRA (s0) as the baseline and one candidate with "
-            f"route ar1, found {baseline.name} and {', '.join(routed) or 'none'}."
+            f"{folder.path}: a release needs a trained static LoRA (s0) as the baseline and one candidate under "
+            f"a router ({', '.join(ROUTERS)}; --router ARM), found {baseline.name} and {', '.join(routed) or 'none'}."
         )
     if not config.trains_experts:
         raise ConfigError(f"{folder.path}: its experts were not trained here: release that run.")
@@ -91,13 +97,13 @@ def parts_of(folder: RunFolder, config: ExperimentConfig) -> dict[str, Part]:
     if unknown := [task for task in tasks_of(config) if task not in SOURCES]:
         raise ConfigError(f"{unknown[0]} has no source and licence in SOURCES of {__file__}.")
     static, routing = folder.cell(baseline.name, seed), folder.routing(seed)
-    router = folder.cell(routed[0], seed).checkpoint
+    checkpoint = folder.cell(routed[0], seed).checkpoint
     return {
         "static": Part(
             "static LoRA", baseline.name, static.checkpoint, bem.load, static.metrics, static.checkpoint
         ),
         "router": Part(
-            "experts", routed[0], router, bem.load_router,
+            "experts", routed[0], checkpoint, bem.load_router,
             routing / "experts-training/metrics.jsonl", routing / "experts",
         ),
     }  # fmt: skip
@@ -354,7 +360,14 @@ def _number(value: Any) -> str:
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def make(run: Path, release: Shipped, rows: int, most_mb: float, data: str | None = None) -> None:
+def make(
+    run: Path,
+    release: Shipped,
+    rows: int,
+    most_mb: float,
+    data: str | None = None,
+    router: str | None = None,
+) -> None:
     """Write the release whole, or not at all.
 
     Raises:
@@ -363,7 +376,7 @@ def make(run: Path, release: Shipped, rows: int, most_mb: float, data: str | Non
     """
     folder = RunFolder(run)
     config = folder.config
-    parts = parts_of(folder, config)
+    parts = parts_of(folder, config, router)
     if data is not None:
         root = config.data.model_copy(update={"root": data})
         config = config.model_copy(update={"data": root})
@@ -408,13 +421,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", help="folder of the public sets; default: where the run read them"
     )
+    parser.add_argument("--router", help="arm whose router it is; default: the only one")
     args = parser.parse_args(arguments)
     known = RELEASES.get(args.name)
     if args.out is None and known is None:
         parser.error(f"{args.name} is no release of the package: give --out.")
     release = known or Shipped(args.name, args.out, args.name)
     release = replace(release, folder=args.out) if args.out else release
-    make(args.run, release, args.rows, args.most_mb, args.data)
+    make(args.run, release, args.rows, args.most_mb, args.data, args.router)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ TOP = 3  # experts whose probability is shown
 
 def show_routed(console: Console, run: Path, config: ExperimentConfig) -> None:
     """The first conversation that the report shows, if a router of ours took part in the run."""
+    from bem.config.arm import ROUTERS
     from bem.routing.explain import Explained
     from bem.runs.folder import RunFolder
 
-    arms = [arm.name for route in ("ar1", "ar0") for arm in config.arms if arm.route == route]
+    arms = [arm.name for route in ROUTERS for arm in config.arms if arm.route == route]
     facts = [RunFolder(run).cell(arm, config.seeds[0]).path / "route.json" for arm in arms]
     known = next((path for path in facts if path.is_file()), None)
     if known is None or config.routing is None:

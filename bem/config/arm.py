@@ -15,8 +15,13 @@ KNOBS = tuple(dict.fromkeys(knob for kind in KINDS.values() for knob in kind.mod
 
 
 Route = Literal[
-    "ar0", "ar1", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "xlora", "arrow"
+    "ar0", "ar1", "fitted", "oracle", "gold", "linear", "encoder", "single", "random", "wrong", "xlora",
+    "arrow",
 ]  # fmt: skip
+ROUTERS = ("ar1", "ar0", "fitted")
+"""Routes that a router of ours decides; where one is shown for all, the first that a run has."""
+LABELLED = ("fitted", "linear", "encoder")
+"""Routes that learn from the makers' labels of `RoutingConfig.labelled_rows` conversations."""
 
 
 class ArmConfig(Section):
@@ -35,7 +40,7 @@ class ArmConfig(Section):
     """Changes to the experiment's `training` section: {learning_rate: 1.0e-3}."""
     route: Route | None = None
     """Who chooses between the experts of `routing`: ar0 cloned router | ar1 improved by policy
-    gradient | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
+    gradient | fitted router by the makers' labels (`bem.fit_router`) | oracle least loss in hindsight | gold the maker's label | linear classifier on mean
     hidden states | encoder nearest centroid of each turn's sentence embedding | single best one
     expert | random, wrong controls | xlora, arrow PEFT's methods. None: no experts, the adapter of
     this arm."""

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from bem.config.adapters import KINDS, AdapterConfig, TrainingConfig, parse_adapter
-from bem.config.arm import KNOBS, ArmConfig, refuse_without_effect
+from bem.config.arm import KNOBS, LABELLED, ArmConfig, refuse_without_effect
 from bem.config.data import DataConfig
 from bem.config.overrides import apply_override
 from bem.config.routing import RoutingConfig
@@ -226,8 +226,8 @@ class ExperimentConfig(Section):
     def trains(self) -> bool:
         """Anything is trained at all (X-LoRA's classifier for one)."""
         routes = {arm.route for arm in self.arms} - {None}
-        own = any(arm.is_trained for arm in self.arms)
-        return own or "xlora" in routes or bool(routes and self.trains_experts)
+        own = any(arm.is_trained for arm in self.arms) or bool(routes & {"xlora", *LABELLED})
+        return own or bool(routes and self.trains_experts)
 
     @property
     def reads_training_rows(self) -> bool:

@@ -218,12 +218,15 @@ class RoutingConfig(Section):
     """Rank of an expert that always acts, beside the chosen one. 0: there is none."""
     checkpoint: Folder | None = None
     """Folder of a saved router with its experts, or the name of a release (`bem-smol`): taken as they are,
-    under the routes ar1 (the router), gold, oracle, random, wrong, arrow and xlora. None: they are trained."""
+    under all routes but ar0 and single; ar1 is the router that was saved. None: they are trained."""
     training: dict[str, Any] = {}
     """Changes to the experiment's `training` for the experts, which are trained together: {steps: 400}."""
     router: RouterConfig = RouterConfig()
     cloning: CloningConfig = CloningConfig()
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
+    labelled_rows: int | None = Field(default=None, ge=1)
+    """Training conversations whose labels the routes fitted, linear and encoder learn from; fewer where there are
+    fewer. None: those that are traced, `cloning.rows`."""
     encoder: str = Field(default="minilm", min_length=1)
     """What the route `encoder` reads turns with: a sentence-transformers model (`minilm`, a folder, a Hugging Face
     id; extra `retrieval`), or `base:NAME` for a base model's own pooled states."""
@@ -232,13 +235,10 @@ class RoutingConfig(Section):
 
     def check_routes(self, routes: Sequence[str]) -> None:
         """Raise ValueError for what a `checkpoint` leaves without effect or cannot serve."""
-        others = sorted(
-            set(routes) - {"ar1", "gold", "oracle", "random", "wrong", "arrow", "xlora"}
-        )
-        if others:
+        if others := sorted({"ar0", "single"} & set(routes)):
             raise ValueError(
-                f"route {others[0]} needs training conversations or stages that routing.checkpoint does not hold. "
-                "Remove the arm, or the checkpoint"
+                f"route {others[0]} needs stages that routing.checkpoint does not hold. Remove the arm, or the "
+                "checkpoint"
             )
         if self.training:
             raise ValueError("routing.training has no effect with routing.checkpoint. Remove one")

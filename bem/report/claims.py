@@ -77,21 +77,20 @@ def _differences(arm: Measurement, other: Measurement) -> Floats:
 
 
 def sentences(config: ExperimentConfig, measured: Mapping[str, Measurement]) -> Iterator[str]:
-    """What the numbers say of the router (AR1, else AR0), and no more than their intervals show."""
+    """What the numbers say of the routers, and no more than their intervals show."""
     by_route = {arm.route: measured[arm.name] for arm in reversed(config.arms) if arm.route}
-    main = by_route.get("ar1") or by_route.get("ar0")
-    if main is None:
-        return
     base, gates = measured[config.baseline.name], config.gates
-    yield from _against(main, base, gates, paces=(main, base))
-    if "ar1" in by_route:
-        yield from _against(main, by_route.get("ar0"), gates)
-    yield from _gap(main, base, by_route.get("oracle"), gates)
-    if STICKY in base.slices:
-        yield from _against(main, by_route.get("linear"), gates, STICKY)
-        yield from _against(main, by_route.get("encoder"), gates, STICKY)
-    if peer := by_route.get("xlora"):
-        yield from _against(main, peer, gates, paces=(peer, main))
+    improved, cloned = by_route.get("ar1"), by_route.get("ar0")
+    for main in [arm for arm in (improved or cloned, by_route.get("fitted")) if arm]:
+        yield from _against(main, base, gates, paces=(main, base))
+        if main is improved:
+            yield from _against(main, cloned, gates)
+        yield from _gap(main, base, by_route.get("oracle"), gates)
+        if STICKY in base.slices:
+            yield from _against(main, by_route.get("linear"), gates, STICKY)
+            yield from _against(main, by_route.get("encoder"), gates, STICKY)
+        if peer := by_route.get("xlora"):
+            yield from _against(main, peer, gates, paces=(peer, main))
 
 
 def _against(

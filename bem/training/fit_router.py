@@ -115,6 +115,7 @@ def fit_router(
     max_length: int = 1024,
     batch_size: int = 16,
     cache: str | Path | None = None,
+    baselines: bool = True,
     on_progress: Progress | None = None,
     **rules: Any,
 ) -> RouterFit:
@@ -128,6 +129,7 @@ def fit_router(
         max_length: tokens of a conversation that are read, the last ones; at most the model's positions.
         batch_size: rows of one forward pass.
         cache: folder that keeps what the experts lose on the answers, for another fit to the same rows.
+        baselines: also score plain classifiers on the base's hidden states, one of them on its last layer.
         on_progress: called with (stage, done, of).
         **rules: fields of `RouterConfig`; what the router may choose beside the expert cannot be learned
             from few rows and is not free.
@@ -148,7 +150,7 @@ def fit_router(
     try:
         kept = None if cache is None else Path(cache)
         job = _Job(mounted, tokenizer, max_length, batch_size, seed, kept, on_progress)
-        return job.fit(rows, test, share)
+        return job.fit(rows, test, share, baselines)
     except BaseException:
         mounted.detach()
         raise
@@ -218,7 +220,11 @@ class _Job:
         self.seconds: dict[str, float] = {}
 
     def fit(
-        self, rows: list[RoutingExample], test: list[RoutingExample], share: float | None
+        self,
+        rows: list[RoutingExample],
+        test: list[RoutingExample],
+        share: float | None,
+        plain: bool,
     ) -> RouterFit:
         examples = [*rows, *test]
         prompts = prompts_of(examples, self.tokenizer, self.max_length)
@@ -237,7 +243,8 @@ class _Job:
             examples, [i for i in held if examples[i].labels and examples[i].answered], losses
         )
         targets = self._targets(examples, prompts, losses)
-        learned, choices = self._learn(prompts, targets, train)
+        learned = self._learn(prompts, targets, train)
+        choices = self._plain_choices(prompts, targets, train) if plain else {}
         started = time.monotonic()
         scores, acts = self._score(examples, prompts, targets, losses, held, choices)
         self.seconds["measuring"] = time.monotonic() - started
@@ -297,28 +304,24 @@ class _Job:
 
     # --- learning and scoring ---------------------------------------------------------------------
 
-    def _learn(
-        self, prompts: list[Encoded], targets: Targets, train: list[int]
-    ) -> tuple[Learned, dict[tuple[str, str], NDArray[np.int64]]]:
+    def _learn(self, prompts: list[Encoded], targets: Targets, train: list[int]) -> Learned:
         started = time.monotonic()
         with seeded(self.seed, self.mounted.base.device), self.mounted.training("router"):
             learned = learn(
                 self.mounted, prompts, targets, train, self.pad_id, self.seed, self.tell
             )
         self.seconds["fitting"] = time.monotonic() - started
-        started = time.monotonic()
-        choices = plain_choices(
-            self.mounted,
-            prompts,
-            targets,
-            train,
-            self.pad_id,
-            self.batch_size,
-            self.seed,
-            self.tell,
+        return learned
+
+    def _plain_choices(
+        self, prompts: list[Encoded], targets: Targets, train: list[int]
+    ) -> dict[tuple[str, str], NDArray[np.int64]]:
+        started, size = time.monotonic(), self.batch_size
+        found = plain_choices(
+            self.mounted, prompts, targets, train, self.pad_id, size, self.seed, self.tell
         )
         self.seconds["baselines"] = time.monotonic() - started
-        return learned, choices
+        return found
 
     def _score(
         self,

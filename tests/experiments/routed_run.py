@@ -13,6 +13,7 @@ import numpy as np
 
 import bem
 from bem.config import ExperimentConfig
+from bem.config.arm import ROUTERS
 from bem.experiments.measuring.answers import DECLARED
 from bem.experiments.routing.arms import PEERS
 from bem.experts.subspace import Loss
@@ -32,7 +33,7 @@ N = 360
 EXPERTS = {"json": ["forms/json"], "intent": ["forms/intent"], "qa": ["qa"]}
 SKILLS = ["forms/json", "forms/intent", "qa"]
 GAINS = {
-    "s0": 0.0, "ar1": 0.11, "ar0": 0.06, "oracle": 0.2, "gold": 0.19, "linear": 0.05, "encoder": 0.03,
+    "s0": 0.0, "ar1": 0.11, "ar0": 0.06, "fitted": 0.07, "oracle": 0.2, "gold": 0.19, "linear": 0.05, "encoder": 0.03,
     "single": -0.15, "random": -0.2, "wrong": -0.3, "xlora": 0.06, "arrow": 0.02,
 }  # fmt: skip
 """Share of right answers above the baseline's."""
@@ -48,7 +49,7 @@ TALK = (
 
 
 def make_config(output: Path, arms: tuple[str, ...] = tuple(GAINS), **changes) -> ExperimentConfig:
-    candidates = ("ar1", "ar0")
+    candidates = ROUTERS
     values: dict[str, Any] = {
         "name": "routed",
         "output": str(output),
@@ -112,13 +113,13 @@ def measurement(name: str, easy: np.ndarray, rng: np.random.Generator) -> Measur
         kv_hits=np.full(N, 0.0 if xlora else 90.0),
         kv_held=np.full(N, 0.0 if xlora else 90.0),
         kv_needed=np.full(N, 90.0),
-        router=RouterFacts(plan_lengths=[1, 2, 1]) if name in ("ar1", "ar0") else None,
+        router=RouterFacts(plan_lengths=[1, 2, 1]) if name in ROUTERS else None,
     )
 
 
 def facts(route: str, seed: int) -> dict[str, Any]:
     """What `route.json` holds."""
-    if route in ("ar1", "ar0"):
+    if route in ROUTERS:
         found = asdict(cloning(seed)) if route == "ar0" else {}
         return {**found, "interference": disturbed(), "conversations": conversations(seed)}
     known: dict[str, Any] = {"agrees_with_gold": {"gold": 1.0, "wrong": 0.0}.get(route, 0.5)}

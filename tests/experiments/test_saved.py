@@ -108,9 +108,32 @@ def test_a_saved_router_is_taken_whole(saved, tmp_path, routing, message):
     with pytest.raises(ConfigError, match=message):
         parse(ExperimentConfig, given, "t")
     given = values(saved, tmp_path)
-    given["arms"].append({"name": "linear", "route": "linear", "role": "control"})
-    with pytest.raises(ConfigError, match="route linear needs training conversations"):
+    given["arms"].append({"name": "single", "route": "single", "role": "control"})
+    with pytest.raises(ConfigError, match=r"route single needs stages"):
         parse(ExperimentConfig, given, "t")
+
+
+def test_a_router_learns_the_makers_labels_over_experts_that_stay_as_they_were_saved(
+    saved, tmp_path
+):
+    given = values(saved, tmp_path)
+    given["data"] |= {"train_rows": 40}
+    given["routing"] |= {"labelled_rows": 60}
+    given["arms"][1:] = [
+        {"name": "fitted", "route": "fitted"},
+        {"name": "linear", "route": "linear", "role": "control"},
+    ]
+    run(parse(ExperimentConfig, given, "t"))
+    made = RunFolder(tmp_path / "saved").routing(0) / "fitted"
+    experts = "experts/json/adapter_model.safetensors"
+    files = [read_json(f / "manifest.json", CheckpointError)["files"] for f in (made, saved / "router")]  # fmt: skip
+    assert files[0][experts] == files[1][experts]
+    record = read_json(made / "fit.json", CheckpointError)
+    assert [score["name"] for score in record["scores"]] == ["router"]
+    assert sum(record["rows"]["train"].values()) + len(record["held_out"]) == 60
+    assert (
+        record["scores"][0]["accuracy"]["value"] > 0.9
+    )  # "sig2json" and "doc2name" ask differently
 
 
 def test_other_experts_or_another_variant_are_refused_by_name(saved, tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 
 from bem.bases import limits
 from bem.config import EVIDENCE_FEATURES
-from bem.errors import MeasurementError
+from bem.errors import DataError, MeasurementError
 from bem.experiments.measuring.cache_use import CacheUse
 from bem.experiments.measuring.given import Given, batch_order, give
 from bem.experiments.measuring.kept import KeptAnswers, key_of
@@ -218,6 +218,23 @@ def quality(primary: str, scores: dict[str, float]) -> float:
     if primary == "loss":
         return math.exp(-value)
     return value / 100 if primary in ("chrf", "bleu") else value
+
+
+def episode_scores(task: Task, row: Example, answer: str) -> dict[str, float]:
+    """What one answer is worth: quality, em, f1, validity; and tool where one is called.
+
+    Raises:
+        DataError: the task is judged by its loss, which no answer has.
+    """
+    form = task.form_of(row)
+    names = dict.fromkeys(("em", "f1", "validity", task.primary))
+    if "loss" in names:
+        raise DataError(f"{row.task}: its primary metric is the loss, which no answer has.")
+    scores = {name: score(name, form, answer, row.references) for name in names}
+    scores["quality"] = quality(task.primary, scores)
+    if form == "tool":
+        scores["tool"] = scores["em"]
+    return {k: scores[k] for k in ("quality", "em", "f1", "validity", "tool") if k in scores}
 
 
 def context_length(model: Any, default: int = 1 << 20) -> int:

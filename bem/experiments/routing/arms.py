@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bem.config import ArmConfig
+from bem.config.arm import ROUTERS
 from bem.experiments.adapted import put_on
 from bem.experiments.measuring.kept import KeptAnswers
 from bem.experiments.routing.arrow import arrow
@@ -58,8 +59,8 @@ def ready_arm(arm: ArmConfig, artifacts: RoutingArtifacts, cell: Cell) -> Iterat
         with put_on(artifacts.model, lambda base: _peer(route, base, folders, artifacts)) as peer:
             _train_peer(peer, artifacts, cell)
             yield ReadyArm(peer, artifacts.inputs.tasks, {})
-    elif route in ("ar0", "ar1"):
-        folder = artifacts.ar0() if route == "ar0" else artifacts.ar1()
+    elif route in ROUTERS:
+        folder = getattr(artifacts, route)()
         facts: dict[str, Any] = {}
         if artifacts.saved is None:
             facts["interference"] = interference_of(artifacts, folder)
@@ -191,7 +192,7 @@ def _oracle(artifacts: RoutingArtifacts, rows: Sequence[Example]) -> tuple[Optio
 
 def _linear(artifacts: RoutingArtifacts, rows: Sequence[Example]) -> tuple[Options, dict]:
     """A linear classifier on the base's mean hidden states, trained on the makers' labels."""
-    layer, train = _router_layer(artifacts), artifacts.traced_rows()
+    layer, train = _router_layer(artifacts), artifacts.labelled_rows()
     seen = _turn_features(artifacts, train, layer)
     labels = [
         option

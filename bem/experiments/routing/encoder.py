@@ -51,14 +51,14 @@ def said(row: Example) -> list[str]:
 
 
 def encoder_route(artifacts: RoutingArtifacts, rows: Sequence[Example]) -> tuple[Options, dict]:
-    """Expert option of each turn by `routing.encoder`, fitted on the turns of the traced rows.
+    """Expert option of each turn by `routing.encoder`, fitted on the turns of the labelled rows.
 
     Raises:
         MissingExtra: the encoder's library is not installed; names the line that does it.
         BaseError: the encoder cannot be fetched; names the line that fetches it.
         DataError: there is no such encoder.
     """
-    name, train = artifacts.routing.encoder, artifacts.traced_rows()
+    name, train = artifacts.routing.encoder, artifacts.labelled_rows()
     encoder = load_encoder(name, artifacts.inputs.device)
     vector_of = _vectors(encoder, [*train, *rows], artifacts)
     gold = np.concatenate([artifacts.skills.route(row) for row in train])

@@ -28,6 +28,11 @@ class Skills:
         turns = row.meta.get("skills") or [skill_of(row)]
         return [self.owner[skill] for skill in turns]
 
+    def labelled(self, row: Example) -> Example:
+        """The row with those experts as its labels, and without the answer, which nothing is learned from."""
+        names = [self.experts[option - 1] for option in self.route(row)]
+        return replace(row, references=(), meta={**row.meta, "label": names})
+
 
 def skills_of(routing: RoutingConfig, tasks: Sequence[Task]) -> Skills:
     """The experts of a config over the tasks' skills.

@@ -5,6 +5,7 @@
     traces    the training conversations under every expert, and the best path
     ar0       the router cloned from the traces
     ar1       the router improved on generated answers
+    fitted    a router that learned the makers' labels instead, without traces
 
     runs/NAME/routing/seed-N/   experts/ traces.npz ar0/ ar1/ cloning.json ar1-training/ ...
 
@@ -25,10 +26,11 @@ import numpy as np
 import torch
 
 from bem.config import RouterConfig, TrainingConfig
-from bem.errors import ConfigError, DataError
+from bem.errors import ConfigError
 from bem.experiments.adapted import put_on, routed_by
 from bem.experiments.inputs import RunInputs, encoded_rows
-from bem.experiments.measuring.answers import context_length, quality
+from bem.experiments.measuring.answers import context_length, episode_scores
+from bem.experiments.routing.labels import OF_THE_STACK, SHARED, fit_labels
 from bem.experiments.routing.skills import routed, skills_of
 from bem.experiments.tuning import Search, trial_facts
 from bem.experts.expert import read_expert, write_lora
@@ -37,7 +39,6 @@ from bem.files import locked, made_under, sha256_file, sha256_json, write_json, 
 from bem.releases.named import router_of
 from bem.routing.mount import blank_expert, mount
 from bem.routing.mounted import Mounted, check_files
-from bem.tasks.scoring import score
 from bem.training.bc import clone
 from bem.training.data import Encoded, Example, data_hash, encode
 from bem.training.early_stopping import validation_loss
@@ -46,11 +47,6 @@ from bem.training.fit import STATE, FitResult, fit
 from bem.training.policy_gradient import Iteration, improve
 from bem.training.traces import Traces, trace
 
-SHARED = "shared"
-OF_THE_STACK = (
-    "chunk_size", "router_layer", "orthogonal", "trust_radius", "trust_norm", "trust_relative",
-)  # fmt: skip
-"""Settings of the router that experts are trained under; the others are the policy's own."""
 Say = Callable[[str, int, int, str], None]
 """(stage, done, of, detail)"""
 
@@ -111,6 +107,10 @@ class RoutingArtifacts:
             return self.saved
         return self._stage("ar1", self._key("ar1"), self._improve, self.ar0)
 
+    def fitted(self) -> Path:
+        """Folder of the router that is fitted to the makers' labels."""
+        return self._stage("fitted", self._key("fitted"), self._fit_labels, self.experts)
+
     def peers(self) -> Path:
         """Folder of the same experts as PEFT's methods take them: each with the shared one in it."""
         key = self._key("experts")
@@ -134,6 +134,8 @@ class RoutingArtifacts:
             parts["tuning"] = tuning.model_dump(mode="json")
         if stage in ("ar0", "ar1"):
             parts["router"], parts["cloning"] = routing["router"], routing["cloning"]
+        if stage == "fitted":
+            parts["labelled_rows"] = self._labelled
         if stage == "ar1":
             parts["policy_gradient"] = routing["policy_gradient"]
         return sha256_json(parts)
@@ -280,6 +282,14 @@ class RoutingArtifacts:
         with put_on(self.model, lambda base: mount(base, read, self._router_config())) as mounted:
             yield mounted
 
+    def _fit_labels(self, folder: Path, experts: Path) -> None:
+        rows = self.labelled_rows()
+        fit_labels(
+            self.model, self.inputs.tokenizer, experts,
+            [self.skills.labelled(row) for row in rows], self.seed, self._room(0), folder,
+            lambda stage, done, of: self.say(stage, done, of, f"{len(rows)} conversations"),
+        )  # fmt: skip
+
     def _clone(self, folder: Path, experts: Path) -> None:
         with self.with_new_router(experts) as mounted:
             rows = self.traced_rows()
@@ -341,8 +351,19 @@ class RoutingArtifacts:
 
     def traced_rows(self) -> list[Example]:
         """The training conversations that are traced: a seeded choice."""
+        return self._some_rows(self.routing.cloning.rows)
+
+    def labelled_rows(self) -> list[Example]:
+        """Those whose labels are learned from."""
+        return self._some_rows(self._labelled)
+
+    @property
+    def _labelled(self) -> int:
+        return self.routing.labelled_rows or self.routing.cloning.rows
+
+    def _some_rows(self, most: int) -> list[Example]:
         examples = self.inputs.examples
-        count = min(self.routing.cloning.rows, len(examples))
+        count = min(most, len(examples))
         rng = np.random.default_rng([self.seed, 3])
         chosen = sorted(rng.choice(len(examples), count, replace=False).tolist())
         return [examples[i] for i in chosen]
@@ -371,21 +392,8 @@ class RoutingArtifacts:
         )
 
     def score(self, row: Example, answer: str) -> dict[str, float]:
-        """What an episode's answer is worth: quality, em, f1, validity; and tool where one is called.
-
-        Raises:
-            DataError: the row's task is judged by its loss, which no answer has.
-        """
-        task = self._by_task[row.task]
-        form = task.form_of(row)
-        names = dict.fromkeys(("em", "f1", "validity", task.primary))
-        if "loss" in names:
-            raise DataError(f"{row.task}: its primary metric is the loss, which no answer has.")
-        scores = {name: score(name, form, answer, row.references) for name in names}
-        scores["quality"] = quality(task.primary, scores)
-        if form == "tool":
-            scores["tool"] = scores["em"]
-        return {k: scores[k] for k in ("quality", "em", "f1", "validity", "tool") if k in scores}
+        """What an episode's answer is worth; see `episode_scores`."""
+        return episode_scores(self._by_task[row.task], row, answer)
 
     def _room(self, new_tokens: int) -> int:
         """Longest conversation in tokens that leaves room for an answer."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bem.config import ExperimentConfig
+from bem.config.arm import ROUTERS
 from bem.errors import CheckpointError
 from bem.files import read_json
 from bem.report import words
@@ -114,7 +115,7 @@ def part_of(folder: RunFolder, config: ExperimentConfig, colours: Mapping[str, i
     """Whatever the run's folder holds of its router; what it does not hold is left out."""
     facts = {a.name: _facts(folder, config, a.name) for a in config.arms if a.route}
     by_route = {a.route: a.name for a in reversed(config.arms) if a.route}
-    shown = by_route.get("ar1") or by_route.get("ar0") or ""
+    shown = next((by_route[route] for route in ROUTERS if route in by_route), "")
     talks = [f["conversations"] for f in facts.get(shown, []) if "conversations" in f]
     owners = talks[0]["owner"] if talks else {}
     disturbed = [f["interference"] for f in facts.get(shown, []) if "interference" in f]

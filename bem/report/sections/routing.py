@@ -25,6 +25,7 @@ from bem.tasks.scoring import QUALITY
 ROUTES = {
     "ar1": "router improved by policy gradient",
     "ar0": "router cloned from the oracle",
+    "fitted": "router fitted to the makers' labels",
     "oracle": "least loss, in hindsight",
     "gold": "the maker's label",
     "linear": "linear classifier",

@@ -55,7 +55,7 @@ def artifacts(encoder, told=None):
         routing=RoutingConfig(encoder=encoder),
         inputs=SimpleNamespace(device="cpu"),
         skills=skills_of(RoutingConfig(), tasks),
-        traced_rows=lambda: TRAIN,
+        labelled_rows=lambda: TRAIN,
         say=lambda *at: told is None or told.append(at),
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from bem.config import RoutingConfig
 from bem.errors import ConfigError
-from bem.experiments.routing.skills import routed, skills_of, unrouted
+from bem.experiments.routing.skills import Skills, routed, skills_of, unrouted
 from bem.tasks.load import Task
 from bem.training.data import Example
 
@@ -67,3 +67,11 @@ def test_a_row_is_routed_turn_by_turn_and_unrouted_again():
     assert skills.route(row) == [2, 2]
     (with_route,) = routed([row], [[2, 1]])
     assert with_route.meta["route"] == [2, 1] and unrouted(with_route).meta["route"] is None
+
+
+def test_a_labelled_row_names_the_expert_of_every_turn_and_holds_no_answer():
+    skills = Skills(("a", "b"), {"x": 1, "y": 2})
+    row = Example("1", "ask", ("answer",), task="x", meta={"skills": ["y", "x"], "kept": 1})
+    found = skills.labelled(row)
+    assert found.meta == {"skills": ["y", "x"], "kept": 1, "label": ["b", "a"]}
+    assert found.references == () and found.input == row.input

@@ -57,7 +57,9 @@ def test_differences_to_the_baseline_are_those_of_the_verdicts(run, part):
         difference = gain(sides[name], sides["s0"], run.config.gates, part)
         expected = [100 * effect.gain, 100 * effect.ci_low, 100 * effect.ci_high]
         assert difference
-        assert [difference.value, difference.low, difference.high] == pytest.approx(expected)
+        assert [difference.value, difference.low, difference.high] == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_the_share_of_the_gap_is_the_ratio_of_the_mean_gains():
