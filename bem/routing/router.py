@@ -178,6 +178,9 @@ class AgenticRouter(ChunkReader):
         parts = [memory, *told, torch.stack(numbers, -1)]
         read = torch.cat(parts, -1)
         value, q = self.policy.critic(read)
+        actor = self.policy.actor
+        if actor.sight is not None:
+            q = q + actor.sight.worth * actor.seen(read, actor.expert_bias(memory))
         read = torch.cat([read, value[..., None]], -1)
         return _Seen(read, q, self.policy.actor.begin(read))
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bem import files
-from bem.config import VISION_FEATURES, RouterConfig
+from bem.config import RouterConfig
 from bem.errors import ConfigError, DataError
 from bem.experts.expert import Expert, read_expert
 from bem.routing.modes import seeded
@@ -146,7 +146,7 @@ def fit_router(
     share = float(held_out) if isinstance(held_out, int | float) else None
     test = [] if isinstance(held_out, int | float) else read_routing_rows(held_out, names)
     check_apart(rows, test)
-    mounted = mount(model, loaded, RouterConfig(**_rules(loaded, rules)), **rules)
+    mounted = mount(model, loaded, RouterConfig(**_rules(loaded, rules.get("shared"))), **rules)
     try:
         kept = None if cache is None else Path(cache)
         job = _Job(mounted, tokenizer, max_length, batch_size, seed, kept, on_progress)
@@ -177,9 +177,9 @@ def _loaded(model: Any, experts: Any) -> list[Expert]:
     return [e if isinstance(e, Expert) else read_expert(e, model, name) for name, e in named]
 
 
-def _rules(loaded: Sequence[Expert], rules: Mapping[str, Any]) -> dict[str, Any]:
+def _rules(loaded: Sequence[Expert], shared: str | None) -> dict[str, Any]:
     """One decision per turn, free of charge; memory and hidden layer have room for every expert."""
-    options, shared = len(loaded) + 1, rules.get("shared")
+    options = len(loaded) + 1
     sides = ([e for e in loaded if (e.name == shared) == side] for side in (False, True))
     all_ranks = sum(
         max((u.v.shape[0] for e in side for u in e.updates.values()), default=0) for side in sides
@@ -191,9 +191,9 @@ def _rules(loaded: Sequence[Expert], rules: Mapping[str, Any]) -> dict[str, Any]
         "switch_cost": 0.0,
         "hysteresis": 0.0,
         "flip_rate_max": 1.0,
-        "d_read": max(32, options),
-        "memory": max(48, options),
-        "hidden": max(48, options) + (len(VISION_FEATURES) if rules.get("vision") else 0),
+        "d_read": max(32, options + 1),
+        "memory": max(48, options + 1),
+        "hidden": max(48, options + 1),
     }
 
 

@@ -184,8 +184,10 @@ def batch_of(images: Sequence[Picture]) -> tuple[Tensor, Tensor]:
         h, w = image.shape[:2]
         padded = np.pad(image, ((0, HEIGHT - h), (0, width - w), (0, 0)), mode="edge")
         pixels.append(torch.from_numpy(padded.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1)
-        rows = torch.arange(HEIGHT // PATCH) * PATCH + PATCH / 2 <= h
-        columns = torch.arange(width // PATCH) * PATCH + PATCH / 2 <= w
+        rows = torch.arange(HEIGHT // PATCH) * PATCH + PATCH / 2 <= max(
+            h, PATCH / 2
+        )  # the thinnest has one
+        columns = torch.arange(width // PATCH) * PATCH + PATCH / 2 <= max(w, PATCH / 2)
         valid.append((rows[:, None] & columns[None]).flatten())
     return torch.stack(pixels), torch.stack(valid)
 

@@ -14,7 +14,7 @@ from tests.engine.plain import prompts
 from tests.routing.mounted import mounted
 
 N = len(VISION_FEATURES)
-RULES = {"spans": (1,), "plan_length": 9, "hidden": 48 + N}
+RULES = {"spans": (1,), "plan_length": 9}
 NOTHING, SEEN = torch.zeros(1, N), torch.linspace(0, 1, N)[None]
 
 
@@ -22,9 +22,9 @@ def routed():
     """A router whose choice a picture moves."""
     made = mounted(make_llama(), vision="colours@1", **RULES)
     with torch.no_grad():
-        made.router.policy.actor.picture_bias.weight.normal_(
-            std=3.0, generator=torch.Generator().manual_seed(1)
-        )
+        sight = made.router.policy.actor.sight
+        sight.vote.weight.normal_(std=3.0, generator=torch.Generator().manual_seed(1))
+        sight.asked.bias.fill_(3.0)  # every text leaves it to the picture
     follow_reader(made.router.policy, 1.0)  # so that hysteresis does not hold against it
     return made
 

@@ -39,8 +39,9 @@ def server(tmp_path_factory):
     ]
     made = bem.mount(model, experts, **FREE, vision=TOWER)
     made.router.trained = True
-    seen = made.router.policy.actor.picture_bias.weight.data
-    seen[1, 0], seen[2, 0] = -1e4, 1e4  # a picture that is heeded: b
+    sight = made.router.policy.actor.sight  # a picture that is heeded: b
+    sight.asked.bias.data.fill_(9.0)
+    sight.vote.weight.data[1, 0], sight.vote.weight.data[2, 0] = -1e4, 1e4
     _put(made, home / "store", home / "work", "seeing", True)
     feedback = str(home / "feedback.db")
     with served(
@@ -87,7 +88,8 @@ def test_a_picture_of_an_earlier_turn_still_holds_and_streams_say_it_at_their_en
     got = answer(server, *turns)
     assert got.model_extra["bem"]["vision"]["gate"] > 0
     pieces = list(answer(server, *turns, stream=True, stream_options={"include_usage": True}))
-    assert pieces[-1].model_extra["bem"]["vision"] == got.model_extra["bem"]["vision"]
+    (told,) = (e["bem"] for e in (p.model_extra or {} for p in pieces) if "bem" in e)
+    assert told["vision"] == got.model_extra["bem"]["vision"]
     streamed = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
     assert streamed == got.choices[0].message.content
 
