@@ -65,7 +65,7 @@ def examine() -> list[Check]:
         *_libraries(),
     ]
     if all(check.state == "ok" for check in checks if check.what in ("torch", "transformers")):
-        checks += [*_torch(), _base(), _detector()]
+        checks += [*_torch(), _base(), _detector(), _probe()]
     return [*checks, *_extras()]
 
 
@@ -127,6 +127,17 @@ def _detector() -> Check:
     limits = ", ".join(f"{c.name} above {c.limit:.2f}" for c in categories)
     kinds = ", ".join(dict.fromkeys(kind.partition(" ")[0] for kind in KINDS))
     return Check("ok", "violation detector", f"flags {limits}; finds {kinds}")
+
+
+def _probe() -> Check:
+    from bem.errors import BemError
+    from bem.safety.probe import read_probe
+
+    try:
+        probe = read_probe()
+    except BemError as error:
+        return Check("missing", "hidden-state probe", str(error), "reinstall")
+    return Check("ok", "hidden-state probe", f"for {probe.about['base']}, block {probe.block}")
 
 
 def _extras() -> list[Check]:
