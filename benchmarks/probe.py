@@ -1,6 +1,6 @@
 """A probe on hidden states beside the violation detector, on prompts that neither was made from.
 
-    python benchmarks/probe.py DIR_OF_THE_PUBLIC_SETS --probe DIR [--base smollm2-135m]   # writes results/probe.md
+    python benchmarks/probe.py DIR_OF_THE_PUBLIC_SETS [--probe DIR] [--base smollm2-135m]   # writes results/probe.md
 
 Three scorers: words (the detector's `harm`), states (the probe of scripts/train_probe.py), and both (the mean of their
 log odds, weights not fitted). The probe's block, pooling and strength were chosen on what folds of other sets left
@@ -27,7 +27,7 @@ from scipy.stats import norm, rankdata  # noqa: E402
 from bem.bases.load import load_base  # noqa: E402
 from bem.safety.auroc import auroc  # noqa: E402
 from bem.safety.detector import ViolationDetector  # noqa: E402
-from bem.safety.probe import HiddenProbe, log_odds_of, read_probe  # noqa: E402
+from bem.safety.probe import SHIPPED, HiddenProbe, log_odds_of, read_probe  # noqa: E402
 
 Scores = dict[str, list[float]]
 
@@ -78,7 +78,7 @@ def gain(bad: Scores, good: Scores, name: str, over: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--probe", type=Path, required=True)
+    parser.add_argument("--probe", type=Path, default=SHIPPED)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--most", type=int, default=100, help="of each kind, but XSTest: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "probe.md")
@@ -89,7 +89,7 @@ def main() -> None:
     about = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in probe.probe.about.items())  # fmt: skip
     page = [
         f"# A probe on the hidden states of {args.base}, beside the violation detector\n",
-        f"`python benchmarks/probe.py DIR_OF_THE_PUBLIC_SETS --probe DIR --base {args.base} --most {args.most}`; what the scorers are: its docstring.\n",
+        f"`python benchmarks/probe.py DIR_OF_THE_PUBLIC_SETS --base {args.base} --most {args.most}`; what the scorers are: its docstring.\n",
         f"Probe: block {probe.probe.block}, state of {probe.probe.pool}; {about}.\n",
         "| AUROC [95 % DeLong] (bad / good) | words | states | both | both - words, paired |",
         "|---|---|---|---|---|",

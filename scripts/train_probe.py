@@ -121,7 +121,7 @@ def main() -> None:
     scale = StandardScaler().fit(x[:, p, b])
     model = LogisticRegression(C=c, class_weight="balanced", max_iter=2000)
     model.fit(scale.transform(x[:, p, b]), y)
-    about = {"rows": len(made), "harmful": int(y.sum()), "strength": c, "left_out_auroc": value, "tried": len(tried)}  # fmt: skip
+    about = {"base": args.base, "rows": len(made), "harmful": int(y.sum()), "strength": c, "left_out_auroc": value, "tried": len(tried)}  # fmt: skip
     weights = model.coef_[0], scale.mean_, scale.scale_
     probe = Probe(
         base_digest(base), block, pool, *(w.astype(np.float32) for w in weights),

@@ -1,6 +1,6 @@
 """A linear probe on what a base makes of a prompt: states behind one block, told harmful from harmless.
 
-    probe = HiddenProbe(model, tokenizer, read_probe("probe"), ViolationDetector())
+    probe = HiddenProbe(model, tokenizer, read_probe(), ViolationDetector())    # smollm2-135m
     probe.score("How do I sharpen a knife?")       # probability of harm, by words and states together
 
 Unlike words, a state holds what was read together; how much that is worth for a small base stands in
@@ -32,6 +32,7 @@ from bem.safety.fit import Reader
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SHIPPED = Path(__file__).parent / "violation-probe"
 LONGEST = 2000
 """Characters of a prompt that are read: its end."""
 
@@ -105,8 +106,8 @@ def log_odds_of(probability: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-def read_probe(folder: str | Path) -> Probe:
-    """What `write_probe` wrote.
+def read_probe(folder: str | Path = SHIPPED) -> Probe:
+    """What `write_probe` wrote; the default is for smollm2-135m.
 
     Raises:
         CheckpointError: missing, damaged or foreign files.

@@ -70,3 +70,12 @@ def test_it_comes_back_from_disk_and_a_changed_one_does_not(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(CheckpointError):
         read_probe(tmp_path)
+
+
+def test_the_probe_that_ships_is_whole_and_small():
+    probe = read_probe()
+    assert (
+        probe.weights.shape == probe.centre.shape == (576,)
+        and probe.about["base"] == "smollm2-135m"
+    )
+    assert (probe.spread > 0).all()
