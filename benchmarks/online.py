@@ -50,24 +50,25 @@ from bem.runs.store import Store  # noqa: E402
 from bem.training.data import encode  # noqa: E402
 from bem.training.example import Example  # noqa: E402
 
-RANK, RATE, BATCH = 8, 1e-2, 16
+RANK, RATE, BATCH = 8, 1e-2, 16  # of what is trained offline, and of plain steps
 KNOWN_STEPS, ORACLE_STEPS = 12, 24
 POOL, TAUGHT = (
     900,
     128,
 )  # rows of a part; of them, what the frozen version and the oracle learned from
 PROTECTED = OnlineConfig(
-    learning_rate=RATE,
-    batch_size=BATCH,
+    learning_rate=5e-3,
+    batch_size=12,
+    trusted_share=0.375,
     round_size=16,
     pull=0.02,
-    largest_step=0.2,
+    largest_step=0.05,
     largest_distance=4.0,
-    candidate_every=32,
-    steps_per_round=2,
+    candidate_every=16,
+    steps_per_round=3,
     margin=0.1,
     tolerance=0.1,
-    trial_events=400,
+    trial_events=48,
     watch_events=32,
     drift_window=200,
     snapshot_every=100,
@@ -241,7 +242,7 @@ class Bench:
 
 def _plain(seed: int) -> OnlineConfig:
     """Nothing that holds a step back."""
-    free = {"seed": seed, "pull": 0.0, "largest_step": 1e6, "largest_distance": 1e6}
+    free = {"seed": seed, "pull": 0.0, "largest_step": 1e6, "largest_distance": 1e6, "learning_rate": RATE, "batch_size": BATCH}  # fmt: skip
     return PROTECTED.model_copy(update=free)
 
 
@@ -295,7 +296,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=192, help="of each new part")
     parser.add_argument("--known", type=int, default=32, help="events before anything is new")
     parser.add_argument("--old", type=int, default=96, help="rows on which forgetting is measured")
-    parser.add_argument("--trusted", type=int, default=96, help="rows that the learner trusts")
+    parser.add_argument("--trusted", type=int, default=128, help="rows that the learner trusts")
     parser.add_argument("--stationary", type=int, default=64, help="events of the calm stream")
     work = Path(tempfile.gettempdir()) / "bem_online"
     parser.add_argument("--work", type=Path, default=work, help="one file for each finished arm")

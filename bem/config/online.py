@@ -66,8 +66,10 @@ class OnlineConfig(Section):
     alpha: float = Field(default=0.05, gt=0, lt=1)
     """Chance of a false promotion, and of a false rollback, of one candidate, over all looks together."""
     trial_events: int = Field(default=400, ge=1)
-    """Events after which an undecided candidate is put away; as many are replayed of what was held out, and of
-    what is trusted."""
+    """Events after which an undecided candidate is put away, and its shadow, which has learned meanwhile, may make
+    another."""
+    replay_events: int = Field(default=400, ge=1)
+    """Events of what was held out, and as many of what is trusted, that a candidate answers at most when it is made."""
     events_per_source: int = Field(default=20, ge=1)
     """Events of one source that count in the trial of a candidate."""
     watch_events: int = Field(default=200, ge=0)

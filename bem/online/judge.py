@@ -41,7 +41,7 @@ class Judge:
 
     def replay(self, trial: Trial, live: Weights, candidate: Weights) -> None:
         """Ask both about what is held back, until every stratum is decided. One that is not decided within
-        `trial_events` leaves the trial stuck: more of the same says nothing new."""
+        `replay_events` leaves the trial stuck: more of the same says nothing new."""
         try:
             for name in trial.strata:
                 self._stratum(name, trial, live, candidate)
@@ -51,7 +51,7 @@ class Judge:
     def _stratum(self, name: str, trial: Trial, live: Weights, candidate: Weights) -> None:
         held = self.learner.held
         items = (held.draw_trusted if name == TRUSTED else held.draw_offered)(
-            self.config.trial_events
+            self.config.replay_events
         )
         scores: dict[str, float] = {}
         for at in range(0, len(items), AT_ONCE):

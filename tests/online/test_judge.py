@@ -68,7 +68,7 @@ def test_promotions_one_after_the_other_may_not_lose_the_margin_each():
 def test_what_cannot_be_decided_is_stuck_and_says_so():
     """A loss of exactly the margin is neither ruled out nor shown."""
     made, config = judge()
-    made.config = config.model_copy(update={"margin": 0.25, "tolerance": 0.25, "trial_events": 40})
+    made.config = config.model_copy(update={"margin": 0.25, "tolerance": 0.25, "replay_events": 40})
     trial = Trial.of(1, made.config, made.strata())
     made.replay(trial, SAME, LOST_ONE)
     assert trial.canary.decision == "HOLD" and trial.undecided(0, 40) == trial.stuck
