@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -16,8 +16,7 @@ from bem.cli.options import Settings
 if TYPE_CHECKING:
     from bem.serving.server import Server
 
-DEFAULT = Path("runs/store")
-
+DEFAULT, DEFAULT_LOG = Path("runs/store"), Path("runs/feedback.db")
 
 Base = Annotated[
     str | None,
@@ -37,6 +36,10 @@ Store = Annotated[
     ),
 ]
 Index = Annotated[Path | None, typer.Option("--index", help="Folder of passages, for `retrieve`.")]
+Vision = Annotated[
+    str | None,
+    typer.Option("--vision", help="Tower for pictures: tiny, or a folder of a CLIP or SigLIP."),
+]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", help="0: any that is free.")]
 Keys = Annotated[Path | None, typer.Option("--keys", help="File of API keys, see `bem keys`.")]
@@ -46,6 +49,9 @@ Log = Annotated[
         "--feedback", help="File (SQLite) or database URL for answers and what is said of them."
     ),
 ]
+Policy = Annotated[
+    Path | None, typer.Option("--policy", help="File of a safety policy, see docs/safety.md.")
+]
 Canary = Annotated[
     list[str] | None,
     typer.Option(
@@ -54,6 +60,15 @@ Canary = Annotated[
         help="Give a share of the conversations to a version of the store.",
     ),
 ]
+Learn = Annotated[
+    bool,
+    typer.Option(
+        "--learn", help="Learn from the feedback, in a process of its own; see `bem online`."
+    ),
+]
+LearnFolder = Annotated[
+    Path | None, typer.Option("--learn-folder", help="The learner's; default: runs/online.")
+]
 
 
 def serve(
@@ -61,11 +76,15 @@ def serve(
     dtype: Dtype = None,
     store: Store = None,
     index: Index = None,
+    vision: Vision = None,
     host: Host = "127.0.0.1",
     port: Port = 8080,
     keys: Keys = None,
     feedback: Log = None,
+    policy: Policy = None,
     canary: Canary = None,
+    learn: Learn = False,
+    learn_folder: LearnFolder = None,
     settings: Settings = None,
 ) -> int:
     """Serve a base and the versions of a store by OpenAI's protocol."""
@@ -73,13 +92,17 @@ def serve(
     from bem.serving.server import Server
 
     _log()
-    folder = store or (DEFAULT if DEFAULT.is_dir() else None)
+    learns = learn or learn_folder is not None
+    folder = store or (DEFAULT if learns or DEFAULT.is_dir() else None)
     if base is None and folder is not None:
         base, made_for = _base_of(folder)
         dtype = dtype or made_for
+    log = feedback or (DEFAULT_LOG if learns else None)
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
-    given |= {"keys": keys, "feedback": feedback, "dtype": dtype}
-    values = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    given |= {"keys": keys, "feedback": log, "dtype": dtype, "vision": vision, "policy": policy}
+    values: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in given.items()}
+    if learns:
+        values["learn"] = {} if learn_folder is None else {"folder": str(learn_folder)}
     config = serving_config({k: v for k, v in values.items() if v is not None}, canary, settings)
     server = Server(config)
     _tell(server, folder)

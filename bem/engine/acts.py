@@ -20,6 +20,7 @@ from bem.files import sha256_json
 from bem.routing.action import EXPERT, RANK, RECORD, STRENGTH
 from bem.routing.mounted import Mounted
 from bem.routing.pack import Pack
+from bem.safety.protect import clamps_of
 
 STATIC_CHUNK = 64
 """Tokens of a chunk where nothing changes from chunk to chunk: the unit of the store alone."""
@@ -164,7 +165,9 @@ def acts_of(adapted: Any) -> Acts:
     """
     if not isinstance(adapted, Attached):
         base = parts_of(adapted)[1]
-        version = Version(base_digest(base), {"variant": "none"}, {}, {})
+        last = [[c.layer.block, c.identity] for c in clamps_of(base)]
+        config = {"variant": "none"} | ({"last": last} if last else {})
+        version = Version(base_digest(base), config, {}, {})
         return Acts(version, version.digest, None, None, base.dtype)
     wiring, version = adapted.base.bem_runtime.wiring, adapted.version
     if isinstance(adapted, Mounted):

@@ -144,6 +144,7 @@ def _records(
             share=None if coin is None else coin.share,
         )
         for index, result in enumerate(results)
+        if result.finish_reason != "filtered"  # of what nobody may read nothing is learnt
     ]
 
 

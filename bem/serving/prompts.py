@@ -23,6 +23,7 @@ from bem.serving.tools import Tools, call_form, has_calls, messages_of, tools_of
 from bem.training.chat import turns_of_messages
 from bem.training.data import encode, end_of_turn, prompt_of
 from bem.training.example import Example
+from bem.vision.eyes import VisionRecord
 
 UNLIMITED = 1 << 40
 CHARACTERS = 128
@@ -58,6 +59,8 @@ class Prepared:
     evidence: Evidence | None
     echoed: tuple[tuple[int, ...], ...] = ()
     """The prompt of each choice, if it is to stand before the answer."""
+    vision: VisionRecord | None = None
+    """What is seen on the picture; None: there is none."""
     tools: Tools | None = None
     """What the answers may call."""
 
@@ -107,7 +110,7 @@ class Writer:
             ]
         echo = isinstance(asked, CompletionRequest) and asked.echo
         echoed = tuple(prompt.ids for prompt in prompts for _ in range(n)) if echo else ()
-        return Prepared(tuple(requests), tuple(prompts), evidence, echoed, tools)
+        return Prepared(tuple(requests), tuple(prompts), evidence, echoed, tools=tools)
 
     def _request(
         self,

@@ -47,6 +47,8 @@ class BemFields(Part):
     """Passages that the answer is to rest on; the best of them are shown."""
     retrieve: bool = False
     """Look for evidence in the server's index."""
+    kappa: float | None = Field(default=None, ge=0, le=1)
+    """Raises the safety knob for this answer; less than its level changes nothing."""
     conversation: str | None = Field(default=None, max_length=256)
     """Keeps a conversation on one version while a canary runs; default: how it began."""
     timeout_s: float | None = Field(default=None, gt=0)
@@ -131,6 +133,16 @@ class ContentPart(Part):
     text: Text
 
 
+class ImageUrl(Part):
+    url: Annotated[str, Field(max_length=32 << 20)]
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Part):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class CalledFunction(Part):
     name: str = Field(max_length=256)
     arguments: Text
@@ -145,7 +157,7 @@ class ToolCall(Part):
 
 class Message(Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[ContentPart] | None = None
+    content: Text | list[ContentPart | ImagePart] | None = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = Field(None, max_length=128)
@@ -161,8 +173,14 @@ class Message(Part):
     def text(self) -> str:
         """All that it says."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "".join(part.text for part in self.content if isinstance(part, ContentPart))
         return self.content or ""
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of its pictures."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
 class Function(Part):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bem.bases.limits import context_length
-from bem.config import EVIDENCE_FEATURES
+from bem.config import EVIDENCE_FEATURES, VISION_FEATURES
 from bem.errors import BemError, DataError, TrainingError
 from bem.training.chat import ChatForm, chat_form, end_of_turn, token_ids, turns_of
 from bem.training.example import Example, data_hash
@@ -57,6 +57,8 @@ class Encoded:
     """As in Example."""
     route: list[int] = field(default_factory=list)
     """Expert option of each token for a routed model, -1: hold; empty: the router decides."""
+    vision: tuple[float, ...] = ()
+    """As in Example."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -103,7 +105,8 @@ def encode(
         starts[max(0, first - 1)] = True
     turns = [max(0, first - 1) for first in [*draft.answers, prompt_length][: len(options)]]
     route = _spread(options, turns, len(draft.ids))
-    whole = Encoded(draft.ids, draft.labels, prompt_length, starts, example.relevance, route)
+    seen = example.relevance, route, example.vision
+    whole = Encoded(draft.ids, draft.labels, prompt_length, starts, *seen)
     return _cut(whole, max_length, form.bos)
 
 
@@ -187,6 +190,7 @@ def _cut(encoded: Encoded, max_length: int, bos: int | None) -> Encoded:
         [False] * len(lead) + encoded.turn_starts[first:],
         encoded.relevance,
         encoded.route[:1] * len(lead) + encoded.route[first:],
+        encoded.vision,
     )
 
 
@@ -270,8 +274,8 @@ def collate(
     batch: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "left"
 ) -> dict[str, Tensor]:
     """Tensors [batch, longest]: input_ids, attention_mask, position_ids, labels, turn_starts; route
-    if any row has one (-1 elsewhere); and evidence [batch, features] if anything is known of any
-    row's (zeros: nothing).
+    if any row has one (-1 elsewhere); and evidence and vision [batch, features] if anything is known
+    of any row's (zeros: nothing).
 
     Raises:
         DataError: some rows have a route and some have none.
@@ -293,7 +297,9 @@ def collate(
     check_routes(batch)
     if any(e.route for e in batch):
         tensors["route"] = torch.tensor([pad(e.route, -1) for e in batch])
-    if any(e.relevance for e in batch):
-        nothing = [0.0] * len(EVIDENCE_FEATURES)
-        tensors["evidence"] = torch.tensor([e.relevance or nothing for e in batch])
+    told = ("evidence", "relevance", EVIDENCE_FEATURES), ("vision", "vision", VISION_FEATURES)
+    for name, field_name, features in told:
+        known = [getattr(e, field_name) for e in batch]
+        if any(known):
+            tensors[name] = torch.tensor([values or (0.0,) * len(features) for values in known])
     return tensors
