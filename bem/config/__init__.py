@@ -33,11 +33,14 @@ from bem.config.routing import (
 from bem.config.section import Section, parse
 from bem.config.serving import ServingConfig
 from bem.config.tuning import TuningConfig
+from bem.config.vision import CONCEPTS, VISION_FEATURES
 
 __all__ = [
+    "CONCEPTS",
     "EVIDENCE_FEATURES",
     "KINDS",
     "VARIANTS",
+    "VISION_FEATURES",
     "AdapterConfig",
     "ArmConfig",
     "CloningConfig",

@@ -27,6 +27,14 @@ class ServingConfig(Section):
     """Folder of the version store; None: the bare base is all that there is."""
     index: Folder | None = None
     """Folder of the passages that `retrieve` searches; None: there are none."""
+    vision: str | None = None
+    """Tower through which pictures are looked at: `tiny`, or a folder of a CLIP or SigLIP. None: pictures are refused."""
+    concepts: tuple[str, ...] = ()
+    """Phrases that a CLIP or SigLIP describes pictures by, 16 at most."""
+    max_image_kib: int = Field(1024, ge=1)
+    """Largest picture, as it was encoded."""
+    max_image_pixels: int = Field(1 << 22, ge=1)
+    """Largest picture, unpacked; what its header says is checked before."""
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     """0: any that is free."""
@@ -34,6 +42,8 @@ class ServingConfig(Section):
     """File of the API keys, see `bem keys`; None: whoever reaches the port may ask."""
     feedback: str | None = None
     """Where answers and what is said of them are kept: path of an SQLite file, or a URL of SQLAlchemy. None: neither is."""
+    policy: Folder | None = None
+    """File of the safety policy, see docs/safety.md; None: nothing is checked."""
     learn: LearningConfig | None = None
     """A learner beside the server, which learns from the feedback and moves the store; None: there is none."""
     canary: dict[str, Share] = Field(default_factory=dict)
