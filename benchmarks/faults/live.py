@@ -113,7 +113,11 @@ class Live:
         for name, where in (("store", "store"), ("keys", "keys.json"), ("feedback", "feedback.db"), ("learn-folder", "online")):  # fmt: skip
             command += [f"--{name}", str(self.home / where)]
         settings = {f"learn.online.{name}": value for name, value in SETTINGS.items()}
-        settings |= {"learn.trusted": self.home / "trusted.jsonl", "learn.score": "exact"}
+        settings |= {
+            "learn.trusted": self.home / "trusted.jsonl",
+            "learn.score": "exact",
+            "learn.niceness": 0,
+        }
         settings |= {"watch_s": 0.5, "cache_gib": 0.25, "slots": 4}
         command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]  # fmt: skip
         self.log = open(self.home / "server.log", "wb")  # noqa: SIM115 - the process has it
