@@ -93,7 +93,6 @@ def test_what_cannot_be_fitted_is_one_message(capsys, command, tmp_path):
 
 
 def test_images_of_rows_are_looked_at_through_the_named_tower(tmp_path):
-    out = io.BytesIO()
     picture = draw(((Thing("circle", "red", 20, 20, 30),),))
     Image.fromarray(picture).save(tmp_path / "red.png")
     path = tmp_path / "rows.jsonl"
