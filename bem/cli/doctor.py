@@ -24,6 +24,7 @@ EXTRAS = {
     "fastapi": ("serve", "bem serve"),
     "tensorboard": ("tensorboard", "training curves in TensorBoard"),
     "arch": ("benchmarks", "benchmarks/bca.py against arch"),
+    "PIL": ("vision", "pictures: bem serve --vision, bem route fit --vision"),
     "pytest": ("dev", "make test"),
 }
 
@@ -65,7 +66,7 @@ def examine() -> list[Check]:
         *_libraries(),
     ]
     if all(check.state == "ok" for check in checks if check.what in ("torch", "transformers")):
-        checks += [*_torch(), _base(), _detector(), _probe()]
+        checks += [*_torch(), _base(), _detector(), _probe(), _tower()]
     return [*checks, *_extras()]
 
 
@@ -127,6 +128,21 @@ def _detector() -> Check:
     limits = ", ".join(f"{c.name} above {c.limit:.2f}" for c in categories)
     kinds = ", ".join(dict.fromkeys(kind.partition(" ")[0] for kind in KINDS))
     return Check("ok", "violation detector", f"flags {limits}; finds {kinds}")
+
+
+def _tower() -> Check:
+    from bem.errors import BemError
+
+    try:
+        from bem.vision.load import load_tower
+
+        tower = load_tower("tiny")
+    except (BemError, ImportError) as error:
+        return Check(
+            "missing", "vision tower", str(error), "reinstall, or pip install 'bem[vision]'"
+        )
+    named = f"{tower.encoder_id}: {len(tower.concepts)} concepts; CLIP, SigLIP: from local folders"
+    return Check("ok", "vision tower", named)
 
 
 def _probe() -> Check:

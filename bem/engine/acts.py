@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -60,6 +62,33 @@ class Acts:
         # what must be last acts on every chunk: under another clamp it is another chunk
         return sha256_json([acting, last]) if last else acting, self.acting.digests_acting(applied)
 
+    def at_strength(self, factor: float) -> Acts:
+        """The same version, what its experts do times a factor; the same object for the same factor, while
+        anybody holds it: rows under it share a pass.
+
+        Raises:
+            EngineError: there is no router whose experts could do more or less.
+        """
+        if factor == 1:
+            return self
+        if not isinstance(self.acting, Pack):
+            raise EngineError(
+                f"strength {factor} scales what a router's experts do, and none are mounted: see bem.mount."
+            )
+        found = self._strengths.get(factor)
+        if found is None:
+            scaled, decides = (
+                self.acting.at_strength(factor),
+                sha256_json([self.controller, factor]),
+            )
+            found = replace(self, acting=scaled, controller=decides)
+            self._strengths[factor] = found
+        return found
+
+    @cached_property
+    def _strengths(self) -> WeakValueDictionary[float, Acts]:
+        return WeakValueDictionary()
+
     def compose_again(self, tail: Tensor) -> Tensor | None:
         """The control that a decision means under these weights, as it is applied; None: a decision and what
         is applied are one here.
@@ -107,7 +136,7 @@ class Acts:
                 start,
                 space.name(int(record[EXPERT])),
                 space.ranks[int(record[RANK])] if record[EXPERT] else 0,
-                space.strengths[int(record[STRENGTH])] if record[EXPERT] else 0.0,
+                space.factor * space.strengths[int(record[STRENGTH])] if record[EXPERT] else 0.0,
             )
             for start, record in zip(starts, tails.tolist(), strict=True)
         )

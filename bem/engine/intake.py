@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bem.control.generation import conditioning_of
+from bem.control.generation import CONDITIONING, conditioning_of
 from bem.engine.acts import Acts
 from bem.engine.answers import Reader
 from bem.engine.grammar import Grammars
@@ -53,7 +53,7 @@ class Intake:
             raise EngineError(f"n is {request.n}, and no more than {self.queue} requests may wait.")
         named = None if request.version is None else self.versions.find(request.version)
         acts = named or self.versions.current
-        acts.option(request.route)
+        acts.at_strength(request.strength).option(request.route)
         request = self._raised(request)
         for name, told in told_of(request, acts).items():
             if told.shape != (acts.reads[name],):
@@ -106,6 +106,6 @@ class Intake:
 
 def told_of(request: Request, acts: Acts) -> dict[str, Tensor]:
     """What the adapter reads of what is known beside the tokens."""
-    evidence = None if request.evidence is None else list(request.evidence)
-    told = conditioning_of(None, evidence)
+    given = {name: getattr(request, name) for name in CONDITIONING}
+    told = conditioning_of(None, **{n: None if v is None else list(v) for n, v in given.items()})
     return {name: value for name, value in told.items() if name in acts.reads}

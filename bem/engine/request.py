@@ -94,8 +94,12 @@ class Request:
     """Positions in the prompt that predict the first token of an earlier answer: where its chunks began."""
     evidence: Sequence[float] | None = None
     """`EvidenceRecord.features()` of what the prompt shows."""
+    vision: Sequence[float] | None = None
+    """`VisionRecord.features()` of the picture that belongs to it."""
     route: str | int | None = None
     """Expert, by name or option (0 or "base": none), instead of the router's choice."""
+    strength: float = 1.0
+    """Factor on what a router's experts do in every chunk, within the trust region; 0: nothing."""
     version: str | None = None
     """What shall act, by its name (`Engine.keep`) or digest; None: what is in use when the request is begun."""
     key: str = ""
@@ -127,6 +131,8 @@ class Request:
         for name in ("logprobs", "prompt_logprobs"):
             if (wanted := getattr(self, name)) is not None and wanted < 0:
                 raise EngineError(f"{name} must be at least 0, got {wanted}.")
+        if not 0 <= self.strength < math.inf:
+            raise EngineError(f"strength must be at least 0 and finite, got {self.strength}.")
         if self.prompt_logprobs_from < 1:
             raise EngineError(
                 f"prompt_logprobs_from must be at least 1, got {self.prompt_logprobs_from}: nothing precedes token 0."

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bem.engine.request import ChunkAction, FinishReason, Result, TokenLogprob
-from bem.evidence.retriever import Evidence
 from bem.runs.release import SHORT
+from bem.serving.pictures import about_picture
 from bem.serving.prompts import Prepared
+from bem.serving.tools import CallReader, Tools, said_calls
 
 LEAST = -9999.0
 """Stands for a log-probability of minus infinity, which JSON does not have."""
@@ -70,11 +71,14 @@ class Face:
             self.choice(i, result, ids)
             for i, (result, ids) in enumerate(zip(results, shown, strict=True))
         ]
+        if prepared.tools is not None:
+            for choice, result in zip(choices, results, strict=True):
+                _read_calls(choice, result, prepared.tools)
         return {
             **self._head(receipt, self.whole_object),
             "choices": choices,
             "usage": usage(results, len(prepared.prompts)),
-            "bem": about(receipt, results, prepared.evidence),
+            "bem": about(receipt, results, prepared),
         }
 
     def piece(self, receipt: Receipt, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -210,6 +214,20 @@ class ChatFace(Face):
         return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
 
 
+def _read_calls(choice: dict[str, Any], result: Result, tools: Tools) -> None:
+    """Put the calls in a whole answer where OpenAI's protocol has them."""
+    text, calls = CallReader(tools).push(result.text, last=True)
+    if calls:
+        choice["message"] |= {"content": text or None, "tool_calls": said_calls(calls)}
+        choice["finish_reason"] = finished(result, called=True)
+
+
+def finished(result: Result, called: bool) -> str:
+    """Why an answer ended, as OpenAI's protocol says it; called: it holds calls of tools."""
+    reason = FINISHED[result.finish_reason]
+    return "tool_calls" if called and reason == "stop" else reason
+
+
 def usage(results: Sequence[Result], prompts: int) -> dict[str, Any]:
     """Tokens of a request: each prompt counts once, however many answers it has."""
     n = len(results) // prompts
@@ -224,18 +242,20 @@ def usage(results: Sequence[Result], prompts: int) -> dict[str, Any]:
     }
 
 
-def about(receipt: Receipt, results: Sequence[Result], evidence: Evidence | None) -> dict[str, Any]:
+def about(receipt: Receipt, results: Sequence[Result], prepared: Prepared) -> dict[str, Any]:
     """What only this server says of an answer."""
     cached = sum(result.cached_tokens for result in results)
     said: dict[str, Any] = {"version": receipt.version, "cached_tokens": cached}
     if receipt.kappa is not None:
         said["kappa"] = receipt.kappa
-    if evidence is not None:
+    if (evidence := prepared.evidence) is not None:
         said["evidence"] = {
             "passages": [{"id": p.id, "text": p.shown} for p in evidence.passages],
             "features": list(evidence.record.features()),
             "timed_out": evidence.record.timed_out,
         }
+    if prepared.vision is not None:
+        said["vision"] = about_picture(prepared.vision)
     return said
 
 

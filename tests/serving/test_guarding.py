@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -29,6 +30,11 @@ def between(low: str, high: str, category: str = "harm") -> float:
     below, above = (check(text).scores[category] for text in (low, high))
     assert below < above
     return (below + above) / 2
+
+
+def scraped(server) -> str:
+    with urlopen(f"{server.url}/metrics") as response:
+        return response.read().decode()
 
 
 def write_policy(folder, rules, **more):
@@ -158,7 +164,7 @@ def test_nothing_can_be_said_of_a_refused_answer(guarded):
 
 def test_counters_stand_in_metrics_and_on_the_dashboard(guarded):
     chat(guarded, MILD)
-    text = guarded.serving.metrics_text().decode()
+    text = scraped(guarded)
     assert 'action="refuse",category="harm"' in text and "bem_guard_detector_up" in text
     rows = guarded.serving.guard.shown()["counts"]
     assert any(r["action"] == "refuse" and r["texts"] >= 1 for r in rows)
@@ -260,7 +266,7 @@ def test_a_raised_knob_reaches_the_clamp_and_no_other_request(tmp_path, threshol
             assert abs(first_logprob(plain) - first_logprob(wished)) > 1e-4
             guests = [r for r in server.serving.residents if r.guest]
             assert [r.version for r in guests] == [other.version]
-            counted = server.serving.metrics_text().decode()
+            counted = scraped(server)
             assert f'version="{other.short}"' in counted  # by the release's name
 
 
