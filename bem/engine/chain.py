@@ -214,7 +214,11 @@ class Chains:
     # --- names ------------------------------------------------------------------------------------
 
     def _root(self, sequence: Sequence) -> str:
-        return self.root.salted(sequence.request.tenant).digest
+        request = sequence.request
+        root = self.root.salted(request.tenant)
+        if request.kappa is not None:  # a clamp that was raised acted on every chunk
+            root = root.extend([], torch.tensor([request.kappa]), "kappa")
+        return root.digest
 
     def _name(self, sequence: Sequence, chunks: int) -> None:
         """Name texts and decisions of the first chunks."""
@@ -222,8 +226,9 @@ class Chains:
         assert acts is not None and spans is not None
         if not chain:
             root = self._root(sequence)
-            told = list(sequence.request.evidence or ()) if "evidence" in acts.reads else []
-            decided = f"{root} {acts.controller} {[float(x) for x in told]} {sequence.route}"
+            told = [getattr(sequence.request, name) or () for name in acts.reads]
+            told = [[float(x) for x in values] if any(values) else [] for values in told]
+            decided = f"{root} {acts.controller} {told} {sequence.route}"
             before = _hash(root), _hash(decided)
         else:
             before = chain[-1]

@@ -288,6 +288,7 @@ class Engine:
 
     def _begin(self, sequence: Sequence, slot: int, acts: Acts) -> None:
         request = sequence.request
+        acts = acts.at_strength(request.strength)
         sequence.acts, sequence.slot = acts, slot
         sequence.route = acts.option(request.route)
         sequence.spans = Spans(sequence.prompt, request.turn_starts, acts.chunk_size)

@@ -59,7 +59,7 @@ def greedy_decoded(
         attention_mask=batch["attention_mask"],
         turn_starts=batch["turn_starts"],
         generation_config=settings,
-        **{key: batch[key] for key in ("evidence", "route") if key in batch},
+        **{key: batch[key] for key in ("evidence", "vision", "route") if key in batch},
     )
     ends = ends_of(model, tokenizer)
     answers = []
