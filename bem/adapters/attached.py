@@ -193,6 +193,12 @@ class Attached:
         readers = (m for m in self.modules() if isinstance(m, ChunkReader))
         return next((m.conditioning.get("evidence", 0) for m in readers), 0)
 
+    @property
+    def encoder(self) -> str:
+        """`encoder_id` of the vision tower whose numbers the adapter reads; "": it reads none."""
+        readers = (m for m in self.modules() if isinstance(m, ChunkReader))
+        return next((m.encoder for m in readers), "")
+
     def gate_magnitude(self) -> Float[Tensor, "batch tokens"] | None:
         """Mean gate over all head-gated sites in the last forward pass.
 

@@ -15,7 +15,7 @@ from torch import nn
 from bem.adapters.left_alone import LeftAlone, left_alone
 from bem.adapters.sites import ATTN_OUT, MLP_DOWN, Site, Sites
 from bem.adapters.version import SiteSize
-from bem.config import EVIDENCE_FEATURES, AdapterConfig
+from bem.config import EVIDENCE_FEATURES, VISION_FEATURES, AdapterConfig
 from bem.config.adapters import (
     FilmConfig,
     GatedConfig,
@@ -270,16 +270,15 @@ def _carries_film(sites: Sites, site: Site) -> bool:
 
 
 def _gates_controller(sites: Sites, config: GatedConfig) -> Controller:
-    """Reads the heads, because head gates do; and the evidence where it shapes them."""
+    """Reads the heads, because head gates do; and evidence and picture where they shape them."""
     shaped = isinstance(config, GateShapingConfig)
-    return Controller(
-        sites.d_model,
-        config.d_control,
-        config.chunk_size,
-        sites.n_heads,
-        {"evidence": N_EVIDENCE} if shaped else None,
-        shaped and config.blind,
-    )
+    told = {"evidence": N_EVIDENCE} if shaped else {}
+    if shaped and config.vision:
+        told["vision"] = len(VISION_FEATURES)
+    heads, blind = sites.n_heads, shaped and config.blind
+    made = Controller(sites.d_model, config.d_control, config.chunk_size, heads, told, blind)
+    made.encoder = (shaped and config.vision) or ""
+    return made
 
 
 def _film_controller(sites: Sites, config: FilmConfig) -> Controller:

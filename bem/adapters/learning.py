@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 
 from bem.errors import TrainingError
 
-COLUMNS = ("turn_starts", "evidence", "conditioning", "route")
+COLUMNS = ("turn_starts", "evidence", "vision", "conditioning", "route")
 """Arguments of an adapted model beside the base's own: columns of this name are handed on by Trainer."""
 IGNORED = -100
 

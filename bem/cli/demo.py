@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bem.cli.console import Terminal
 from bem.cli.conversation import show_routed
+from bem.cli.demo_guard import show_guard
 from bem.cli.display import Display, quiet
 from bem.cli.options import command
 from bem.cli.verdict import show_decision
@@ -68,6 +69,7 @@ def demo(
     _tell(console, first, second, demos.SHOWN, why)
     _keep(console, second or first, demos.SHOWN if second else None)
     learn_online(console, progress, output)
+    show_guard(console)
     for done in filter(None, (second, first)):
         _print(console, f"Report: {done.result.report}")
     return 0

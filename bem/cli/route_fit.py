@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -47,6 +47,12 @@ MaxLength = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of one forward pass.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Vision = Annotated[
+    str | None,
+    typer.Option(
+        "--vision", help='Look at the rows\' "image" through this tower: tiny, or a folder.'
+    ),
+]
 
 
 def fit(
@@ -60,6 +66,7 @@ def fit(
     max_length: MaxLength = 1024,
     batch_size: BatchSize = 16,
     device: Device = "auto",
+    vision: Vision = None,
 ) -> int:
     """Fit a router to LoRAs that exist: which of them should answer, from a few rows of each skill.
 
@@ -74,14 +81,15 @@ def fit(
     from bem.training.routing_rows import read_routing_rows
 
     _check_out(out)
-    read_routing_rows(examples, list(experts))  # broken rows are known before the base is loaded
+    given, other, tower = _looked_at(vision, examples, test)
+    read_routing_rows(given, list(experts))  # broken rows are known before the base is loaded
     console = Terminal()
     with Display(console) as display:
         display.show(Event("loading the base"))
         model, tokenizer = load_base(base, device_of(device))
         found = fit_router(
-            model, tokenizer, experts, examples, test or held_out,
-            seed=seed, max_length=max_length, batch_size=batch_size,
+            model, tokenizer, experts, given, other or held_out,
+            seed=seed, max_length=max_length, batch_size=batch_size, **tower,
             on_progress=lambda stage, done, of: display.show(Event(stage, done=done, total=of)),
         )  # fmt: skip
         folder = found.save(out)
@@ -91,6 +99,21 @@ def fit(
     ask = f"bem route explain TEXT --router {where} --base {escape(base)}"
     console.print(f"Ask it: {ask}", soft_wrap=True)
     return 0
+
+
+def _looked_at(
+    vision: str | None, examples: Path, test: Path | None
+) -> tuple[Any, Any, dict[str, str]]:
+    """(rows, rows of the test, the tower that the router is told of)."""
+    if vision is None:
+        return examples, test, {}
+    from bem.tasks.pictures import rows_with_images
+    from bem.vision.eyes import Eyes
+    from bem.vision.load import load_tower
+
+    eyes = Eyes(load_tower(vision))
+    rows = [None if path is None else rows_with_images(path, eyes) for path in (examples, test)]
+    return rows[0], rows[1], {"vision": eyes.encoder_id}
 
 
 def _experts(given: list[str]) -> dict[str, str]:

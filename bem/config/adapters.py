@@ -144,6 +144,8 @@ class GateShapingConfig(GatedConfig):
     """One attention temperature per head, set by the evidence; False: gates alone."""
     blind: bool = False
     """Every evidence feature reads as zero. A control: the same size, without the evidence."""
+    vision: str | None = None
+    """The controller also reads what this vision tower sees (its `encoder_id`); another's numbers are refused."""
     alignment: float = Field(default=0.1, ge=0)
     """Weight of the penalty (mean gate - margin_scale * margin of the evidence)^2."""
     margin_scale: float = Field(default=2.0, gt=0)

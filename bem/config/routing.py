@@ -55,6 +55,8 @@ class RouterConfig(Section):
     an expert adapts if that is lower."""
     evidence: bool = False
     """The router also reads how good the retrieved evidence is."""
+    vision: str | None = None
+    """The router also reads what this vision tower sees (its `encoder_id`); another tower's numbers are refused."""
     d_read: int = Field(default=32, ge=1)
     """Width of the per-token projection that the router's memory is made of."""
     memory: int = Field(default=48, ge=1)

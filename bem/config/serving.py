@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from bem.config.learning import LearningConfig
 from bem.config.overrides import apply_override
 from bem.config.section import Folder, Section, parse
 
@@ -26,6 +27,14 @@ class ServingConfig(Section):
     """Folder of the version store; None: the bare base is all that there is."""
     index: Folder | None = None
     """Folder of the passages that `retrieve` searches; None: there are none."""
+    vision: str | None = None
+    """Tower through which pictures are looked at: `tiny`, or a folder of a CLIP or SigLIP. None: pictures are refused."""
+    concepts: tuple[str, ...] = ()
+    """Phrases that a CLIP or SigLIP describes pictures by, 16 at most."""
+    max_image_kib: int = Field(1024, ge=1)
+    """Largest picture, as it was encoded."""
+    max_image_pixels: int = Field(1 << 22, ge=1)
+    """Largest picture, unpacked; what its header says is checked before."""
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     """0: any that is free."""
@@ -33,6 +42,10 @@ class ServingConfig(Section):
     """File of the API keys, see `bem keys`; None: whoever reaches the port may ask."""
     feedback: str | None = None
     """Where answers and what is said of them are kept: path of an SQLite file, or a URL of SQLAlchemy. None: neither is."""
+    policy: Folder | None = None
+    """File of the safety policy, see docs/safety.md; None: nothing is checked."""
+    learn: LearningConfig | None = None
+    """A learner beside the server, which learns from the feedback and moves the store; None: there is none."""
     canary: dict[str, Share] = Field(default_factory=dict)
     """Version, by its first digits -> share of the conversations that ask for `bem` and get it instead."""
 
@@ -64,6 +77,21 @@ class ServingConfig(Section):
     """What runs has so long to finish after SIGTERM."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
+
+    @model_validator(mode="after")
+    def _learning_needs_feedback_and_a_store(self) -> ServingConfig:
+        if self.learn and not (self.feedback and self.store):
+            raise ValueError(
+                "learning needs feedback to learn from, and a store for what was learned"
+            )
+        if self.learn and not self.keys and not self.learn.believes_one_source:
+            raise ValueError(
+                "without keys all feedback has one source, and no source may have so much to say that anything is "
+                "learned from it: give keys; or, where only people you trust reach the port, set "
+                "learn.online.max_share=1 and learn.online.events_per_source="
+                f"{self.learn.online.trial_events}"
+            )
+        return self
 
 
 def serving_config(

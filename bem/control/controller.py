@@ -122,6 +122,8 @@ class ChunkReader(nn.Module, ABC):
     conditioning: dict[str, int]
     """Name -> width of what may be known of a sequence beside its tokens."""
     blind: bool = False  # all conditioning reads as zero
+    encoder: str = ""
+    """Whose numbers `vision` is: `encoder_id` of a tower; "": it reads none."""
     routes: bool = False  # follows the route that a caller gives
     origin: object = None
     """Of all that `acting` returns."""

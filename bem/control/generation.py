@@ -11,17 +11,19 @@ from bem.control.context import Ambient, GenerateCall, Given
 from bem.control.step import last_tokens
 from bem.errors import AttachError
 
-CONDITIONING = ("evidence",)
+CONDITIONING = ("evidence", "vision")
 """Names of what a model can be told beside its tokens. An adapter that reads one declares its width;
 one that does not goes on as if it were not given."""
+RECORDS = {"evidence": "EvidenceRecord", "vision": "VisionRecord"}
+"""What says them."""
 
 
 class MarkedGenerate:
     """Takes the place of a model's `generate`; all of its own arguments go through.
 
     `turn_starts` marks earlier turns (rows, prompt tokens); `conditioning` is what is known beside the
-    tokens, name -> (rows, width), `evidence` a short form for that name; `route` (rows, prompt tokens)
-    says which expert a routed model shall use (see `AgenticRouter`).
+    tokens, name -> (rows, width), `evidence` and `vision` short forms for those names; `route` (rows, prompt
+    tokens) says which expert a routed model shall use (see `AgenticRouter`).
     """
 
     def __init__(self, model: Any, ambient: Ambient):
@@ -71,7 +73,8 @@ def taken_from(kwargs: dict[str, Any]) -> Given:
     """
     if kwargs.pop("adapter_names", None) is not None:
         raise AttachError(ADAPTER_NAMES)
-    known = conditioning_of(kwargs.pop("conditioning", None), kwargs.pop("evidence", None))
+    short = {name: kwargs.pop(name, None) for name in CONDITIONING}
+    known = conditioning_of(kwargs.pop("conditioning", None), **short)
     turns, route = (_per_token(name, kwargs.pop(name, None)) for name in ("turn_starts", "route"))
     if route is not None and route.is_floating_point():
         raise AttachError(f"route must hold whole numbers, options of experts, not {route.dtype}.")
@@ -85,7 +88,7 @@ def _per_token(name: str, given: Any) -> Tensor | None:
         raise AttachError(f"{name} must be a tensor, one value per token: {error}.") from None
 
 
-def conditioning_of(given: Any, evidence: Any) -> dict[str, Tensor]:
+def conditioning_of(given: Any, **short: Any) -> dict[str, Tensor]:
     """What the caller said beside the tokens, as float32 tensors.
 
     Raises:
@@ -94,10 +97,10 @@ def conditioning_of(given: Any, evidence: Any) -> dict[str, Tensor]:
     if given is not None and not isinstance(given, dict):
         raise AttachError(f"conditioning must map names to features, found {type(given).__name__}.")
     values = dict(given or {})
-    if evidence is not None:
-        if "evidence" in values:
-            raise AttachError("evidence was given twice: as evidence= and in conditioning=.")
-        values["evidence"] = evidence
+    for name, value in short.items():
+        if value is not None and name in values:
+            raise AttachError(f"{name} was given twice: as {name}= and in conditioning=.")
+    values |= {name: value for name, value in short.items() if value is not None}
     for name in values:
         if name not in CONDITIONING:
             raise AttachError(
@@ -113,6 +116,6 @@ def _features(name: str, given: Any) -> Tensor:
         raise AttachError(f"{name} must be a tensor of features: {error}.") from None
     if not bool(((features >= 0) & (features <= 1)).all()):  # False for NaN too
         raise AttachError(
-            f"{name} holds NaN or a number outside [0, 1]: give EvidenceRecord.features()."
+            f"{name} holds NaN or a number outside [0, 1]: give {RECORDS[name]}.features()."
         )
     return features

@@ -34,7 +34,7 @@ from bem.training.example import Example
 from bem.training.losses import answer_logits, answer_targets
 from bem.training.trainer import Trainer
 
-TAUGHT = ("input", "instruction", "evidence", "history", "relevance", "system")
+TAUGHT = ("input", "instruction", "evidence", "history", "relevance", "system", "vision")
 """Fields of an example that a lesson holds, beside the right answer."""
 FISHER_ROWS = 16
 ENDLESS = 1_000_000_000

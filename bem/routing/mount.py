@@ -24,7 +24,7 @@ from bem.adapters.quantised import dense_weight
 from bem.adapters.rollback import rolled_back
 from bem.adapters.sites import Site, Sites, find_linears, find_sites
 from bem.adapters.version import BaseIdentity, Version
-from bem.config import EVIDENCE_FEATURES, RouterConfig, parse
+from bem.config import EVIDENCE_FEATURES, VISION_FEATURES, RouterConfig, parse
 from bem.errors import AttachError, CheckpointError
 from bem.experts.compose import TrustRegion
 from bem.experts.expert import Expert, Update, check_name, from_updates, read_expert
@@ -260,11 +260,14 @@ def _rules(experts: Sequence[Expert], config: RouterConfig) -> Rules:
 
 def _router(sites: Sites, config: RouterConfig, rules: Rules) -> AgenticRouter:
     evidence = len(EVIDENCE_FEATURES) if config.evidence else 0
-    observed = Observed(config.memory, evidence, rules.space)
+    vision = len(VISION_FEATURES) if config.vision else 0
+    observed = Observed(config.memory, evidence, rules.space, vision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         policy = MacroPolicy(sites.d_model, observed, config.d_read, config.hidden)
-    return AgenticRouter(policy, rules)
+    router = AgenticRouter(policy, rules)
+    router.encoder = config.vision or ""
+    return router
 
 
 def _largest(experts: Sequence[Expert]) -> int:

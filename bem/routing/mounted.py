@@ -227,6 +227,8 @@ class Mounted(Attached):
     def acting_config(self) -> dict[str, Any]:
         """The settings on which outputs depend once the weights are given."""
         router = self.router_config.model_dump(mode="json", exclude={"seed", "orthogonal"})
+        if router["vision"] is None:  # versions from before it could be said keep their names
+            del router["vision"]
         names = [e.name for e in self.experts]
         state = {"trained": self.router.trained, "available": self.router.available.tolist()}
         return {"variant": "routed", "experts": names, "router": router, **state}

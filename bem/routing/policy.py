@@ -1,10 +1,10 @@
 """The macro policy: memory and the last action in, a distribution over actions out.
 
-    h = tanh(W [memory, evidence, turn, chunk number, value] + V [last action, span, plan] + b)
+    h = tanh(W [memory, evidence, picture, turn, chunk number, value] + V [last action, span, plan] + b)
     logits of expert, span, rank budget and strength = heads(h)
-    logits of expert += expert_bias(memory)
+    logits of expert += expert_bias(memory) + sight(memory, picture)
 
-`expert_bias` is a linear map from memory to expert logits, trained with the reader.
+`expert_bias` is a linear map from memory to expert logits, trained with the reader. `Sight` is what a picture adds.
 What is read (W) is the same for all chunks of a prompt at once; only what was done before (V) must
 wait for the chunk before. The critic is a network of its own that sees what was read, and nothing of
 what was done: it gives the value of the state and Q of every expert, which hysteresis compares.
@@ -31,11 +31,18 @@ class Observed:
     memory: int
     n_evidence: int
     space: ActionSpace
+    n_vision: int = 0
 
     @property
     def read(self) -> int:
-        """Memory, evidence, whether a turn begins, whether anything was read, chunk number."""
-        return self.memory + self.n_evidence + 3
+        """Memory, evidence, picture, whether a turn begins, whether anything was read, chunk number."""
+        return self.memory + self.n_evidence + self.n_vision + 3
+
+    @property
+    def picture(self) -> slice:
+        """Where in what is read the picture stands."""
+        first = self.memory + self.n_evidence
+        return slice(first, first + self.n_vision)
 
     @property
     def done(self) -> int:
@@ -96,6 +103,34 @@ class Net(nn.Module):
         return 2 * sum(layer.weight.numel() for layer in layers if layer is not None)
 
 
+class Sight(nn.Module):
+    """What a picture adds to the experts' logits: p g (W picture - logits by the text).
+
+    p is the picture's first number, its gate; g = sigmoid(a memory + b) is how far the text leaves the choice to the
+    picture. Without a picture, or at gate 0, nothing is added. Fitted by `bem.training.picture`; shut until then.
+    """
+
+    worth: Tensor
+    """Nats of Q that a unit of logit stands for: hysteresis compares Q, which follows."""
+
+    def __init__(self, memory: int, n_vision: int, experts: int):
+        super().__init__()
+        self.asked = nn.Linear(memory, 1)
+        self.vote = nn.Linear(n_vision, experts, bias=False)
+        nn.init.zeros_(self.asked.weight)
+        nn.init.constant_(self.asked.bias, -30.0)
+        nn.init.zeros_(self.vote.weight)
+        self.register_buffer("worth", torch.zeros(()))
+
+    def forward(
+        self,
+        memory: Float[Tensor, "*batch memory"],
+        picture: Float[Tensor, "*batch features"],
+        text: Float[Tensor, "*batch experts"],
+    ) -> Float[Tensor, "*batch experts"]:
+        return picture[..., :1] * self.asked(memory).sigmoid() * (self.vote(picture) - text)
+
+
 class Actor(nn.Module):
     """The policy proper. Starts nearly uniform."""
 
@@ -103,6 +138,9 @@ class Actor(nn.Module):
         super().__init__()
         self.observed, self.sizes = observed, observed.space.sizes
         self.expert_bias = nn.Linear(observed.memory, self.sizes[0])
+        self.sight: Sight | None = None
+        if observed.n_vision:
+            self.sight = Sight(observed.memory, observed.n_vision, self.sizes[0])
         self.net = Net(observed.read + 1, observed.done, hidden, sum(self.sizes), 0.01)
 
     def logits(self, observation: Float[Tensor, "*batch width"]) -> tuple[Tensor, ...]:
@@ -117,8 +155,17 @@ class Actor(nn.Module):
             (hidden layer's half (..., hidden), bias of all logits (..., options of all heads)).
         """
         bias = self.expert_bias(read[..., : self.observed.memory])
+        if self.sight is not None:
+            bias = bias + self.seen(read, bias)
         others = sum(self.sizes) - self.sizes[0]
         return self.net.begin(read), nn.functional.pad(bias, (0, others))
+
+    def seen(
+        self, read: Float[Tensor, "*batch read"], text: Float[Tensor, "*batch experts"]
+    ) -> Float[Tensor, "*batch experts"]:
+        """What the picture adds to the experts' logits; text: these by the text alone."""
+        assert self.sight is not None
+        return self.sight(read[..., : self.observed.memory], read[..., self.observed.picture], text)
 
     def finish(
         self, begun: tuple[Tensor, Tensor], done: Float[Tensor, "*batch done"]

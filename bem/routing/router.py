@@ -1,7 +1,7 @@
 """The agentic router: at every chunk boundary it decides which expert speaks, for how long, with how
 many ranks and how strongly.
 
-    state = memory of what was said (see `Reader`), evidence, the last action, chunk number, value
+    state = memory of what was said (see `Reader`), evidence, picture, the last action, chunk number, value
     action = (expert, span, rank budget, strength)
 
 It takes the controller's place in a forward pass: it reads the hidden states that enter one early
@@ -15,7 +15,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ class AgenticRouter(ChunkReader):
         self.observed: Observed = policy.actor.observed
         self.width, self.chunk_size = policy.reader.d_read, rules.chunk_size
         self.tail_width = RECORD + self.observed.memory
-        n_evidence = self.observed.n_evidence
-        self.conditioning = {"evidence": n_evidence} if n_evidence else {}
+        told = {"evidence": self.observed.n_evidence, "vision": self.observed.n_vision}
+        self.conditioning = {name: width for name, width in told.items() if width}
         self.register_buffer("available", torch.ones(self.space.sizes[0], dtype=torch.bool))
         self.trained = False
         """Until it is, the bare base answers: nobody has taught the policy anything."""
@@ -108,8 +108,16 @@ class AgenticRouter(ChunkReader):
         twin = AgenticRouter(copy.deepcopy(self.policy) if policy is None else policy, self.rules)
         twin.limits, twin.trained = self.limits, self.trained
         twin.available = self.available.clone()
-        twin.source, twin.origin = self.source, self.origin
+        twin.source, twin.origin, twin.encoder = self.source, self.origin, self.encoder
         return twin.train(self.training)
+
+    def at_strength(self, factor: float) -> AgenticRouter:
+        """The same policy, what its experts do times a factor, inside the same trust region."""
+        space = replace(self.space, factor=factor)
+        scaled = AgenticRouter(self.policy, replace(self.rules, space=space))
+        scaled.limits, scaled.trained, scaled.available = self.limits, self.trained, self.available
+        scaled.source, scaled.origin = self.source, self.origin
+        return scaled.train(self.training)
 
     def acting(self) -> Acting | None:
         return self.source()
@@ -147,7 +155,7 @@ class AgenticRouter(ChunkReader):
         memory = self.policy.reader.update_memory(pooled.sums[:, :-1].float(), before)
         seen = None
         if given is None or self.tape is not None:  # the policy is not needed for a given route
-            seen = self._see(memory, conditioning.get("evidence"), pooled, turn)
+            seen = self._see(memory, conditioning, pooled, turn)
         records, nothing = [], record.new_empty(0)
         for s in range(number.shape[1]):
             q = nothing if seen is None else seen.q[:, s]
@@ -160,13 +168,19 @@ class AgenticRouter(ChunkReader):
         control = self.composer(packed, decided, self.rules)
         return torch.cat([control, decided.double(), memory.double()], -1)
 
-    def _see(self, memory: Tensor, evidence: Tensor | None, pooled: Pooled, turn: Tensor) -> _Seen:
+    def _see(
+        self, memory: Tensor, conditioning: dict[str, Tensor], pooled: Pooled, turn: Tensor
+    ) -> _Seen:
         """What the policy reads at every chunk; of what it does nothing is known yet."""
         anything = (pooled.before.done_count[:, None] + pooled.count[:, :-1].cumsum(1)) > 0
         numbers = [turn.float(), anything.float(), pooled.number[:, 1:].float().log() / 4]
-        parts = [memory, *([] if evidence is None else [evidence]), torch.stack(numbers, -1)]
+        told = [conditioning[name] for name in self.conditioning]
+        parts = [memory, *told, torch.stack(numbers, -1)]
         read = torch.cat(parts, -1)
         value, q = self.policy.critic(read)
+        actor = self.policy.actor
+        if actor.sight is not None:
+            q = q + actor.sight.worth * actor.seen(read, actor.expert_bias(memory))
         read = torch.cat([read, value[..., None]], -1)
         return _Seen(read, q, self.policy.actor.begin(read))
 

@@ -11,6 +11,7 @@ from bem.errors import Refused
 from bem.routing.explain import explain
 from bem.routing.mounted import Mounted
 from bem.serving.driver import Driver
+from bem.serving.pictures import has_pictures
 from bem.serving.prompts import UNLIMITED, example_of
 from bem.serving.resident import Resident
 from bem.serving.schemas import Message, Part
@@ -36,6 +37,11 @@ async def explained(
     adapted = resident.adapted
     if not isinstance(adapted, Mounted):
         raise Refused(400, f"Version {resident.short} has no router: nothing was chosen.", "model")
+    if has_pictures(asked.messages):
+        why = (
+            "Conversations with pictures are not explained: the answer's `bem` says what was seen."
+        )
+        raise Refused(400, why, "messages", "unsupported_value")
     ids, turns = _tokens(asked.messages, tokenizer)
     most = resident.engine.max_tokens
     if len(ids) > most:

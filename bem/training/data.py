@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bem.bases.limits import context_length
-from bem.config import EVIDENCE_FEATURES
+from bem.config import EVIDENCE_FEATURES, VISION_FEATURES
 from bem.errors import BemError, DataError, TrainingError
 from bem.training.chat import ChatForm, chat_form, end_of_turn, token_ids, turns_of
 from bem.training.example import Example, data_hash
@@ -34,6 +34,7 @@ __all__ = [
     "end_of_turn",
     "examples_from_rows",
     "load_hf",
+    "prompt_of",
     "read_jsonl",
 ]
 
@@ -56,6 +57,8 @@ class Encoded:
     """As in Example."""
     route: list[int] = field(default_factory=list)
     """Expert option of each token for a routed model, -1: hold; empty: the router decides."""
+    vision: tuple[float, ...] = ()
+    """As in Example."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -90,7 +93,7 @@ def encode(
             raise DataError(
                 f"max_length {max_length} is less than the {form.mark_length} tokens that open an answer."
             )
-        draft = _draft(example, tokenizer, form, train_history)
+        draft = _draft(turns_of(example, tokenizer), tokenizer, form, train_history)
         options = _options(example, len(draft.answers) + 1)
         prompt_length = len(draft.ids)
         if with_answer:
@@ -102,7 +105,8 @@ def encode(
         starts[max(0, first - 1)] = True
     turns = [max(0, first - 1) for first in [*draft.answers, prompt_length][: len(options)]]
     route = _spread(options, turns, len(draft.ids))
-    whole = Encoded(draft.ids, draft.labels, prompt_length, starts, example.relevance, route)
+    seen = example.relevance, route, example.vision
+    whole = Encoded(draft.ids, draft.labels, prompt_length, starts, *seen)
     return _cut(whole, max_length, form.bos)
 
 
@@ -123,10 +127,26 @@ class _Draft:
         self.add(tokens, labelled)
 
 
-def _draft(example: Example, tokenizer: Any, form: ChatForm, train_history: bool) -> _Draft:
+def prompt_of(
+    turns: Sequence[tuple[str, str | None]], tokenizer: Any
+) -> tuple[list[int], list[int]]:
+    """(token ids, positions that predict the first tokens of its answers) of a conversation, as `encode` writes it.
+
+    Args:
+        turns: see `turns_of_messages`.
+    Raises:
+        DataError: the tokenizer cannot write it.
+    """
+    draft = _draft(turns, tokenizer, chat_form(tokenizer), train_history=False)
+    return draft.ids, [max(0, first - 1) for first in draft.answers]
+
+
+def _draft(
+    turns: Sequence[tuple[str, str | None]], tokenizer: Any, form: ChatForm, train_history: bool
+) -> _Draft:
     """The prompt, earlier turns included."""
     draft = _Draft()
-    for text, answer in turns_of(example, tokenizer):
+    for text, answer in turns:
         tokens = token_ids(tokenizer, text)
         if not draft.ids and form.bos is not None and tokens[:1] != [form.bos]:
             tokens = [form.bos, *tokens]
@@ -170,6 +190,7 @@ def _cut(encoded: Encoded, max_length: int, bos: int | None) -> Encoded:
         [False] * len(lead) + encoded.turn_starts[first:],
         encoded.relevance,
         encoded.route[:1] * len(lead) + encoded.route[first:],
+        encoded.vision,
     )
 
 
@@ -253,8 +274,8 @@ def collate(
     batch: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "left"
 ) -> dict[str, Tensor]:
     """Tensors [batch, longest]: input_ids, attention_mask, position_ids, labels, turn_starts; route
-    if any row has one (-1 elsewhere); and evidence [batch, features] if anything is known of any
-    row's (zeros: nothing).
+    if any row has one (-1 elsewhere); and evidence and vision [batch, features] if anything is known
+    of any row's (zeros: nothing).
 
     Raises:
         DataError: some rows have a route and some have none.
@@ -276,7 +297,9 @@ def collate(
     check_routes(batch)
     if any(e.route for e in batch):
         tensors["route"] = torch.tensor([pad(e.route, -1) for e in batch])
-    if any(e.relevance for e in batch):
-        nothing = [0.0] * len(EVIDENCE_FEATURES)
-        tensors["evidence"] = torch.tensor([e.relevance or nothing for e in batch])
+    told = ("evidence", "relevance", EVIDENCE_FEATURES), ("vision", "vision", VISION_FEATURES)
+    for name, field_name, features in told:
+        known = [getattr(e, field_name) for e in batch]
+        if any(known):
+            tensors[name] = torch.tensor([values or (0.0,) * len(features) for values in known])
     return tensors

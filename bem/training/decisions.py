@@ -20,7 +20,7 @@ from bem.training.data import Encoded, collate
 from bem.training.hidden import run_up_to
 from bem.training.traces import Traces, best_expert, target_actions
 
-READ = ("input_ids", "attention_mask", "position_ids", "turn_starts", "evidence", "route")
+READ = ("input_ids", "attention_mask", "position_ids", "turn_starts", "evidence", "vision", "route")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bem.config import EVIDENCE_FEATURES
+from bem.config import EVIDENCE_FEATURES, VISION_FEATURES
 from bem.errors import DataError
 
 
@@ -39,6 +39,8 @@ class Example:
     meta: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     """System message of the conversation; empty: none, the chat template may put its own."""
+    vision: tuple[float, ...] = ()
+    """What a vision tower sees, in the order of VISION_FEATURES; empty: there is no picture."""
 
     def __post_init__(self) -> None:
         for name in ("id", "input", "group", "task", "instruction", "system"):
@@ -49,7 +51,8 @@ class Example:
             object.__setattr__(self, name, _texts(getattr(self, name), name))
         object.__setattr__(self, "gold_evidence", _places(self.gold_evidence, len(self.evidence)))
         object.__setattr__(self, "history", _pairs(self.history))
-        object.__setattr__(self, "relevance", _features(self.relevance))
+        for name, known in (("relevance", EVIDENCE_FEATURES), ("vision", VISION_FEATURES)):
+            object.__setattr__(self, name, _features(getattr(self, name), name, known))
         if not isinstance(self.meta, dict):
             raise DataError(f"meta must be an object, found {type(self.meta).__name__}.")
         if not self.group:
@@ -75,8 +78,9 @@ def data_hash(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         values = asdict(example)
-        if not example.system:
-            del values["system"]  # rows without one keep the hash they had before there was one
+        for name in ("system", "vision"):
+            if not values[name]:
+                del values[name]  # rows without one keep the hash they had before there was one
         try:
             row = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         except TypeError as error:
@@ -131,13 +135,12 @@ def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
     return tuple((user, assistant) for user, assistant in value)
 
 
-def _features(value: Any) -> tuple[float, ...]:
-    n = len(EVIDENCE_FEATURES)
+def _features(value: Any, name: str, known: Sequence[str]) -> tuple[float, ...]:
+    n = len(known)
     right = isinstance(value, list | tuple) and len(value) in (0, n)
     if not right or not all(_is_number(v) and 0 <= v <= 1 for v in value):
         raise DataError(
-            f"relevance must be {n} numbers from 0 to 1 ({', '.join(EVIDENCE_FEATURES)}), "
-            f"found {value!r:.80}."
+            f"{name} must be {n} numbers from 0 to 1 ({', '.join(known)}), found {value!r:.80}."
         )
     return tuple(float(v) for v in value)
 

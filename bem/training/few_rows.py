@@ -14,6 +14,7 @@ from bem.config import CloningConfig, ReadingConfig
 from bem.routing.mounted import Mounted
 from bem.training.data import Encoded
 from bem.training.linear import best_linear, fit_centroids, turn_features
+from bem.training.picture import Taught, check_pictures, fit_picture
 from bem.training.plain_policy import follow_reader, worth_of
 from bem.training.reader import ReaderTrainer, States, read_states
 from bem.training.reader_start import Recipe, Start, Turn, start_reader
@@ -61,6 +62,7 @@ def learn(
         train: those that teach; others are not looked at.
     """
     policy, device = mounted.router.policy, mounted.base.device
+    check_pictures([prompts[i] for i in train], policy.actor.sight is not None)
     tell("reading the prompts", 0, 0)
     read = read_states(mounted, prompts, train, train, pad_id)
     trainee = _Trainee(mounted, read, targets, train, seed)
@@ -71,9 +73,12 @@ def learn(
     trainee.start(range(len(trainee.turns)), start.recipe)
     if epochs:
         trainee.train(train, epochs)
+    logits = start.logits
+    if policy.actor.sight is not None:
+        logits = fit_picture(policy, start, trainee.taught(prompts))
     policy.reader.rescale(read.centre.to(device), read.spread.to(device))
     regrets = torch.from_numpy(trainee.regrets[:, start.options])
-    worth = worth_of(start.logits, regrets)
+    worth = worth_of(logits, regrets)
     follow_reader(policy, worth)
     return Learned(start.recipe, epochs, [round(loss, 4) for loss in curve], worth)
 
@@ -114,6 +119,14 @@ class _Trainee:
         numbers = [self.read.numbers[row] for row in self.train_rows]
         turns = [self.turns[at] for at in chosen]
         return start_reader(reader, bias, hidden, numbers, turns, self.folds[list(chosen)], recipe)
+
+    def taught(self, prompts: Sequence[Encoded]) -> Taught:
+        """What a picture is learned from."""
+        nothing = (0.0,) * self.policy.actor.observed.n_vision
+        seen = torch.tensor([prompts[row].vision or nothing for row in self.rows])
+        hidden = [self.read.hidden[row] for row in self.train_rows]
+        numbers = [self.read.numbers[row] for row in self.train_rows]
+        return Taught(hidden, numbers, self.turns, seen, self.folds)
 
     def left_out(self, start: Start, tell: Tell) -> list[float]:
         """Mean loss per turn on left-out folds: of the start, and after each epoch of training."""

@@ -305,5 +305,5 @@ def _tokens_hash(encoded: dict[int, Encoded]) -> str:
     for i, row in encoded.items():
         numbers = [i, len(row), *row.input_ids, *row.labels, *row.turn_starts, *row.route]
         digest.update(np.array(numbers, np.int64).tobytes())
-        digest.update(np.array(row.relevance, np.float64).tobytes())
+        digest.update(np.array([*row.relevance, *row.vision], np.float64).tobytes())
     return digest.hexdigest()

@@ -191,9 +191,9 @@ def _rules(loaded: Sequence[Expert], shared: str | None) -> dict[str, Any]:
         "switch_cost": 0.0,
         "hysteresis": 0.0,
         "flip_rate_max": 1.0,
-        "d_read": max(32, options),
-        "memory": max(48, options),
-        "hidden": max(48, options),
+        "d_read": max(32, options + 1),
+        "memory": max(48, options + 1),
+        "hidden": max(48, options + 1),
     }
 
 
@@ -395,8 +395,4 @@ def _better(other: Score, router: Score) -> str:
 
 def _last(targets: Targets, rows: Sequence[int]) -> list[int]:
     """Option of the last turn of each row that somebody judged."""
-    found = []
-    for i in rows:
-        known = targets.best[i][targets.best[i] != UNKNOWN]
-        found.append(int(known[-1]))
-    return found
+    return [int(targets.best[i][targets.best[i] != UNKNOWN][-1]) for i in rows]

@@ -68,7 +68,7 @@ def answer_logits(
     Turn starts are handed over as the labels would give them.
     """
     columns = answer_columns(batch["labels"])
-    names = ("input_ids", "attention_mask", "turn_starts", "evidence", "route")
+    names = ("input_ids", "attention_mask", "turn_starts", "evidence", "vision", "route")
     arguments = {name: batch[name] for name in names if name in batch}
     accepted = arguments_of(model)
     if "position_ids" in accepted:

@@ -1,6 +1,7 @@
 """A policy that does what its reader says, and nothing else: for routers that learn from few rows.
 
     actor    logits = expert_bias(memory); while nothing was read, the bare base
+             + sight(memory, picture), where the router reads one
     critic   Q(f) - Q(e) = worth * (logit_f - logit_e),  value 0
 
 Q moves with the logits, so that hysteresis, whose unit is nats, never contradicts them: with a threshold of
@@ -43,6 +44,8 @@ def follow_reader(policy: MacroPolicy, worth: float) -> None:
     critic.read.weight[:memory, :memory] = LINEAR * torch.eye(memory)
     critic.out.weight[1:, :memory] = worth / LINEAR * bias.weight
     critic.out.bias[1:] = worth * bias.bias
+    if policy.actor.sight is not None:
+        policy.actor.sight.worth.fill_(worth)
 
 
 def worth_of(logits: Tensor, regrets: Tensor) -> float:

@@ -157,7 +157,10 @@ class _Run:
     def _fingerprint(self) -> dict[str, Any]:
         """Everything but the start that the weights depend on."""
         environment, router = self.environment, self.router
-        tokens = [[p.input_ids, p.turn_starts, p.relevance] for p in self.prompts]
+        tokens = [
+            [p.input_ids, p.turn_starts, p.relevance, *([p.vision] if p.vision else [])]
+            for p in self.prompts
+        ]
         return {
             "policy_gradient": self.config.model_dump(mode="json", exclude={"iterations"}),
             "environment": {

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,41 @@ def _accumulated(
     return torch.stack(seen), torch.stack(counts).clamp(min=1)
 
 
+def unit_features(
+    hidden: Sequence[Tensor], numbers: Sequence[Tensor], turns: Sequence[Turn], recipe: Recipe
+) -> Tensor:
+    """What a classifier of this recipe reads of the text before each turn (turns, d_model)."""
+    sums = [_chunk_sums(states, number) for states, number in zip(hidden, numbers, strict=True)]
+    return _features(sums, turns, recipe.decay, recipe.form)[0]
+
+
+@torch.no_grad()
+def write_unit(
+    reader: Reader,
+    out: nn.Linear,
+    hidden: Sequence[Tensor],
+    numbers: Sequence[Tensor],
+    turns: Sequence[Turn],
+    recipe: Recipe,
+    model: Linear,
+) -> None:
+    """Put one more logit, of a classifier with two classes, into the reader's last unit, and `out` on top of it:
+    that of the second class."""
+    sums = [_chunk_sums(states, number) for states, number in zip(hidden, numbers, strict=True)]
+    _, length = _features(sums, turns, recipe.decay, recipe.form)
+    one = Linear(
+        model.mean,
+        model.scale,
+        model.weight[1:] - model.weight[:1],
+        model.bias[1:] - model.bias[:1],
+    )
+    tokens = torch.cat([states.float() for states in hidden])
+    plain = replace(recipe, temperature=1.0)
+    last = min(reader.d_read, reader.width) - 1
+    out.weight.zero_()
+    _write(reader, out, tokens, sums, plain, one, [0], float(length.mean()), last)
+
+
 @torch.no_grad()
 def _write(
     reader: Reader,
@@ -163,9 +198,11 @@ def _write(
     model: Linear,
     options: list[int],
     mean_n: float,
+    first: int = 0,
 ) -> None:
+    """first: unit of the first class."""
     classes, decay = len(options), max(0.02, recipe.decay)
-    units = slice(0, classes)
+    units = slice(first, first + classes)
     weight = model.weight / model.scale
     bias = model.bias - weight @ model.mean
     per_token = bias if recipe.form == "mean" else torch.zeros_like(bias)
@@ -173,9 +210,10 @@ def _write(
     small = TOKEN / _large(tokens @ weight.T + per_token)
     d, m = reader.d_read, reader.width
     reader.token.weight[units], reader.token.bias[units] = small * weight, small * per_token
-    reader.token.weight[d : d + classes], reader.token.bias[d : d + classes] = 0.0, 0.0
+    gates = slice(d + first, d + first + classes)
+    reader.token.weight[gates], reader.token.bias[gates] = 0.0, 0.0
     gain = CHUNK / (_large(torch.cat(of_chunk)) * small / 2)  # an open gate lets one half through
-    own = torch.arange(classes)
+    own = first + torch.arange(classes)
     for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
         update, new = (reader.gru.get_parameter(name)[at * m : (at + 1) * m] for at in (1, 2))
         update[units], new[units] = 0.0, 0.0

@@ -203,7 +203,7 @@ def _key(
     for row in rows:
         ids = [*row.input_ids, -1, *row.labels, -1, *map(int, row.turn_starts)]
         digest.update(np.array(ids, np.int64).tobytes())
-        digest.update(np.array(row.relevance, np.float64).tobytes())
+        digest.update(np.array([*row.relevance, *row.vision], np.float64).tobytes())
     return sha256_json(
         {
             "format": FORMAT,

@@ -378,5 +378,6 @@ def _row(answer: Answer) -> dict[str, Any]:
             else {}
         ),
         **({"relevance": list(example.relevance)} if example.relevance else {}),
+        **({"vision": list(example.vision)} if example.vision else {}),
         **({"gate": round(answer.gate, 6)} if answer.gate is not None else {}),
     }

@@ -31,7 +31,7 @@ from bem.experiments.measuring.answers import context_length
 from bem.experiments.measuring.latency import last_logits_only
 from bem.files import check_listed, read_json, sha256_file, write_bytes
 
-OURS = ("turn_starts", "evidence", "route")
+OURS = ("turn_starts", "evidence", "vision", "route")
 """Arguments of forward and generate that only our own adapters read."""
 MANIFEST, TRAINED, FORMAT = "manifest.json", "classifier.safetensors", 1
 PRICED = 512
