@@ -118,7 +118,7 @@ class PolicyGuard:
             say = step.say or say
             hidden += finds if step.do == "redact" else []
         actions: list[Action] = [m.action for m in met]
-        action = max(actions, key=ORDER.index, default="allow")
+        action: Action = "allow" if not actions else max(actions, key=lambda a: ORDER.index(a))
         found = sorted(set(hidden), key=lambda each: each.start)  # two steps may name one kind
         return Ruling(
             action, redact(text, found), tuple(met), max(kappas, default=None), say, tuple(found)
