@@ -53,6 +53,8 @@ def _usable(loop: Loop, event: Event, check: Check | None) -> Turn | None:
     """What clients send is not always something that a model can be taught: that stops nobody else."""
     try:
         turn = turn_of(event)
+        if turn is None and event.feedback is not None and event.request is not None:
+            raise DataError("its prompt is no row: token ids, or a conversation with tools")
         if turn is not None and turn.row is not None and check is not None:
             check(turn.row)
     except DataError as failed:
