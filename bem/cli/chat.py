@@ -134,7 +134,8 @@ class Chat:
                 choice = (piece["choices"] or [{}])[0]
                 about = choice.get("bem") or {}
                 colour = self._note(about, choice.get("finish_reason"), colour)
-                new = (choice.get("delta") or {}).get("content") or ""
+                delta = choice.get("delta") or {}
+                new = delta.get("content") or delta.get("refusal") or ""
                 self.console.print(Text(shown(new), colour), end="", soft_wrap=True)
                 said += new
                 self.answer.update(piece.get("bem") or {})

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bem.cli.console import Terminal
 from bem.cli.conversation import show_routed
+from bem.cli.demo_guard import show_guard
 from bem.cli.display import Display, quiet
 from bem.cli.options import command
 from bem.cli.verdict import show_decision
@@ -50,11 +51,12 @@ def demo(
         typer.Option("--rows", min=4, max=1000, help="Held-out rows of each task, second half."),
     ] = 10,
 ) -> int:
-    """Train and judge a small comparison, then judge a shipped router on a real base.
+    """Train and judge a small comparison, then judge a shipped router on a real base, then learn from corrections.
 
     The real base is fetched once (93 MB); where that is not possible the first half is done alone. The first
     line of the output is the verdict; what happens meanwhile is told on stderr.
     """
+    from bem.cli.demo_online import learn_online
     from bem.experiments import demos
 
     progress, console = Console(stderr=True), Terminal()
@@ -66,6 +68,8 @@ def demo(
         second = _run(progress, config, f"2 of 2: the release {demos.SHOWN.name}, measured here")
     _tell(console, first, second, demos.SHOWN, why)
     _keep(console, second or first, demos.SHOWN if second else None)
+    learn_online(console, progress, output)
+    show_guard(console)
     for done in filter(None, (second, first)):
         _print(console, f"Report: {done.result.report}")
     return 0

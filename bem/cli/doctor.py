@@ -66,7 +66,7 @@ def examine() -> list[Check]:
         *_libraries(),
     ]
     if all(check.state == "ok" for check in checks if check.what in ("torch", "transformers")):
-        checks += [*_torch(), _base(), _detector(), _tower()]
+        checks += [*_torch(), _base(), _detector(), _probe(), _tower()]
     return [*checks, *_extras()]
 
 
@@ -119,13 +119,15 @@ def _base() -> Check:
 def _detector() -> Check:
     from bem.errors import BemError
     from bem.safety.detector import ViolationDetector
+    from bem.safety.personal import KINDS
 
     try:
         categories = ViolationDetector().weights.categories
     except BemError as error:
         return Check("missing", "violation detector", str(error), "reinstall")
     limits = ", ".join(f"{c.name} above {c.limit:.2f}" for c in categories)
-    return Check("ok", "violation detector", f"flags {limits}")
+    kinds = ", ".join(dict.fromkeys(kind.partition(" ")[0] for kind in KINDS))
+    return Check("ok", "violation detector", f"flags {limits}; finds {kinds}")
 
 
 def _tower() -> Check:
@@ -141,6 +143,17 @@ def _tower() -> Check:
         )
     named = f"{tower.encoder_id}: {len(tower.concepts)} concepts; CLIP, SigLIP: from local folders"
     return Check("ok", "vision tower", named)
+
+
+def _probe() -> Check:
+    from bem.errors import BemError
+    from bem.safety.probe import read_probe
+
+    try:
+        probe = read_probe()
+    except BemError as error:
+        return Check("missing", "hidden-state probe", str(error), "reinstall")
+    return Check("ok", "hidden-state probe", f"for {probe.about['base']}, block {probe.block}")
 
 
 def _extras() -> list[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,18 +146,16 @@ def resume(folder: Folder = DEFAULT) -> int:
 def candidates(folder: Folder = DEFAULT) -> int:
     """Every candidate, what became of it, and by which evidence."""
     from bem.online.desk import Desk
+    from bem.online.told import candidates as told_of
 
     desk, console = Desk(folder), Terminal()
-    desk.status()
+    found = told_of(desk.entries(), desk.status()["trial"], sys.maxsize)
     table = Table(box=None, pad_edge=False)
     for column in ("number", "version", "what became of it", "events", "why"):
         table.add_column(column, overflow="fold", no_wrap=column != "why")
-    for number, entries in _by_candidate(desk.entries()).items():
-        last = entries[-1]
-        what = "on trial" if last["what"] == "candidate" else last["what"]
-        trial = last.get("trial") or {}
-        why = last.get("reason") or trial.get("reason", "")
-        cells = (str(number), _name(last["version"]), str(trial.get("events", "-")), why)
+    for each in reversed(found):
+        what, events = each["what"], str(each["events"] or "-")
+        cells = (str(each["number"]), _name(each["version"]), events, each["why"])
         shown = Text(what, COLOURS.get(what, ""))
         table.add_row(Text(cells[0]), Text(cells[1]), shown, *map(Text, cells[2:]))
     console.print(table)
@@ -195,6 +194,15 @@ def why(
                 soft_wrap=True,
             )
     return 0
+
+
+@online_app.command(hidden=True)
+def learn() -> int:
+    """The learner of `bem serve --learn`: told by the server what to do, on its standard input."""
+    quiet()
+    from bem.cli.learner import run
+
+    return run()
 
 
 # --- parts of replay ------------------------------------------------------------------------------
@@ -262,19 +270,6 @@ def _summary(console: Terminal, loop: Loop, rounds: Sequence[Round]) -> None:
     live = loop.production.live.version
     where = f"Store: {loop.production.store.path}; folder: {loop.desk.folder}"
     console.print(Text(f"In use: {_name(live)}. {where}"), soft_wrap=True)
-
-
-def _by_candidate(entries: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    """Number -> what was noted of it; what happened to a version later counts too."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for entry in entries:
-        if "number" in entry:
-            found.setdefault(entry["number"], []).append(entry)
-        elif entry["what"] == "rolled back":
-            for listed in found.values():
-                if listed[-1].get("version") == entry["version"]:
-                    listed.append(entry)
-    return found
 
 
 def _is_about(entry: dict[str, Any], id: str) -> bool:

@@ -111,8 +111,15 @@ def check(
 @safety_app.command()
 def report(
     basis: Annotated[Path | None, typer.Argument(help="Folder of a safety basis.")] = None,
+    audit: Annotated[
+        Path | None, typer.Option("--audit", help="Audit log of a policy: what was done, counted.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Of a server: what its guard did since it started.")
+    ] = None,
+    key: Annotated[str | None, typer.Option("--key", envvar="BEM_API_KEY")] = None,
 ) -> int:
-    """What the detector that ships, and a basis, were accepted on."""
+    """What the detector that ships, and a basis, were accepted on; what a guard did."""
     from bem.safety.detector import SHIPPED, ViolationDetector
 
     console = Console()
@@ -123,7 +130,34 @@ def report(
         from bem.safety.basis import read_basis
 
         _show_basis(console, read_basis(basis))
+    if audit is not None:
+        from bem.safety.audit import counted
+
+        counts, torn = counted(audit)
+        said = f" ({torn} lines torn)" if torn else ""
+        _show_counts(console, f"audit log {audit}{said}", dict(counts))
+    if url is not None:
+        _show_server(console, url, key)
     return 0
+
+
+def _show_server(console: Console, url: str, key: str | None) -> None:
+    from bem.serving.client import Client
+
+    guard = Client(url.rstrip("/").removesuffix("/v1"), key).get("/dashboard/data").get("guard")
+    if guard is None:
+        console.print(f"{escape(url)} has no policy: start it with --policy.")
+        return
+    up = "runs" if guard["detector"] else "does not run"
+    title = f"guard of {url}: its detector {up}, {guard['failures']} texts were not checked"
+    _show_counts(console, title, {(r["place"], r["category"], r["action"]): r["texts"] for r in guard["counts"]})  # fmt: skip
+
+
+def _show_counts(console: Console, title: str, counts: dict[tuple[str, str, str], int]) -> None:
+    table = Table("place", "category", "action", "texts", title=escape(title), title_justify="left")
+    for (place, category, action), texts in sorted(counts.items()):
+        table.add_row(place, category, action, str(texts))
+    console.print(table)
 
 
 def _rows(paths: list[Path], most: int, seed: int) -> list[dict[str, Any]]:

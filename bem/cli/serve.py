@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -13,10 +13,18 @@ from rich.text import Text
 from bem.cli.console import Terminal
 from bem.cli.options import Settings
 
-DEFAULT = Path("runs/store")
+if TYPE_CHECKING:
+    from bem.serving.server import Server
 
+DEFAULT, DEFAULT_LOG = Path("runs/store"), Path("runs/feedback.db")
 
-Base = Annotated[str, typer.Option("--base", help="bem-tiny, a folder or a Hugging Face id.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="A name, a folder or a Hugging Face id; default: that for which the store's releases were made, else bem-tiny.",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Of the base; that for which the store's adapters were made."),
@@ -41,6 +49,9 @@ Log = Annotated[
         "--feedback", help="File (SQLite) or database URL for answers and what is said of them."
     ),
 ]
+Policy = Annotated[
+    Path | None, typer.Option("--policy", help="File of a safety policy, see docs/safety.md.")
+]
 Canary = Annotated[
     list[str] | None,
     typer.Option(
@@ -49,10 +60,19 @@ Canary = Annotated[
         help="Give a share of the conversations to a version of the store.",
     ),
 ]
+Learn = Annotated[
+    bool,
+    typer.Option(
+        "--learn", help="Learn from the feedback, in a process of its own; see `bem online`."
+    ),
+]
+LearnFolder = Annotated[
+    Path | None, typer.Option("--learn-folder", help="The learner's; default: runs/online.")
+]
 
 
 def serve(
-    base: Base = "bem-tiny",
+    base: Base = None,
     dtype: Dtype = None,
     store: Store = None,
     index: Index = None,
@@ -61,7 +81,10 @@ def serve(
     port: Port = 8080,
     keys: Keys = None,
     feedback: Log = None,
+    policy: Policy = None,
     canary: Canary = None,
+    learn: Learn = False,
+    learn_folder: LearnFolder = None,
     settings: Settings = None,
 ) -> int:
     """Serve a base and the versions of a store by OpenAI's protocol."""
@@ -69,15 +92,32 @@ def serve(
     from bem.serving.server import Server
 
     _log()
-    folder = store or (DEFAULT if DEFAULT.is_dir() else None)
+    learns = learn or learn_folder is not None
+    folder = store or (DEFAULT if learns or DEFAULT.is_dir() else None)
+    if base is None and folder is not None:
+        base, made_for = _base_of(folder)
+        dtype = dtype or made_for
+    log = feedback or (DEFAULT_LOG if learns else None)
     given = {"base": base, "store": folder, "index": index, "host": host, "port": port}
-    given |= {"keys": keys, "feedback": feedback, "dtype": dtype, "vision": vision}
-    values = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    given |= {"keys": keys, "feedback": log, "dtype": dtype, "vision": vision, "policy": policy}
+    values: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in given.items()}
+    if learns:
+        values["learn"] = {} if learn_folder is None else {"folder": str(learn_folder)}
     config = serving_config({k: v for k, v in values.items() if v is not None}, canary, settings)
     server = Server(config)
-    _tell(server.url, config.base, folder)
+    _tell(server, folder)
     server.run()
     return 0
+
+
+def _base_of(folder: Path) -> tuple[str | None, str | None]:
+    """(base, dtype) that a store's releases need."""
+    from bem.runs.loading import base_of
+    from bem.runs.store import Store
+
+    store = Store(folder)
+    is_new = not (store.journal.pointer_file.exists() or store.journal.ledger_file.exists())
+    return (None, None) if is_new else base_of(store) or (None, None)
 
 
 def _log() -> None:
@@ -89,11 +129,16 @@ def _log() -> None:
     logging.getLogger("bem").setLevel(logging.INFO)
 
 
-def _tell(url: str, base: str, folder: Path | None) -> None:
-    console = Terminal()
+def _tell(server: Server, folder: Path | None) -> None:
+    config, url, console = server.config, server.url, Terminal()
     where = f"versions of {folder}" if folder else "no version store: the bare base"
-    console.print(Text.assemble(("Serving", "green"), f" {base}, {where}"), soft_wrap=True)
+    console.print(Text.assemble(("Serving", "green"), f" {config.base}, {where}"), soft_wrap=True)
+    residents = server.serving.residents
+    if residents.store is not None and residents.current is residents.bare:
+        kept = ", ".join(f"bem@{release.short}" for release in server.serving.kept()[:3])
+        said = f"  nothing is in use: `bem` is the bare base; the store keeps {kept or 'nothing'}"
+        console.print(Text(said), soft_wrap=True)
     console.print(Text(f"  {url}/v1"), soft_wrap=True)
-    asked = '{"messages": [{"role": "user", "content": "Name a prime."}]}'
+    asked = '{"messages": [{"role": "user", "content": "Name a prime."}], "temperature": 0}'
     line = f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{asked}'"
     console.print(Text(line), soft_wrap=True)

@@ -20,6 +20,7 @@ from bem.config.adapters import (
 from bem.config.arm import ArmConfig
 from bem.config.data import ConversationConfig, DataConfig, RetrievalConfig, TaskConfig
 from bem.config.experiment import ExperimentConfig, GatesConfig, load, load_gates
+from bem.config.learning import LearningConfig
 from bem.config.online import OnlineConfig
 from bem.config.routing import (
     CloningConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "DataConfig",
     "ExperimentConfig",
     "GatesConfig",
+    "LearningConfig",
     "OnlineConfig",
     "PolicyGradientConfig",
     "ReadingConfig",

@@ -18,7 +18,10 @@ class OnlineConfig(Section):
     batch_size: int = Field(default=16, ge=1)
     """Lessons in a step."""
     fresh_share: float = Field(default=0.5, ge=0, le=1)
-    """Of a batch: the newest lessons; the rest is drawn from everything that was, source by source."""
+    """Of a batch: the newest lessons."""
+    trusted_share: float = Field(default=0.25, ge=0, le=1)
+    """Of a batch: trusted lessons, if there are any, so that a growing reservoir does not crowd them out. The rest
+    is drawn from everything that was, source by source."""
     round_size: int = Field(default=16, ge=1)
     """Events that are answered before the learner takes its steps."""
     steps_per_round: int = Field(default=1, ge=1)
@@ -56,13 +59,17 @@ class OnlineConfig(Section):
     metric: str = Field(default="score", min_length=1)
     """What the score is called in verdicts."""
     margin: float = Field(default=0.05, gt=0, lt=1)
-    """A candidate is promoted when a loss of so much is ruled out, on what comes in and on what was held out."""
+    """A candidate is promoted when a loss of so much is ruled out: on what comes in, on what was held out, and on
+    what is trusted."""
     tolerance: float = Field(default=0.05, gt=0, lt=1)
     """It is rolled back when a loss of more than this is shown."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     """Chance of a false promotion, and of a false rollback, of one candidate, over all looks together."""
     trial_events: int = Field(default=400, ge=1)
-    """Events after which an undecided candidate is rolled back."""
+    """Events after which an undecided candidate is put away, and its shadow, which has learned meanwhile, may make
+    another."""
+    replay_events: int = Field(default=400, ge=1)
+    """Events of what was held out, and as many of what is trusted, that a candidate answers at most when it is made."""
     events_per_source: int = Field(default=20, ge=1)
     """Events of one source that count in the trial of a candidate."""
     watch_events: int = Field(default=200, ge=0)
@@ -76,7 +83,11 @@ class OnlineConfig(Section):
     """Rounds between two snapshots; there is one around every promotion and rollback besides."""
 
     @model_validator(mode="after")
-    def _margins_do_not_overlap(self) -> OnlineConfig:
+    def _settings_agree(self) -> OnlineConfig:
+        if self.fresh_share + self.trusted_share > 1:
+            raise ValueError(
+                f"need fresh_share + trusted_share <= 1, got {self.fresh_share} and {self.trusted_share}"
+            )
         if self.margin > self.tolerance:
             raise ValueError(
                 f"need margin <= tolerance, got {self.margin} and {self.tolerance}: one candidate could be "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from bem.config.learning import LearningConfig
 from bem.config.overrides import apply_override
 from bem.config.section import Folder, Section, parse
 
@@ -41,6 +42,10 @@ class ServingConfig(Section):
     """File of the API keys, see `bem keys`; None: whoever reaches the port may ask."""
     feedback: str | None = None
     """Where answers and what is said of them are kept: path of an SQLite file, or a URL of SQLAlchemy. None: neither is."""
+    policy: Folder | None = None
+    """File of the safety policy, see docs/safety.md; None: nothing is checked."""
+    learn: LearningConfig | None = None
+    """A learner beside the server, which learns from the feedback and moves the store; None: there is none."""
     canary: dict[str, Share] = Field(default_factory=dict)
     """Version, by its first digits -> share of the conversations that ask for `bem` and get it instead."""
 
@@ -72,6 +77,21 @@ class ServingConfig(Section):
     """What runs has so long to finish after SIGTERM."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
+
+    @model_validator(mode="after")
+    def _learning_needs_feedback_and_a_store(self) -> ServingConfig:
+        if self.learn and not (self.feedback and self.store):
+            raise ValueError(
+                "learning needs feedback to learn from, and a store for what was learned"
+            )
+        if self.learn and not self.keys and not self.learn.believes_one_source:
+            raise ValueError(
+                "without keys all feedback has one source, and no source may have so much to say that anything is "
+                "learned from it: give keys; or, where only people you trust reach the port, set "
+                "learn.online.max_share=1 and learn.online.events_per_source="
+                f"{self.learn.online.trial_events}"
+            )
+        return self
 
 
 def serving_config(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from bem.files import sha256_json
 from bem.routing.action import EXPERT, RANK, RECORD, STRENGTH
 from bem.routing.mounted import Mounted
 from bem.routing.pack import Pack
+from bem.safety.protect import clamps_of
 
 STATIC_CHUNK = 64
 """Tokens of a chunk where nothing changes from chunk to chunk: the unit of the store alone."""
@@ -58,6 +61,33 @@ class Acts:
         acting, last = self.acting.acting(applied), self.version.config.get("last")
         # what must be last acts on every chunk: under another clamp it is another chunk
         return sha256_json([acting, last]) if last else acting, self.acting.digests_acting(applied)
+
+    def at_strength(self, factor: float) -> Acts:
+        """The same version, what its experts do times a factor; the same object for the same factor, while
+        anybody holds it: rows under it share a pass.
+
+        Raises:
+            EngineError: there is no router whose experts could do more or less.
+        """
+        if factor == 1:
+            return self
+        if not isinstance(self.acting, Pack):
+            raise EngineError(
+                f"strength {factor} scales what a router's experts do, and none are mounted: see bem.mount."
+            )
+        found = self._strengths.get(factor)
+        if found is None:
+            scaled, decides = (
+                self.acting.at_strength(factor),
+                sha256_json([self.controller, factor]),
+            )
+            found = replace(self, acting=scaled, controller=decides)
+            self._strengths[factor] = found
+        return found
+
+    @cached_property
+    def _strengths(self) -> WeakValueDictionary[float, Acts]:
+        return WeakValueDictionary()
 
     def compose_again(self, tail: Tensor) -> Tensor | None:
         """The control that a decision means under these weights, as it is applied; None: a decision and what
@@ -106,7 +136,7 @@ class Acts:
                 start,
                 space.name(int(record[EXPERT])),
                 space.ranks[int(record[RANK])] if record[EXPERT] else 0,
-                space.strengths[int(record[STRENGTH])] if record[EXPERT] else 0.0,
+                space.factor * space.strengths[int(record[STRENGTH])] if record[EXPERT] else 0.0,
             )
             for start, record in zip(starts, tails.tolist(), strict=True)
         )
@@ -135,7 +165,9 @@ def acts_of(adapted: Any) -> Acts:
     """
     if not isinstance(adapted, Attached):
         base = parts_of(adapted)[1]
-        version = Version(base_digest(base), {"variant": "none"}, {}, {})
+        last = [[c.layer.block, c.identity] for c in clamps_of(base)]
+        config = {"variant": "none"} | ({"last": last} if last else {})
+        version = Version(base_digest(base), config, {}, {})
         return Acts(version, version.digest, None, None, base.dtype)
     wiring, version = adapted.base.bem_runtime.wiring, adapted.version
     if isinstance(adapted, Mounted):

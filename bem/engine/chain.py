@@ -79,8 +79,8 @@ class Chains:
             self.slab.put(sequence.slot, *spans.span(chunk), each.block.held)
             each.block.reused += 1
         sequence.looked_up = True
-        sequence.names = [each.block.name for each in found]
-        self.store.hold(sequence.names)
+        sequence.blocks = [each.block for each in found]
+        self.store.hold(sequence.blocks)
         sequence.read = sequence.cached = spans.span(len(found) - 1)[1] if found else 0
         if found and self.control is not None:
             running = [each.running for each in found if each.running is not None]
@@ -114,7 +114,7 @@ class Chains:
             start, behind = spans.span(chunk)
             seen = self.store.seen(text)
             stats.reusable += seen * (behind - start)
-            if chunk >= len(sequence.names):
+            if chunk >= len(sequence.blocks):
                 stats.miss(reason if seen else "new", behind - start)
         stats.miss("open", sequence.prompt - behind)
 
@@ -161,23 +161,25 @@ class Chains:
             return
         spans.grow(sequence.read)
         finished = spans.finished(sequence.read)
-        if finished <= len(sequence.names) or not sequence.storing:
+        if finished <= len(sequence.blocks) or not sequence.storing:
             return
         self._name(sequence, finished)
-        for chunk in range(len(sequence.names), finished):
-            store.read(sequence.chain[chunk][0])
-            parent = sequence.names[-1] if chunk else self._root(sequence)
-            name = self._store(sequence, chunk, parent)
-            if name is None:
-                store.refused(sequence.chain[chunk][1])
+        for chunk in range(len(sequence.blocks), finished):
+            text, decision = sequence.chain[chunk]
+            store.read(text)
+            purged = chunk > 0 and not store.has(sequence.blocks[-1])  # what stands behind goes too
+            block = None if purged else self._store(sequence, chunk)
+            if block is None:
+                store.refused(decision, "evicted" if purged else "no room")
                 sequence.storing = False
                 return
-            sequence.names.append(name)
+            sequence.blocks.append(block)
 
-    def _store(self, sequence: Sequence, chunk: int, parent: str) -> str | None:
-        """Name of a chunk that now stands in the store; None: it found no room."""
+    def _store(self, sequence: Sequence, chunk: int) -> Block | None:
+        """A chunk that now stands in the store; None: it found no room."""
         acts, store, ids = sequence.acts, self.store, self._ids(sequence, chunk)
         assert acts is not None and sequence.spans is not None
+        parent = sequence.blocks[-1].name if chunk else self._root(sequence)
         span = sequence.spans.span(chunk)
         running = self._running(sequence, chunk, span)
         applied = None
@@ -186,7 +188,8 @@ class Chains:
         shown = torch.zeros(0) if applied is None else applied[0]
         weights, digests = acts.weights(shown)
         name = ChunkKey(parent).extend(ids, shown, weights).digest
-        if store.get(name, ids) is None:
+        block = store.get(name, ids)
+        if block is None:
             if name in store.blocks:  # other tokens under this name: never mix them
                 return None
             held = self.slab.take(sequence.slot, *span)
@@ -195,9 +198,9 @@ class Chains:
             block = Block(name, parent, ids, held, applied, version, used, nbytes)
             if not store.put(block):
                 return None
-        store.hold([name])
+        store.hold([block])
         store.decided(sequence.chain[chunk][1], acts.version.digest, name, running)
-        return name
+        return block
 
     def _running(self, sequence: Sequence, chunk: int, span: tuple[int, int]) -> Running | None:
         if self.control is None:
@@ -206,12 +209,16 @@ class Chains:
 
     def let_go(self, sequence: Sequence) -> None:
         """The sequence is over."""
-        self.store.let_go(sequence.names)
+        self.store.let_go(sequence.blocks)
 
     # --- names ------------------------------------------------------------------------------------
 
     def _root(self, sequence: Sequence) -> str:
-        return self.root.salted(sequence.request.tenant).digest
+        request = sequence.request
+        root = self.root.salted(request.tenant)
+        if request.kappa is not None:  # a clamp that was raised acted on every chunk
+            root = root.extend([], torch.tensor([request.kappa]), "kappa")
+        return root.digest
 
     def _name(self, sequence: Sequence, chunks: int) -> None:
         """Name texts and decisions of the first chunks."""
@@ -241,7 +248,7 @@ class Chains:
 
 def _missing(sequence: Sequence) -> range:
     """Chunks of its prompt that are not in the store yet."""
-    return range(len(sequence.names), len(sequence.chain))
+    return range(len(sequence.blocks), len(sequence.chain))
 
 
 def _is_scored(sequence: Sequence, chunk: int) -> bool:

@@ -23,7 +23,7 @@ from bem.control.keys import ChunkKey
 from bem.engine.acts import Acts, parts_of
 from bem.engine.answers import Reader, ends_of
 from bem.engine.chain import Chains
-from bem.engine.fit import apart, check_probe, longest, mask_dtype
+from bem.engine.fit import apart, check_probe, length_of, mask_dtype
 from bem.engine.intake import Intake, told_of
 from bem.engine.request import ChunkAction, FinishReason, Request, Result
 from bem.engine.runner import Piece, Runner
@@ -97,7 +97,7 @@ class Engine:
         self.adapted, self.tokenizer, self.slots = adapted, tokenizer, slots
         self._model, self._base = parts_of(adapted)
         self.prefill_tokens, self.clock = prefill_tokens, clock
-        self.max_tokens = _checked_length(self._base, max_tokens)
+        self.max_tokens = length_of(self._base, max_tokens)
         self.store = ChunkStore(int(cache_gib * GIB)) if store is None else store
         self.waiting = Waiting(queue)
         self._rows: list[Sequence | None] = [None] * slots
@@ -205,15 +205,24 @@ class Engine:
         ours: set[int] = set()
         results: dict[tuple[int, int], Result] = {}
         others, left = [], sum(request.n for request in wanted)
-        while left > len(results):
-            while len(ours) < len(wanted) and self.waiting.has_room(wanted[len(ours)].n):
-                ours.add(self.submit(wanted[len(ours)]))
-            for result in self.step().finished:
-                if result.id in ours:
-                    results[result.id, result.index] = result
-                else:
-                    others.append(result)
-        self._undelivered += others
+        try:
+            while left > len(results):
+                while len(ours) < len(wanted) and self.waiting.has_room(wanted[len(ours)].n):
+                    ours.add(self.submit(wanted[len(ours)]))
+                for result in self.step().finished:
+                    if result.id in ours:
+                        results[result.id, result.index] = result
+                    else:
+                        others.append(result)
+        except (
+            BaseException
+        ):  # a request that cannot be served, or Ctrl-C: nobody is left to take the answers
+            for number in ours:
+                self.cancel(number)
+            self._undelivered = [r for r in self._undelivered if r.id not in ours]
+            raise
+        finally:
+            self._undelivered += others
         return [results[key] for key in sorted(results)]
 
     @property
@@ -279,6 +288,7 @@ class Engine:
 
     def _begin(self, sequence: Sequence, slot: int, acts: Acts) -> None:
         request = sequence.request
+        acts = acts.at_strength(request.strength)
         sequence.acts, sequence.slot = acts, slot
         sequence.route = acts.option(request.route)
         sequence.spans = Spans(sequence.prompt, request.turn_starts, acts.chunk_size)
@@ -386,14 +396,3 @@ class Engine:
             self._runner.slab.move(last, hole, sequence.read)
             self._rows[hole], self._rows[last] = sequence, None
             sequence.slot = hole
-
-
-def _checked_length(model: Any, wanted: int | None) -> int:
-    most = longest(model)
-    if wanted is None:
-        return most
-    if not 2 <= wanted <= most:
-        raise EngineError(
-            f"max_tokens must be in 2 to {most}, what the model allows, got {wanted}."
-        )
-    return wanted

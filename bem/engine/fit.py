@@ -50,6 +50,24 @@ def longest(model: Any) -> int:
     return min([n for n in limits if isinstance(n, int) and n > 0], default=1 << 20)
 
 
+def length_of(model: Any, wanted: int | None) -> int:
+    """Tokens that a sequence may have.
+
+    Args:
+        wanted: fewer than the model allows; None: as many.
+    Raises:
+        EngineError: more, or too few; or see `longest`.
+    """
+    most = longest(model)
+    if wanted is None:
+        return most
+    if not 2 <= wanted <= most:
+        raise EngineError(
+            f"max_tokens must be in 2 to {most}, what the model allows, got {wanted}."
+        )
+    return wanted
+
+
 def mask_dtype(model: Any) -> torch.dtype:
     """Form of an attention mask: bool, or what is added to the logits.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from bem.engine.request import Request
 from bem.engine.sequence import Sequence
 from bem.engine.versions import Versions
 from bem.errors import EngineError
+from bem.safety.protect import knob_of
 
 
 class Intake:
@@ -31,6 +33,7 @@ class Intake:
             max_tokens,
             queue,
         )
+        self.base = base
         self.entries = base.get_input_embeddings().weight.shape[0]
         self.grammars = Grammars(reader.tokenizer, reader.ends, self.entries)
 
@@ -50,7 +53,8 @@ class Intake:
             raise EngineError(f"n is {request.n}, and no more than {self.queue} requests may wait.")
         named = None if request.version is None else self.versions.find(request.version)
         acts = named or self.versions.current
-        acts.option(request.route)
+        acts.at_strength(request.strength).option(request.route)
+        request = self._raised(request)
         for name, told in told_of(request, acts).items():
             if told.shape != (acts.reads[name],):
                 raise EngineError(
@@ -64,6 +68,20 @@ class Intake:
                 one.matcher = self.grammars.matcher(request.grammar)
             made.append(one)
         return made
+
+    def _raised(self, request: Request) -> Request:
+        """The request without a kappa that changes nothing."""
+        if request.kappa is None:
+            return request
+        knob = knob_of(self.base)
+        if knob is None:
+            raise EngineError(
+                f"kappa {request.kappa} asks for a safety basis, and none guards this model: see bem.safety.protect."
+            )
+        if request.kappa <= knob.level:
+            return replace(request, kappa=None)
+        knob.note(request.kappa, request.tenant or "request", "")
+        return request
 
     def _check_tokens(self, request: Request, ids: list[int]) -> None:
         if not ids:

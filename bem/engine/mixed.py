@@ -93,32 +93,36 @@ class MixedMember:
 
     def __init__(self, parts: Parts):
         """parts: (the site's experts, their rows of the batch)."""
-        self.parts = parts
+        self.parts = [(member, rows, _run(rows)) for member, rows in parts]
+        order = torch.cat([rows for _, rows in parts])
+        back = order.argsort()
+        self.back = None if torch.equal(order, order.sort().values) else back
+        """Where the row of each place stands among the parts put one behind the other; None: there."""
         self._split: tuple[Tensor, list[Tensor]] | None = None
 
     def update(self, y: Tensor, x: Tensor, control: Tensor, slot: Tensor | None) -> Tensor:
         """See `Adapter.update`."""
-        return self._each([m.update for m, _ in self.parts], y, x, control, slot)
+        return self._each([m.update for m, *_ in self.parts], y, x, control, slot)
 
     def ready(self, dtype: torch.dtype, rows: int) -> Callable[..., Tensor]:
         """See `Adapter.ready`."""
-        return partial(self._each, [m.ready(dtype, len(own)) for m, own in self.parts])
+        return partial(self._each, [m.ready(dtype, len(own)) for m, own, _ in self.parts])
 
     def _each(
         self, updates: Row[Callable], y: Tensor, x: Tensor, control: Tensor, slot: Tensor | None
     ) -> Tensor:
-        out = torch.empty_like(y)
         controls = self._controls(control) if slot is None else [control] * len(self.parts)
-        for update, (_, rows), c in zip(updates, self.parts, controls, strict=True):
-            own = None if slot is None else slot.view(x.shape[:2])[rows].flatten()
-            done = update(y.index_select(0, rows), x.index_select(0, rows), c, own)
-            out.index_copy_(0, rows, done)
-        return out
+        done = []
+        for update, (_, _, at), c in zip(updates, self.parts, controls, strict=True):
+            own = None if slot is None else slot.view(x.shape[:2])[at].flatten()
+            done.append(update(y[at], x[at], c, own))
+        together = torch.cat(done)
+        return together if self.back is None else together.index_select(0, self.back)
 
     def _controls(self, control: Tensor) -> list[Tensor]:
         """A control of each row, split; kept while a chunk is decoded, as the experts keep what they look up."""
         if self._split is None or self._split[0] is not control:
-            self._split = control, [control[rows] for _, rows in self.parts]
+            self._split = control, [control[at] for *_, at in self.parts]
         return self._split[1]
 
 
@@ -135,6 +139,13 @@ def mixed(packs: Row[Pack], device: torch.device) -> Acting:
         for site in range(len(packs[0].members))
     ]
     return Acting(MixedReader(parts), members, packs[0].origin)
+
+
+def _run(rows: Tensor) -> Tensor | slice:
+    """The same rows as a slice, if they stand side by side: then nothing is copied to read them."""
+    first = int(rows[0])
+    is_run = rows.tolist() == list(range(first, first + len(rows)))
+    return slice(first, first + len(rows)) if is_run else rows
 
 
 def _rows_of(pooled: Pooled, rows: Tensor) -> Pooled:

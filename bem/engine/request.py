@@ -10,8 +10,9 @@ from typing import Literal
 from bem.engine.grammar import Grammar
 from bem.errors import EngineError
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
-"""error: this request alone could not go on; `Result.error` says why."""
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "filtered"]
+"""error: this request alone could not go on; `Result.error` says why. filtered: a server's guard took the
+answer away; `Result.error` is what the client is told instead."""
 
 
 SEEDS = 1 << 62
@@ -97,12 +98,16 @@ class Request:
     """`VisionRecord.features()` of the picture that belongs to it."""
     route: str | int | None = None
     """Expert, by name or option (0 or "base": none), instead of the router's choice."""
+    strength: float = 1.0
+    """Factor on what a router's experts do in every chunk, within the trust region; 0: nothing."""
     version: str | None = None
     """What shall act, by its name (`Engine.keep`) or digest; None: what is in use when the request is begun."""
     key: str = ""
     """On whose behalf: keys are served in turn, however much each has asked."""
     tenant: str = ""
     """Chunks are shared among requests of one tenant alone."""
+    kappa: float | None = None
+    """The safety knob of this request; below its level it changes nothing. None: the level."""
     timeout_s: float | None = None
     """From `submit` to the last token; what was generated until then is handed out."""
 
@@ -126,10 +131,14 @@ class Request:
         for name in ("logprobs", "prompt_logprobs"):
             if (wanted := getattr(self, name)) is not None and wanted < 0:
                 raise EngineError(f"{name} must be at least 0, got {wanted}.")
+        if not 0 <= self.strength < math.inf:
+            raise EngineError(f"strength must be at least 0 and finite, got {self.strength}.")
         if self.prompt_logprobs_from < 1:
             raise EngineError(
                 f"prompt_logprobs_from must be at least 1, got {self.prompt_logprobs_from}: nothing precedes token 0."
             )
+        if self.kappa is not None and not 0 <= self.kappa <= 1:
+            raise EngineError(f"kappa must lie in [0, 1], got {self.kappa}.")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise EngineError(f"timeout_s must be > 0, got {self.timeout_s}.")
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Row
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bem.adapters.names import innermost
 from bem.control.wiring import Acting
 from bem.engine.mixed import can_mix, mixed
 from bem.engine.sampler import log_probabilities
 from bem.engine.sequence import Sequence
 from bem.engine.slab import Place, Slab, SlotLayer
 from bem.routing.pack import Pack
+from bem.safety.protect import knob_of
 
 HOLD = -1
 """In a route: the action before goes on."""
@@ -111,7 +114,8 @@ class Runner:
         )
         arguments = self._arguments(rows, place)
         cache = self.slab.cache(place, self.control)
-        output = self.model(**arguments, past_key_values=cache, use_cache=True)
+        with self._kappas(rows, device):
+            output = self.model(**arguments, past_key_values=cache, use_cache=True)
         self.passes += 1
         last = torch.tensor([p.tokens - 1 for p in rows], device=device)
         kept = arguments["logits_to_keep"]
@@ -126,6 +130,14 @@ class Runner:
         back = torch.empty(len(order), dtype=torch.long, device=device)
         back[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
         return logits if order == sorted(order) else logits.index_select(0, back)
+
+    def _kappas(self, rows: list[Piece], device: torch.device) -> AbstractContextManager[None]:
+        """Each row under the kappa that its request raised."""
+        wanted = [row.sequence.request.kappa for row in rows]
+        knob = knob_of(innermost(self.model)) if any(wanted) else None
+        if knob is None:
+            return nullcontext()
+        return knob.holding(torch.tensor([k or 0.0 for k in wanted], device=device))
 
     def _arguments(self, rows: list[Piece], place: Place) -> dict[str, Any]:
         device, width = place.device, place.width

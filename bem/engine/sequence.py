@@ -11,6 +11,7 @@ import torch
 from bem.engine.acts import Acts
 from bem.engine.grammar import Matcher
 from bem.engine.request import FinishReason, Request, TokenLogprob
+from bem.engine.store import Block
 
 
 class Spans:
@@ -77,8 +78,8 @@ class Sequence:
     """Tokens whose keys and values are in the slab."""
     cached: int = 0
     """Of these: taken from the store."""
-    names: list[str] = field(default_factory=list)
-    """Keys of the chunks that stand in the store, from the first on; see `store`."""
+    blocks: list[Block] = field(default_factory=list)
+    """Its chunks that were found or put in the store, from the first on: it runs on them, purged or not."""
     chain: list[tuple[str, str]] = field(default_factory=list)
     """Of each chunk whose tokens are known: names of its text and of the decisions up to it; see `chain`."""
     storing: bool = True

@@ -122,6 +122,10 @@ class ChunkStore:
         block = self.blocks.get(name)
         return block if block is not None and block.token_ids == token_ids else None
 
+    def has(self, block: Block) -> bool:
+        """Is it this very block that stands under its name? It may have been purged, and computed again since."""
+        return self.blocks.get(block.name) is block
+
     def seen(self, text: str) -> bool:
         """Was a chunk behind this very text computed, whatever acted?"""
         return text in self._seen
@@ -147,9 +151,9 @@ class ChunkStore:
         self.stats.stored += len(block.token_ids)
         return True
 
-    def refused(self, decision: str) -> None:
-        """What this decision led to found no room."""
-        _remember(self._gone, decision, "no room")
+    def refused(self, decision: str, reason: Reason) -> None:
+        """Why what this decision led to is not kept."""
+        _remember(self._gone, decision, reason)
 
     def decided(self, decision: str, version: str, name: str, running: Running | None) -> None:
         """A decision led to a block, and goes on from this state."""
@@ -164,17 +168,17 @@ class ChunkStore:
         """A chunk behind this text was computed."""
         _remember(self._seen, text, None)
 
-    def hold(self, names: Sequence[str]) -> None:
+    def hold(self, blocks: Sequence[Block]) -> None:
         """A sequence runs on these blocks: they stay."""
-        for name in names:
-            self.blocks[name].users += 1
+        for block in blocks:
+            block.users += 1
 
-    def let_go(self, names: Sequence[str]) -> None:
+    def let_go(self, blocks: Sequence[Block]) -> None:
         """It does no more. They were used now, parents after their children, so that parents outlive them."""
-        for name in reversed(names):
-            if (block := self.blocks.get(name)) is not None:
-                block.users -= 1
-                self.blocks.move_to_end(name)
+        for block in reversed(blocks):
+            block.users -= 1
+            if self.has(block):
+                self.blocks.move_to_end(block.name)
 
     def pin(self, names: Sequence[str], pinned: bool = True) -> None:
         """These blocks stay until they are unpinned, whoever runs."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -124,24 +124,31 @@ class Canary:
 
     # --- evidence -------------------------------------------------------------------------------
 
-    def paired(self, baseline: Scores, candidate: Scores | Callable[[], Scores]) -> CanaryStatus:
+    def paired(
+        self,
+        baseline: Scores,
+        candidate: Scores | Callable[[], Scores],
+        only: Sequence[str] | None = None,
+    ) -> CanaryStatus:
         """One example that both versions answered.
 
         Args:
             baseline: metric -> score.
             candidate: likewise, or what computes it: an exception in it is a rollback.
+            only: the metrics that this example is an example of; None: all.
         Raises:
             ValueError: this canary watches a share of traffic; or baseline scores that are missing, not finite or
                 out of range: then nothing was counted.
         """
         if self.share is not None:
             raise ValueError("this canary watches a share of traffic: use `answered`.")
-        old = self._checked(baseline, "baseline")
-        new = self._candidate(candidate)
+        asked = tuple(self.metrics) if only is None else tuple(only)
+        old = self._checked(baseline, "baseline", asked)
+        new = self._candidate(candidate, asked)
         if new is None or self.decision != "HOLD":
             return self.status()
-        for name, bets in self._bets.items():
-            for bet in bets:
+        for name in asked:
+            for bet in self._bets[name]:
                 bet.paired(new[name] - old[name])
         return self._look()
 
@@ -154,9 +161,10 @@ class Canary:
         if self.share is None:
             raise ValueError("this canary is paired: use `paired`, or give it a share of traffic.")
         if candidate:
-            found = self._candidate(scores)
+            found = self._candidate(scores, tuple(self.metrics))
         else:
-            found = self._checked(scores() if callable(scores) else scores, "baseline")
+            given = scores() if callable(scores) else scores
+            found = self._checked(given, "baseline", tuple(self.metrics))
         if found is None or self.decision != "HOLD":
             return self.status()
         for name, bets in self._bets.items():
@@ -169,18 +177,20 @@ class Canary:
         """An invariant does not hold: roll back at once."""
         return self._decide("ROLLBACK", what)
 
-    def _candidate(self, scores: Scores | Callable[[], Scores]) -> dict[str, float] | None:
+    def _candidate(
+        self, scores: Scores | Callable[[], Scores], asked: Sequence[str]
+    ) -> dict[str, float] | None:
         """None: it was rolled back, for its scores cannot be had."""
         try:
-            return self._checked(scores() if callable(scores) else scores, "candidate")
+            return self._checked(scores() if callable(scores) else scores, "candidate", asked)
         except Exception as failed:  # whatever it was: a candidate that raises must not serve
             self._decide("ROLLBACK", f"the candidate failed: {type(failed).__name__}: {failed}")
             return None
 
-    def _checked(self, scores: Scores, whose: str) -> dict[str, float]:
+    def _checked(self, scores: Scores, whose: str, asked: Sequence[str]) -> dict[str, float]:
         found = {}
-        for name, m in self.metrics.items():
-            value = scores.get(name)
+        for name in asked:
+            m, value = self.metrics[name], scores.get(name)
             if value is None or not m.low <= value <= m.high:  # also true for NaN
                 raise ValueError(
                     f"{whose}: {name} is {value}, and must be a number in [{m.low:g}, {m.high:g}]."
@@ -208,13 +218,25 @@ class Canary:
         bet, m = self._bets[name][which], self.metrics[name]
         claim = f"a loss above {m.tolerance:g}" if which else f"no loss of {m.margin:g}"
         return (
-            f"{name}: {claim}: {state} ({bet.best:.3g}) after {self.n} events, mean {bet.mean:+.3g}"
+            f"{name}: {claim}: {state} ({bet.best:.3g}) after {bet.n} events, mean {bet.mean:+.3g}"
         )
 
     def _decide(self, decision: CanaryDecision, reason: str) -> CanaryStatus:
         if self.decision == "HOLD":
             self.decision, self.reason = decision, reason
         return self.status()
+
+    def shown(self, metric: str) -> bool:
+        """Is a loss of its margin ruled out?"""
+        return self._bets[metric][0].best >= 1 / self.alpha
+
+    def bets_on(self, metric: str) -> int:
+        """Examples of it so far."""
+        return self._bets[metric][0].n
+
+    def words(self, metric: str) -> str:
+        """What speaks against a loss of its margin."""
+        return self._words(metric, 0, "e-value")
 
     def status(self) -> CanaryStatus:
         """A look costs nothing: as many as you like."""

@@ -81,6 +81,7 @@ class DriftDetector:
         window_size: int = 1000,
         sensitivity: float = 0.01,
         bounds: tuple[float, float] | None = None,
+        period: float | None = None,
     ):
         """
         Args:
@@ -88,6 +89,8 @@ class DriftDetector:
             sensitivity: chance of a false alarm within 20 windows of stationary scores: with the defaults,
                 one in 2,000,000 scores.
             bounds: lowest and highest possible score. Given, the e-detector joins.
+            period: scores in a day, or whatever rhythm they have, if that is known: it is learned from the reference
+                and taken off, so that its trough hides no fall. None: a rhythm is allowed for, not taken off.
         Raises:
             ValueError: an argument out of its range.
         """
@@ -102,7 +105,12 @@ class DriftDetector:
             raise ValueError(
                 f"bounds must be (lowest, highest), finite and in order; got {bounds}."
             )
-        self.window_size, self.sensitivity = window_size, sensitivity
+        if period is not None and not 2 * BLOCK <= period <= window_size:
+            raise ValueError(
+                f"period must lie in [{2 * BLOCK}, window_size {window_size}], got {period}: a rhythm must be seen once "
+                "whole, and over more than two blocks of scores."
+            )
+        self.window_size, self.sensitivity, self.period = window_size, sensitivity, period
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.arl = WINDOWS * window_size / sensitivity
         """Scores between two false alarms, on average."""
@@ -189,7 +197,7 @@ class DriftDetector:
         self.events += count
         statuses = [DriftStatus.INSUFFICIENT_DATA] * count
         if len(self._scores) == self.window_size:
-            self._settle(learn(np.array(self._scores), self.arl, self.bounds))
+            self._settle(learn(np.array(self._scores), self.arl, self.bounds, self.period))
             self.rearm()
             statuses[-1] = self.status
         return statuses
@@ -230,13 +238,15 @@ class DriftDetector:
             return []
         assert self.reference is not None and self._vote is not None
         ref, size = self.reference, blocks.shape[1]
-        sums, deviations = blocks.sum(axis=1), (ref.mean - blocks.mean(axis=1)) / ref.block_sd
+        first = self.events - len(self._pending)
+        season = ref.expected(first + np.arange(blocks.size)).reshape(blocks.shape)
+        sums = (blocks - season).sum(axis=1)
+        deviations = (ref.mean - sums / size) / ref.block_sd
         steps = np.minimum(deviations, ref.most) - ref.slack
         looks = self._vote.read(blocks)
         bets = None if self._e_detector is None else self._e_detector.read(blocks)
         sliced = any(name is not None for name in names)
-        statuses = []
-        self.events -= len(self._pending)
+        statuses, self.events = [], first
         for i in range(len(blocks)):
             before, self.events = self.status, self.events + size
             self.statistic = max(0.0, self.statistic + float(steps[i]))
@@ -281,6 +291,7 @@ class DriftDetector:
             "window_size": self.window_size,
             "sensitivity": self.sensitivity,
             "bounds": self.bounds,
+            "period": self.period,
             "events": self.events,
             "status": str(self.status),
             "statistic": self.statistic,
@@ -309,11 +320,12 @@ class DriftDetector:
             DataError: not a detector's state.
         """
         try:
-            settings = (state["window_size"], state["sensitivity"], state["bounds"])
-            detector = DriftDetector(*settings)
+            names = ("window_size", "sensitivity", "bounds", "period")
+            detector = DriftDetector(*(state[name] for name in names))
             detector._scores = list(state["scores"])
             if state["reference"] is not None:
-                detector._settle(Reference(**state["reference"]))
+                season = tuple(state["reference"]["season"])
+                detector._settle(Reference(**{**state["reference"], "season": season}))
             detector._resume(state)
         except (KeyError, TypeError, ValueError) as failed:
             raise DataError(f"this is no state of a drift detector: {failed!r}.") from None

@@ -36,7 +36,7 @@ class Served:
     version: str
     """Digest of what acted, `Result.version`; "": the bare base."""
     prompt: Any
-    """What was asked: text, or messages as JSON."""
+    """What was asked: text, token ids, messages as JSON, or {"messages": ..., "tools": ...}."""
     answer: str
     user: str = ""
     """On whose behalf: erasure goes by it."""

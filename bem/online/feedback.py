@@ -82,6 +82,7 @@ class FeedbackLog:
             where: path of an SQLite file, made if missing; or a URL of SQLAlchemy (`postgresql+psycopg://...`).
         Raises:
             ConfigError: a URL that SQLAlchemy does not take, or a database in memory, which is not durable.
+            MissingExtra: the database's driver is not installed.
             OnlineError: it cannot be opened.
         """
         self.url = _url(where)
@@ -92,9 +93,15 @@ class FeedbackLog:
             Path(self.url.database or "").parent.mkdir(parents=True, exist_ok=True)
         with self._trouble("opened"):
             arguments = {"timeout": BUSY_S} if self._is_sqlite else {}
-            self._engine = sa.create_engine(self.url, connect_args=arguments)
-            if self._is_sqlite:
-                sqlalchemy.event.listen(self._engine, "connect", _durable)
+            try:  # a server may have been started anew since a connection was made: ask first
+                self._engine = sa.create_engine(
+                    self.url, connect_args=arguments, pool_pre_ping=not self._is_sqlite
+                )
+            except ModuleNotFoundError as missing:
+                purpose = f"Feedback on {self.url.get_backend_name()}"
+                raise MissingExtra(missing.name or "a driver", "postgres", purpose) from None
+            if (durable := _DURABLE.get(self.url.get_backend_name())) is not None:
+                sqlalchemy.event.listen(self._engine, "connect", durable)
             self._make()
 
     def __repr__(self) -> str:
@@ -236,7 +243,10 @@ class FeedbackLog:
     # --- inside -----------------------------------------------------------------------------------
 
     def _make(self) -> None:
-        _META.create_all(self._engine)
+        try:
+            _META.create_all(self._engine)
+        except sqlalchemy.exc.DBAPIError:  # another process made them just now, or it fails again
+            _META.create_all(self._engine)
         try:
             with self._engine.begin() as connection:
                 if connection.execute(sa.select(_COUNTER.c.value)).first() is None:
@@ -318,10 +328,22 @@ def _url(where: str | Path) -> sa.URL:
         ) from None
 
 
-def _durable(connection: Any, _: Any) -> None:
+def _durable_sqlite(connection: Any, _: Any) -> None:
     """Readers do not wait for the writer; a commit is on disk; what is erased is overwritten."""
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _durable_postgresql(connection: Any, _: Any) -> None:
+    """A commit is on disk, whatever the server's or the role's default is."""
+    cursor = connection.cursor()
+    cursor.execute("SHOW synchronous_commit")
+    if cursor.fetchone()[0] == "off":
+        cursor.execute("SET synchronous_commit = on")
+    connection.commit()
+
+
+_DURABLE = {"sqlite": _durable_sqlite, "postgresql": _durable_postgresql}
 
 
 def _json(values: Any) -> str:

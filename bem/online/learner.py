@@ -83,15 +83,18 @@ class Learner:
         return len(self.practice.items) + len(self.practice.trusted) >= self.config.batch_size
 
     def step(self) -> Step:
-        """One step on fresh lessons and on what was drawn from everything that was."""
+        """One step on fresh lessons, on what is trusted, and on what was drawn from everything that was."""
         wanted = round(self.config.fresh_share * self.config.batch_size)
         fresh, self._fresh = self._one_per_share(wanted)
         try:
-            drawn = self.practice.draw(self.config.batch_size - len(fresh))
+            left = self.config.batch_size - len(fresh)
+            trusted = round(self.config.trusted_share * self.config.batch_size)
+            kept = self.practice.draw_trusted(min(trusted, left))
+            drawn = self.practice.draw(left - len(kept))
         except DataError as too_few:  # of sources: nobody may have so much to say
             self.counts.discarded += 1
             return Step(False, float("nan"), 0.0, str(too_few))
-        step = self.trainee.learn([item.content for item in (*fresh, *drawn)])
+        step = self.trainee.learn([item.content for item in (*fresh, *kept, *drawn)])
         self.counts.steps += step.taken
         self.counts.discarded += not step.taken
         return step
@@ -110,14 +113,6 @@ class Learner:
             else:
                 left.append(item)
         return taken, left
-
-    def held_out(self, n: int) -> list[Item]:
-        """n labelled events that were never learned from; [] while there are none.
-
-        Raises:
-            DataError: too few sources, and no trusted items.
-        """
-        return self.held.draw(n) if self.held.items or self.held.trusted else []
 
     def sample(self, n: int) -> list[Lesson]:
         """Lessons on which penalties are measured: the newest of the reservoir, then trusted ones."""

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from bem.config import OnlineConfig
-from bem.errors import DataError
 from bem.online.desk import KEPT, Desk
 from bem.online.drift import DriftDetector, DriftStatus
+from bem.online.judge import Judge
 from bem.online.learner import Learner
 from bem.online.production import Production, Standing
 from bem.online.replay import Item
@@ -72,8 +72,7 @@ class Loop:
         self.pending: dict[str, str] | None = None
         """A move that was decided and may not be made yet."""
         self._draws = np.random.Generator(np.random.PCG64([config.seed, 17]))
-        self._held_scores: dict[str, float] = {}
-        """Of the version in use on held-out events: it is asked once."""
+        self.judge = Judge(trainee, self.learner, config)
         self._open = ExitStack()
 
     # --- opening and closing ----------------------------------------------------------------------
@@ -134,6 +133,7 @@ class Loop:
         """
         if self.production.follow(self.event):
             self._start_over()
+            self.judge.first = {}  # learning begins anew with what somebody put into use
         erased = [turn.erase for turn in turns if turn.erase is not None]
         for source in erased:
             self.desk.note(self.event, "erased", lessons=self.learner.forget(source))
@@ -180,26 +180,14 @@ class Loop:
     # --- trials -----------------------------------------------------------------------------------
 
     def _on_trial(self, turns: Sequence[Turn], answers: Sequence[Answer]) -> None:
-        """Every event whose right answer is known counts once, beside a held-out one: neither was learned
-        from. Where only a score is known, another answer has none: such events would compare like with like."""
         if self.trial is None or self.pending or self.trial.canary.decision != "HOLD":
             return
-        scored = [i for i, a in enumerate(answers) if a.counts and turns[i].labelled]
-        held = [] if self.watching else self._held_turns(len(scored))
-        if not held and not self.watching:
-            return
-        most = self.config.events_per_source
-        chosen = [i for i in scored if self.trial.counts(turns[i].source, most)]
         other = self.production.before[-1] if self.watching else self.production.candidate
         assert other is not None
         try:
-            asked = [*(turns[i] for i in chosen), *held[: len(chosen)]]
-            scores = [a.score for a in self.trainee.answers(other.weights, asked, None)]
+            self.judge.incoming(self.trial, turns, answers, other.weights, self.watching)
         except Exception as failed:  # whatever it was: a version that raises must not serve
             self._failed(f"{type(failed).__name__}: {failed}")
-            return
-        own = [answers[i].score for i in chosen] + self._live_on_held(held[: len(chosen)])
-        self._compare(own, scores, len(chosen))
 
     def _failed(self, what: str) -> None:
         """The other version raised: a candidate is rejected; the one before is no longer there to watch."""
@@ -208,34 +196,6 @@ class Loop:
             self._end_watch(f"the version before failed: {what}")
         else:
             self.trial.canary.broken(f"the candidate failed: {what}")
-
-    def _compare(self, own: Sequence[float | None], other: Sequence[float | None], n: int) -> None:
-        """Scores on n events, and behind them on n held-out ones or on none."""
-        assert self.trial is not None
-        for k in range(n):
-            pair = [list(scores[k::n]) for scores in (own, other)]
-            old, new = (
-                reversed(pair) if self.watching else pair
-            )  # the version in use is judged then
-            if None in old or self.trial.canary.decision != "HOLD":
-                continue
-            self.trial.compare([float(s or 0.0) for s in old], new)
-
-    def _held_turns(self, n: int) -> list[Turn]:
-        try:
-            items = self.learner.held_out(n) if n else []
-        except DataError:  # too few sources to be fair to all: no data is HOLD
-            return []
-        return [self.trainee.turn_of(item.content, item.id) for item in items]
-
-    def _live_on_held(self, turns: Sequence[Turn]) -> list[float | None]:
-        new = {t.row.id: t for t in turns if t.row and t.row.id not in self._held_scores}
-        if new:
-            weights = self.production.live.weights
-            answers = self.trainee.answers(weights, list(new.values()), None)
-            scores = zip(new, answers, strict=True)
-            self._held_scores |= {i: a.score for i, a in scores if a.score is not None}
-        return [self._held_scores.get(t.row.id) for t in turns if t.row]
 
     # --- moves ------------------------------------------------------------------------------------
 
@@ -250,8 +210,10 @@ class Loop:
                 self._end_watch(f"not shown to be worse than the version before in {since} events")
             elif not self.watching and decision != "HOLD":
                 self._decide("promote" if decision == "PROMOTE" else "reject", reason)
-            elif not self.watching and since >= 2 * self.config.trial_events:
-                self._decide("reject", f"undecided {since} events after it was made: {reason}")
+            elif not self.watching and (
+                why := self.trial.undecided(since, self.config.trial_events)
+            ):
+                self._decide("reject", why)
         return self._carry_out() if self.pending else ""
 
     def _end_watch(self, reason: str) -> None:
@@ -273,8 +235,11 @@ class Loop:
             self._promote()
         elif move == "reject":
             assert self.trial is not None
+            shown = self.trial.canary.decision != "HOLD"
             self.production.reject(self.trial, self.event, reason)
-            self._start_over()
+            self.trial, self.last_candidate = None, self.event
+            if shown:  # an undecided one may yet become better: its shadow goes on
+                self._start_over()
         else:
             self.production.roll_back(self.event, reason)
             self._start_over()
@@ -289,12 +254,12 @@ class Loop:
         self.trainee.accept(self.production.live.weights, lessons)
         self.watching = self.config.watch_events > 0
         self.trial = Trial.watch(self.event, self.config) if self.watching else None
-        self._held_scores = {}
+        self.judge.live = {}
 
     def _start_over(self) -> None:
         """The shadow goes back to what is in use; no candidate, no watch."""
         self.trial, self.watching, self.production.candidate = None, False, None
-        self._held_scores, self.last_candidate = {}, self.event
+        self.judge.live, self.last_candidate = {}, self.event
         self.trainee.start_from(self.production.live.weights)
 
     # --- learning ---------------------------------------------------------------------------------
@@ -312,9 +277,11 @@ class Loop:
                 self.desk.note(self.event, "discarded", reason=step.reason)
         due = self.event - self.last_candidate >= self.config.candidate_every
         if due and self.trial is None and not self.pending and self.learner.counts.steps:
-            self._make_candidate()
+            strata = self.judge.strata()
+            if strata:  # else nothing is held back yet by which it could be judged
+                self._make_candidate(strata)
 
-    def _make_candidate(self) -> None:
+    def _make_candidate(self, strata: Sequence[str]) -> None:
         self.last_candidate, weights = self.event, self.trainee.weights()
         if not finite(weights):
             self.desk.note(
@@ -326,8 +293,9 @@ class Loop:
         if made.version == self.production.live.version:
             return
         self.production.propose(self.event, made)
-        self.trial = Trial.of(self.event, self.config)
+        self.trial = Trial.of(self.event, self.config, strata)
         self.desk.note(self.event, "candidate", number=self.event, version=made.version)
+        self.judge.replay(self.trial, self.production.live.weights, weights)
 
     # --- surviving a restart ----------------------------------------------------------------------
 
@@ -345,7 +313,7 @@ class Loop:
             "learner": self.learner.state(),
             "drift": self.drift.state(),
             "draws": self._draws.bit_generator.state,
-            "held_scores": self._held_scores,
+            "judge": self.judge.state(),
             "journal": self.desk.journal_size(),
         }
         state = {
@@ -373,7 +341,7 @@ class Loop:
         self.learner.load_state(plain["learner"])
         self.drift = DriftDetector.from_state(plain["drift"])
         self._draws.bit_generator.state = plain["draws"]
-        self._held_scores = plain["held_scores"]
+        self.judge.load_state(plain["judge"])
         self.trainee.load_state(state["trainee"])
         self.desk.cut_journal(plain["journal"])
         if self.pending:

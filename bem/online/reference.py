@@ -11,7 +11,8 @@ alarms a hundred times too often.
        alarm more often than normal ones
 
 A score's daily rhythm shows as a sine in the reference; its amplitude is added to k, so that its
-trough is no drift. That works for rhythms no longer than the reference.
+trough is no drift. That works for rhythms no longer than the reference. Where the period is known the sine is
+taken off every score instead, and k grows only by what the fitted sine may be wrong by.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Reference:
     inflation: float
     """Variance of a long mean by what it were if scores were independent; at least 1."""
     rhythm: float
-    """Amplitude of the slow sine in the reference, in sd."""
+    """Amplitude of the slow sines in the reference, in sd."""
     block: int
     block_sd: float
     """Of a block mean, in the scores' units."""
@@ -52,6 +53,16 @@ class Reference:
     """k: what a block may lie below the mean without adding to the chart, in block_sd."""
     limit: float
     """h, in block_sd."""
+    period: float | None = None
+    """Scores in a rhythm, where it is known."""
+    season: tuple[float, float] = (0.0, 0.0)
+    """Its cosine and sine, in the scores' units, over the number of the score."""
+
+    def expected(self, numbers: np.ndarray) -> np.ndarray:
+        """What the season adds to scores of these numbers, the first being 0."""
+        if self.period is None:
+            return np.zeros(len(numbers))
+        return _circle(numbers, self.period) @ np.array(self.season)
 
     @property
     def most(self) -> float:
@@ -64,7 +75,12 @@ class Reference:
         return (self.slack + self.limit * self.block / 300) * self.block_sd / self.sd
 
 
-def learn(scores: np.ndarray, arl: float, bounds: tuple[float, float] | None) -> Reference:
+def learn(
+    scores: np.ndarray,
+    arl: float,
+    bounds: tuple[float, float] | None,
+    period: float | None = None,
+) -> Reference:
     """Level, noise and limits of a stationary stretch.
 
     Args:
@@ -72,6 +88,7 @@ def learn(scores: np.ndarray, arl: float, bounds: tuple[float, float] | None) ->
         arl: scores between two false alarms, on average.
         bounds: of the scores, if known. A reference without any failure then still allows that one
             in n fails.
+        period: of a known rhythm, in scores; n at most.
     """
     n, mean = len(scores), float(scores.mean())
     least = 1e-9 * max(1.0, abs(mean))
@@ -79,16 +96,23 @@ def learn(scores: np.ndarray, arl: float, bounds: tuple[float, float] | None) ->
         least = (bounds[1] - bounds[0]) / math.sqrt(n)
     sd = max(float(scores.std(ddof=1)), least)
     z = (scores - mean) / sd
+    season, fitted = (0.0, 0.0), 1
+    if period is not None:
+        (level, *season), z = _without_season(z, period)
+        mean, season, fitted = mean + level * sd, (season[0] * sd, season[1] * sd), 3
     short = _short_memory(z)
     rhythm, noise = _without_rhythm(z, short)
     block, inflation = _blocks(noise, short)
     block_sd = math.sqrt(inflation / block)  # in sd
-    allowance = ALLOWANCE * math.sqrt(inflation / n)
+    allowance = ALLOWANCE * math.sqrt(fitted * inflation / n)
     worst_slack = SLACK * block_sd
     skewness = float((z**3).mean())
     limit = chart_limit(worst_slack / block_sd, arl / block, -skewness / math.sqrt(block))
     slack = (worst_slack + allowance + rhythm) / block_sd
-    return Reference(n, mean, sd, skewness, inflation, rhythm, block, block_sd * sd, slack, limit)
+    swing = rhythm + math.hypot(*season) / sd
+    return Reference(
+        n, mean, sd, skewness, inflation, swing, block, block_sd * sd, slack, limit, period, season
+    )
 
 
 def chart_limit(slack: float, arl: float, skewness: float = 0.0) -> float:
@@ -119,6 +143,19 @@ def _short_memory(z: np.ndarray) -> float:
     """Variance inflation of an AR(1) with the lag-1 correlation of z; at least 1."""
     rho = min(max(float((z[1:] * z[:-1]).mean()), 0.0), 0.95)
     return (1 + rho) / (1 - rho)
+
+
+def _circle(numbers: np.ndarray, period: float) -> np.ndarray:
+    """(n, 2) cosine and sine."""
+    angle = 2 * math.pi / period * numbers
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def _without_season(z: np.ndarray, period: float) -> tuple[list[float], np.ndarray]:
+    """Level, cosine and sine of a known period by least squares, and z without them."""
+    basis = np.concatenate([np.ones((len(z), 1)), _circle(np.arange(len(z)), period)], axis=1)
+    found = np.linalg.lstsq(basis, z, rcond=None)[0]
+    return found.tolist(), z - basis @ found
 
 
 def _without_rhythm(z: np.ndarray, inflation: float) -> tuple[float, np.ndarray]:

@@ -168,15 +168,36 @@ class Replay:
         chances = self.chances()
         return [pool[i] for i in self._rng.choice(len(pool), size=n, p=chances)]
 
-    def chances(self) -> np.ndarray:
-        """Chance of every item, the reservoir's first, then the trusted ones'.
+    def draw_trusted(self, n: int) -> list[Item]:
+        """n trusted items with replacement, all alike; [] if there are none."""
+        if not self.trusted:
+            return []
+        return [self.trusted[i] for i in self._rng.integers(len(self.trusted), size=n)]
+
+    @property
+    def is_fair(self) -> bool:
+        """Has the reservoir sources enough for a batch in which none has more than its share?"""
+        return len({item.source for item in self.items}) * self.max_share >= 1 - 1e-9
+
+    def draw_offered(self, n: int) -> list[Item]:
+        """n items of the reservoir alone with replacement; [] while it is not fair."""
+        if not self.is_fair:
+            return []
+        return [
+            self.items[i]
+            for i in self._rng.choice(len(self.items), size=n, p=self.chances(alone=True))
+        ]
+
+    def chances(self, alone: bool = False) -> np.ndarray:
+        """Chance of every item, the reservoir's first, then the trusted ones' unless it is `alone`.
 
         Equal for all, but that no source's sum exceeds `max_share`: what it has above that goes to
         the others in equal parts. The trusted stratum has no such limit.
         """
         names = sorted(name for name, count in self._held.items() if count)
         counts = np.array([self._held[name] for name in names], dtype=float)
-        shares = _limited(counts, len(self.trusted), self.max_share)
+        trusted = 0 if alone else len(self.trusted)
+        shares = _limited(counts, trusted, self.max_share)
         if shares is None:
             raise DataError(
                 f"{len(names)} sources with {self.max_share:.0%} of a batch at most each cannot fill one, and "
@@ -185,7 +206,7 @@ class Replay:
         each = dict(zip(names, shares / counts, strict=True))
         of_items = [each[item.source] for item in self.items]
         rest = 1.0 - sum(of_items)
-        of_trusted = [rest / len(self.trusted)] * len(self.trusted) if self.trusted else []
+        of_trusted = [rest / trusted] * trusted if trusted else []
         chances = np.array([*of_items, *of_trusted])
         return chances / chances.sum()
 

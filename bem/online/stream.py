@@ -59,11 +59,11 @@ def read_stream(path: str | Path) -> list[Turn]:
 
 
 def turn_of(event: Event) -> Turn | None:
-    """A turn of the log; None: there is nothing to ask (erased)."""
+    """A turn of the log; None: there is nothing to ask (erased), or nothing that a row could hold."""
     if event.erase is not None:
         return Turn(None, event.erase, erase=event.erase)
     said, asked = event.feedback, event.request
-    if said is None or asked is None:
+    if said is None or asked is None or not _has_row(asked.prompt):
         return None
     right: tuple[str, ...] = ()
     scores: dict[str, float] = {}
@@ -97,6 +97,13 @@ def _turn(values: Any, where: str, path: Path) -> Turn | None:
     number = where.rpartition(":")[2]
     example = examples_from_rows([(where, row)], stem=f"{file_stem(path)}-{number}")[0]
     return Turn(example, names["user"] or f"row {example.id}", names["slice"])
+
+
+def _has_row(prompt: Any) -> bool:
+    """Not token ids, nor a conversation with tools."""
+    if isinstance(prompt, list):
+        return all(isinstance(message, Mapping) for message in prompt)
+    return not (isinstance(prompt, Mapping) and "tools" in prompt)
 
 
 def _example(prompt: Any, id: str, where: str) -> Example:

@@ -1,4 +1,4 @@
-"""One candidate on trial: beside the version in use, on what comes in and on what was held out."""
+"""One candidate on trial: beside the version in use, on what comes in, what was held out, what is trusted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bem.online.trainee import Weights
 from bem.runs.release import Grounds, Release, read_content
 from bem.runs.store import BASE, Store
 
-INCOMING, HELD = "incoming", "held_out"
+INCOMING, HELD, TRUSTED = "incoming", "held_out", "trusted"
 FORMAT = "bem-canary-1"
 NEVER = -0.999999
 """A margin that nothing can show: a gain of the whole range."""
@@ -32,13 +32,15 @@ class Trial:
     sources: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     """Events of sources that had counted often enough."""
+    stuck: str = ""
+    """Why it will never be decided; "": it may be."""
 
     @staticmethod
-    def of(number: int, config: OnlineConfig) -> Trial:
-        """Of a candidate beside the version in use."""
+    def of(number: int, config: OnlineConfig, strata: Sequence[str]) -> Trial:
+        """Of a candidate beside the version in use, on what comes in and on what is replayed."""
         margins = Margins(config.margin, config.tolerance)
-        metrics = {f"{config.metric} {name}": margins for name in (INCOMING, HELD)}
-        return Trial(number, Canary(metrics, config.alpha, n_max=config.trial_events))
+        metrics = {f"{config.metric} {name}": margins for name in (INCOMING, *strata)}
+        return Trial(number, Canary(metrics, config.alpha))
 
     @staticmethod
     def watch(number: int, config: OnlineConfig) -> Trial:
@@ -54,11 +56,40 @@ class Trial:
         self.sources[source] += 1
         return True
 
-    def compare(self, baseline: Sequence[float], candidate: Sequence[float | None]) -> None:
-        """One event, a score per metric; a score that the candidate lacks is a rollback."""
-        names = list(self.canary.metrics)
-        scores = {n: s for n, s in zip(names, candidate, strict=True) if s is not None}
-        self.canary.paired(dict(zip(names, baseline, strict=True)), scores)
+    @property
+    def strata(self) -> list[str]:
+        """What is replayed."""
+        return [name for m in self.canary.metrics if (name := m.split()[-1]) != INCOMING]
+
+    def compare(self, name: str, baseline: float, candidate: float | None) -> None:
+        """One event of what comes in or of a stratum; a score that the candidate lacks is a rollback."""
+        metric = self._metric(name)
+        scores = {} if candidate is None else {metric: candidate}
+        self.canary.paired({metric: baseline}, scores, only=(metric,))
+
+    def decided(self, name: str) -> bool:
+        """Is everything known that this stratum was asked for?"""
+        return self.canary.decision != "HOLD" or self.canary.shown(self._metric(name))
+
+    def words(self, name: str) -> str:
+        """What is known of it."""
+        return self.canary.words(self._metric(name))
+
+    def _metric(self, name: str) -> str:
+        return next(m for m in self.canary.metrics if m.split()[-1] == name)
+
+    def undecided(self, events: int, most: int) -> str:
+        """Why nobody should wait any longer; "": there is hope.
+
+        Args:
+            events: since it began, judged or not.
+            most: that a trial may take.
+        """
+        if self.stuck:
+            return self.stuck
+        if self.canary.bets_on(self._metric(INCOMING)) < most and events < 2 * most:
+            return ""
+        return f"undecided {events} events after it was made: {self.canary.reason}"
 
     def state(self) -> dict[str, Any]:
         """JSON values."""
@@ -67,13 +98,15 @@ class Trial:
             "canary": self.canary.state(),
             "sources": dict(self.sources),
             "skipped": self.skipped,
+            "stuck": self.stuck,
         }
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Trial:
         """The inverse of `state`."""
         canary = Canary.from_state(state["canary"])
-        return Trial(state["number"], canary, Counter(state["sources"]), state["skipped"])
+        sources = Counter(state["sources"])
+        return Trial(state["number"], canary, sources, state["skipped"], state["stuck"])
 
     def summary(self) -> dict[str, Any]:
         """For people."""
@@ -81,7 +114,7 @@ class Trial:
         return {
             "decision": status.decision,
             "reason": status.reason,
-            "events": self.canary.n,
+            "events": self.canary.bets_on(self._metric(INCOMING)),
             "skipped": self.skipped,
             "metrics": [asdict(m) for m in status.metrics],
         }

@@ -39,6 +39,8 @@ class ActionSpace:
     strengths: tuple[float, ...]
     shared: bool = False
     """Behind the experts that can be chosen stands one more that always acts."""
+    factor: float = 1.0
+    """On every strength: what a request asks for."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -100,7 +102,7 @@ class ActionSpace:
         return Decision(
             torch.cat([gates[..., 1:], always], -1),
             constant(self.ranks, record.device)[record[..., RANK].long()],
-            constant(self.strengths, record.device)[record[..., STRENGTH].long()],
+            constant(self.strengths, record.device)[record[..., STRENGTH].long()] * self.factor,
         )
 
 

@@ -58,7 +58,8 @@ class Rules:
 
     def tabled(self, width: int, weights: int) -> bool:
         """Are all actions composed beforehand, for stacks of so many ranks and weights together?"""
-        return self.actions * width <= max(SMALL, weights)
+        common = self.space.factor == 1  # others are one request's: not worth a table
+        return common and self.actions * width <= max(SMALL, weights)
 
     def decision(self, records: Float[Tensor, "*chunks record"]) -> Decision:
         """What records mean for the stacks."""

@@ -7,7 +7,7 @@ then. So an expert can be unloaded, and a router replaced, while sequences run.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -34,6 +34,12 @@ class Pack(Acting):
     origin: object = None
     sites: tuple[str, ...] = ()
     """Names of the adapted layers, in the order of `members`."""
+
+    def at_strength(self, factor: float) -> Pack:
+        """The same experts, what they do times a factor."""
+        scaled = replace(self, controller=self.controller.at_strength(factor))
+        vars(scaled)["expert_digests"] = self.expert_digests  # the same weights: not hashed again
+        return scaled
 
     @cached_property
     def expert_digests(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,14 @@ class AgenticRouter(ChunkReader):
         twin.available = self.available.clone()
         twin.source, twin.origin, twin.encoder = self.source, self.origin, self.encoder
         return twin.train(self.training)
+
+    def at_strength(self, factor: float) -> AgenticRouter:
+        """The same policy, what its experts do times a factor, inside the same trust region."""
+        space = replace(self.space, factor=factor)
+        scaled = AgenticRouter(self.policy, replace(self.rules, space=space))
+        scaled.limits, scaled.trained, scaled.available = self.limits, self.trained, self.available
+        scaled.source, scaled.origin = self.source, self.origin
+        return scaled.train(self.training)
 
     def acting(self) -> Acting | None:
         return self.source()

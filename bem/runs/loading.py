@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Any
 
 from bem.adapters.attach import load
 from bem.adapters.attached import Attached
 from bem.adapters.checkpoint import check_base
+from bem.adapters.lora import CONFIG
 from bem.adapters.version import BaseIdentity, base_identity
 from bem.errors import CheckpointError
 from bem.routing.mount import load_router
 from bem.runs.release import Release
 from bem.runs.store import Store, Taken
+
+
+def base_of(store: Store) -> tuple[str, str] | None:
+    """(name or folder, dtype) of the base for which what is in use was made, or else what was put in last; None:
+    there is no release, or none that says so.
+
+    Raises:
+        CheckpointError: there is no store, or no release in it is whole.
+    """
+    release = store.load_current().release or next(iter(store.known()), None)
+    if release is None:
+        return None
+    with store.shelf.folder(release) as folder:
+        for config in sorted(folder.rglob(CONFIG)):
+            if name := json.loads(config.read_text()).get("base_model_name_or_path"):
+                return name, release.base["dtype"]
+    return None
 
 
 def attach_release(store: Store, release: Release, model: Any) -> Attached:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from bem.safety.directions import (
     unit_rms,
 )
 from bem.safety.knob import Knob
-from bem.safety.protect import Clamp, check_plain_residual
+from bem.safety.protect import Clamp, check_plain_residual, clamped
 
 RANDOM_BASES = 100
 LOW_SHARE = 0.005
@@ -247,7 +248,12 @@ def harmless_kl(
         for prompt in prompts:
             ids = prompt_ids(tokenizer, prompt, base.device)
             plain = base(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
-            handles = [_clamped(modules[blocks[la.block]], Clamp(la, knob, "")) for la in layers]
+            handles = [
+                modules[blocks[la.block]].register_forward_hook(
+                    partial(clamped, Clamp(la, knob, ""))
+                )
+                for la in layers
+            ]
             try:
                 for n, kappa in enumerate(kappas):
                     with knob.raised(kappa):
@@ -259,15 +265,6 @@ def harmless_kl(
                     handle.remove()
             count += ids.shape[1]
     return [total / count for total in totals]
-
-
-def _clamped(block: nn.Module, clamp: Clamp) -> Any:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        several = isinstance(output, tuple | list)
-        hidden = clamp(clamp.layer.block, output[0] if several else output)
-        return type(output)((hidden, *output[1:])) if several else hidden
-
-    return block.register_forward_hook(hook)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, device: Any) -> Tensor:
@@ -293,6 +290,12 @@ class Reader:
         """Of each prompt's last token."""
         return torch.stack([self._states(p)[:, -1] for p in prompts])
 
+    def pooled(self, prompt: str) -> dict[str, Float[Tensor, "blocks d"]]:
+        """Of one prompt: its last token's states, and the mean over all tokens but the first, which takes in
+        attention that nothing needs."""
+        states = self._states(prompt)
+        return {"last": states[:, -1], "mean": states[:, 1:].mean(1)}
+
     def all_tokens(self, prompts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
         """(last tokens (n, blocks, d), every token of the first `most` prompts (t, blocks, d))."""
         last, every = [], []
@@ -314,7 +317,7 @@ class Reader:
         try:
             with mode(self.base, training=False):
                 ids = prompt_ids(self.tokenizer, prompt, self.base.device)
-                self.base(input_ids=ids, use_cache=False)
+                self.base.base_model(input_ids=ids, use_cache=False)  # without the head
         finally:
             for handle in handles:
                 handle.remove()

@@ -99,9 +99,19 @@ class Knob:
             raise SafetyError(
                 f"kappa must lie in [0, 1], a request asked for {lowest} to {highest}."
             )
-        before = getattr(self._asked, "kappa", None)
+        self.note(highest, who, why)
+        with self.holding(to):
+            yield
+
+    def note(self, asked: float, who: str, why: str) -> None:
+        """A request wants so much, whoever makes it hold."""
         level = self._level
-        self.audit.append(Move(self._clock(), level, highest, max(level, highest), who, why))
+        self.audit.append(Move(self._clock(), level, asked, max(level, asked), who, why))
+
+    @contextlib.contextmanager
+    def holding(self, to: float | Tensor) -> Iterator[None]:
+        """As `raised`, without checks and notes: for who runs many requests in one pass, step by step."""
+        before = getattr(self._asked, "kappa", None)
         self._asked.kappa = to if before is None else _larger(before, to)
         try:
             yield

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bem.adapters.attached import Attached
 from bem.adapters.hooks import add_last_stage
 from bem.adapters.peft_method import adapters_of, rewire
-from bem.adapters.sites import ATTN_OUT, MLP_DOWN
+from bem.adapters.sites import ATTN_OUT, MLP_DOWN, find_sites
 from bem.adapters.version import base_digest
 from bem.errors import BaseMismatch, SafetyError
 from bem.routing.modes import mode
@@ -154,11 +154,8 @@ def protect(attached: Attached, basis: SafetyBasis, knob: Knob | None = None) ->
     """
     knob = Knob() if knob is None else knob
     base = attached.base
-    if (here := base_digest(base)) != basis.base:
-        raise BaseMismatch(
-            f"the basis was fitted for base {basis.base[:12]}, this one is {here[:12]}: fit one for it."
-        )
-    if any(isinstance(s, Clamp) for stages in base.bem_runtime.last.values() for s in stages):
+    _check_base(base, basis)
+    if clamps_of(base):
         raise SafetyError("the model is guarded already: release() the other guard first.")
     check_plain_residual(base, attached.plan.sites)
     layers = {site.name: site.layer for site in attached.plan.sites.found}
@@ -176,6 +173,52 @@ def protect(attached: Attached, basis: SafetyBasis, knob: Knob | None = None) ->
     guard = Guard(attached, basis, knob)
     guard.check()
     return guard
+
+
+def clamp_bare(base: Any, basis: SafetyBasis, knob: Knob) -> None:
+    """The clamps alone, on a model that nothing is attached to, for good: a server's bare base.
+
+    Raises:
+        BaseMismatch: the basis was fitted for another base.
+        SafetyError: it carries an adapter, or its blocks do not add to the residual stream as they are.
+    """
+    if hasattr(base, "bem_runtime"):
+        raise SafetyError("the model carries an adapter: protect() what bem.attach returned.")
+    _check_base(base, basis)
+    sites = find_sites(base)
+    check_plain_residual(base, sites)
+    modules = dict(base.named_modules())
+    clamps = [Clamp(layer, knob, basis.digest) for layer in basis.layers]
+    for clamp in clamps:
+        block = modules[sites.blocks[clamp.layer.block]]
+        block.register_forward_hook(partial(clamped, clamp))
+    base.__dict__["bem_clamps"] = clamps
+
+
+def clamped(clamp: Clamp, module: nn.Module, args: tuple, output: Any) -> Any:
+    """A forward hook of a bare block: its output under a clamp."""
+    several = isinstance(output, tuple | list)
+    hidden = clamp(clamp.layer.block, output[0] if several else output)
+    return type(output)((hidden, *output[1:])) if several else hidden
+
+
+def clamps_of(base: Any) -> list[Clamp]:
+    """On a model, adapted or bare, bottom to top."""
+    runtime = vars(base).get("bem_runtime")
+    stages = [] if runtime is None else [s for b in sorted(runtime.last) for s in runtime.last[b]]
+    return [s for s in stages if isinstance(s, Clamp)] or vars(base).get("bem_clamps", [])
+
+
+def knob_of(base: Any) -> Knob | None:
+    """The knob of the guard on a model, adapted or bare; None: there is no guard."""
+    return next((clamp.knob for clamp in clamps_of(base)), None)
+
+
+def _check_base(base: Any, basis: SafetyBasis) -> None:
+    if (here := base_digest(base)) != basis.base:
+        raise BaseMismatch(
+            f"the basis was fitted for base {basis.base[:12]}, this one is {here[:12]}: fit one for it."
+        )
 
 
 def _writers(attached: Attached, basis: SafetyBasis) -> list[tuple[str, Forbidden, Any]]:

@@ -10,6 +10,7 @@ from bem.engine.request import ChunkAction, FinishReason, Result, TokenLogprob
 from bem.runs.release import SHORT
 from bem.serving.pictures import about_picture
 from bem.serving.prompts import Prepared
+from bem.serving.tools import CallReader, Tools, said_calls
 
 LEAST = -9999.0
 """Stands for a log-probability of minus infinity, which JSON does not have."""
@@ -19,6 +20,7 @@ FINISHED: dict[FinishReason, str] = {
     "deadline": "length",  # OpenAI's protocol knows no deadline; `bem` says that it was one
     "cancelled": "length",
     "error": "length",  # refused before it comes to this
+    "filtered": "content_filter",
 }
 Ids = Sequence[int]
 
@@ -34,6 +36,8 @@ class Receipt:
     """As the client named it."""
     version: str
     """Digest of what acted."""
+    kappa: float | None = None
+    """To which a guard or the request raised the safety knob."""
 
     def headers(self, cached_tokens: int) -> dict[str, str]:
         """Of the response."""
@@ -67,6 +71,9 @@ class Face:
             self.choice(i, result, ids)
             for i, (result, ids) in enumerate(zip(results, shown, strict=True))
         ]
+        if prepared.tools is not None:
+            for choice, result in zip(choices, results, strict=True):
+                _read_calls(choice, result, prepared.tools)
         return {
             **self._head(receipt, self.whole_object),
             "choices": choices,
@@ -100,7 +107,13 @@ class Face:
     def ended(self, piece: dict[str, Any], result: Result) -> dict[str, Any]:
         """A piece with which an answer ends."""
         reason = FINISHED[result.finish_reason]
+        if result.finish_reason == "filtered":
+            self.refuse(piece, result.error)
         return {**piece, "finish_reason": reason, "bem": about_choice(result)}
+
+    def refuse(self, piece: dict[str, Any], say: str) -> None:
+        """Say in a piece, or in a whole answer, that it was taken away."""
+        raise NotImplementedError
 
     def text_of(self, token: int) -> str:
         """A token as text."""
@@ -121,6 +134,9 @@ class CompletionFace(Face):
         if result.prompt_logprobs or len(echoed) == 1:
             piece["logprobs"] = self._echoed(echoed, result)
         return self.ended(piece, result)
+
+    def refuse(self, piece: dict[str, Any], say: str) -> None:
+        piece["text"] = piece["text"] or say  # this protocol has no other place for it
 
     def _echoed(self, echoed: Ids, result: Result) -> dict[str, Any]:
         """Of prompt and answer; nothing precedes the first token, so that it has none."""
@@ -177,6 +193,10 @@ class ChatFace(Face):
         said = self._logprobs(logprobs)
         return {"index": index, "delta": delta, "logprobs": said, "finish_reason": None}
 
+    def refuse(self, piece: dict[str, Any], say: str) -> None:
+        message = piece["message"] if "message" in piece else piece["delta"]
+        message["refusal"], message["content"] = say, message["content"] or None
+
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not logprobs:
             return None
@@ -192,6 +212,20 @@ class ChatFace(Face):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.text_of(token)
         return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
+
+
+def _read_calls(choice: dict[str, Any], result: Result, tools: Tools) -> None:
+    """Put the calls in a whole answer where OpenAI's protocol has them."""
+    text, calls = CallReader(tools).push(result.text, last=True)
+    if calls:
+        choice["message"] |= {"content": text or None, "tool_calls": said_calls(calls)}
+        choice["finish_reason"] = finished(result, called=True)
+
+
+def finished(result: Result, called: bool) -> str:
+    """Why an answer ended, as OpenAI's protocol says it; called: it holds calls of tools."""
+    reason = FINISHED[result.finish_reason]
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def usage(results: Sequence[Result], prompts: int) -> dict[str, Any]:
@@ -212,6 +246,8 @@ def about(receipt: Receipt, results: Sequence[Result], prepared: Prepared) -> di
     """What only this server says of an answer."""
     cached = sum(result.cached_tokens for result in results)
     said: dict[str, Any] = {"version": receipt.version, "cached_tokens": cached}
+    if receipt.kappa is not None:
+        said["kappa"] = receipt.kappa
     if (evidence := prepared.evidence) is not None:
         said["evidence"] = {
             "passages": [{"id": p.id, "text": p.shown} for p in evidence.passages],

@@ -23,7 +23,8 @@ from bem.serving.answers import ChatFace, CompletionFace, Face, Receipt
 from bem.serving.explaining import ExplainRequest, explained
 from bem.serving.feedback import FeedbackRequest
 from bem.serving.gate import Gate, refusal_response
-from bem.serving.generation import Answering, Stream, error_body
+from bem.serving.generation import Answers, Stream, error_body
+from bem.serving.guarding import Admission
 from bem.serving.naming import Name, parse_name, unknown_model
 from bem.serving.pictures import check_sees
 from bem.serving.prompts import Prepared
@@ -76,6 +77,7 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
         if serving.feedback is None:
             why = "This server keeps no feedback: start it with --feedback PATH."
             raise Refused(501, why, None, "no_feedback")
+        said = await serving.guard.feedback(said, request.state.owner)
         receipt = await serving.feedback.add(said, request.state.owner)
         return {"object": "feedback", "sequence": receipt.sequence, "new": receipt.new}
 
@@ -126,7 +128,7 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(serving.metrics_text(), media_type="text/plain; version=0.0.4")
+        return Response(await serving.metrics_text(), media_type="text/plain; version=0.0.4")
 
 
 def _add_dashboard(app: FastAPI, serving: Serving) -> None:
@@ -145,7 +147,13 @@ def _add_dashboard(app: FastAPI, serving: Serving) -> None:
             **serving.state(),
             "versions": serving.versions(),
             "history": serving.history.shown(),
+            "guard": serving.guard.shown(),
         }
+
+    @app.get("/dashboard/online")
+    async def online() -> dict[str, Any]:
+        """What the page shows of learning, and the newest moves of the version store."""
+        return await asyncio.to_thread(serving.learning.read)
 
 
 def _tell_errors(app: FastAPI, serving: Serving) -> None:
@@ -182,8 +190,9 @@ def invalid_request(error: RequestValidationError) -> Refused:
     problems = error.errors()
     first = problems[0]
     place = [str(part) for part in first["loc"] if part != "body"]
-    kinds = ("str", "list[", "constrained-", "function-")
-    named = ".".join(part for part in place if not part.startswith(kinds)) or None
+    kinds = ("list[", "dict[", "constrained-", "function-")  # which form of a field was tried
+    fields = [part for part in place if part != "str" and not part.startswith(kinds)]
+    named = ".".join(fields) or None
     message = first["msg"]
     if first["type"] == "extra_forbidden":
         message = (
@@ -212,19 +221,24 @@ class Answer:
         lease = await serving.residents.lease(name, conversation_of(asked), asked.model)
         try:
             expert = expert_of(name, asked.model, lease.resident)
+            check_strength(asked, lease.resident)
             owner = self.request.state.owner
-            prepared = await serving.prepare(asked, owner, expert)
+            admission = await serving.guard.admit(asked, self.id, owner)
+            self.asked = admission.asked
+            prepared = await serving.prepare(self.asked, owner, expert)
             check_sees(lease.resident, prepared)
-            return await self._generate(lease, prepared)
+            return await self._generate(lease, prepared, admission)
         except BaseException:
             lease.end()
             raise
 
-    async def _generate(self, lease: Lease, prepared: Prepared) -> Response:
-        streams, version = bool(self.asked.stream), lease.resident.version
-        requests = [replace(request, version=version) for request in prepared.requests]
-        answering = Answering(self.serving.driver, lease.resident.host, requests, streams)
-        receipt = Receipt(self.id, int(time.time()), self.asked.model, version)
+    async def _generate(self, lease: Lease, prepared: Prepared, admission: Admission) -> Response:
+        streams, resident = bool(self.asked.stream), lease.resident
+        requests = [replace(request, version=resident.acting) for request in prepared.requests]
+        submit = self.serving.driver, resident.host, requests, streams
+        owner, kappa = self.request.state.owner, admission.kappa
+        answering = self.serving.guard.answering(admission, prepared, submit, self.id, owner)
+        receipt = Receipt(self.id, int(time.time()), self.asked.model, resident.version, kappa)
         wanted = answering.next() if streams else answering.results()
         found: Any = None
         try:
@@ -258,7 +272,7 @@ class Answer:
     def _stream(
         self,
         lease: Lease,
-        answering: Answering,
+        answering: Answers,
         receipt: Receipt,
         prepared: Prepared,
         first: Any,
@@ -324,6 +338,17 @@ def expert_of(name: Name, asked: str, resident: Resident) -> str | None:
         return name.expert
     known = ", ".join(f"bem:{e}" for e in resident.experts) or "none"
     raise unknown_model(asked, f"Experts of version {resident.short}: {known}.")
+
+
+def check_strength(asked: Asked, resident: Resident) -> None:
+    """Refuse a strength where there is nothing that could be stronger.
+
+    Raises:
+        Refused: that version has no experts.
+    """
+    if asked.bem.strength not in (None, 1) and not resident.experts:
+        why = f"bem.strength scales what a router's experts do, and version {resident.short} has none."
+        raise Refused(400, why, "bem.strength", "unsupported_value")
 
 
 def conversation_of(asked: Asked) -> str:

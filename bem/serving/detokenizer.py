@@ -46,13 +46,13 @@ class Detokenizer:
 
     def _held(self) -> int:
         """Characters at the end that may begin a stop string."""
-        return max((_overlap(self.text, stop) for stop in self.stops), default=0)
+        return max((overlap(self.text, stop) for stop in self.stops), default=0)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that begins the stop string."""
     longest = min(len(text), len(stop))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -20,7 +20,8 @@ from bem.serving.answers import Receipt as AnswerReceipt
 from bem.serving.answers import choice_id
 from bem.serving.prompts import Prepared
 from bem.serving.resident import Coin
-from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Part, Text
+from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Message, Part, Text
+from bem.serving.tools import has_calls
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _records(
         Served(
             choice_id(receipt.id, index, len(results)),
             receipt.version,
-            _said(asked, index // each),
+            _said(asked, prepared, index // each),
             _text(result.text),
             owner,
             tuple(asdict(action) for action in result.actions),
@@ -143,6 +144,7 @@ def _records(
             share=None if coin is None else coin.share,
         )
         for index, result in enumerate(results)
+        if result.finish_reason != "filtered"  # of what nobody may read nothing is learnt
     ]
 
 
@@ -151,10 +153,23 @@ def _text(text: str) -> str:
     return text.replace("\0", "\ufffd")
 
 
-def _said(asked: Asked, number: int) -> Any:
+def _message(message: Message) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": message.role, "content": _text(message.text)}
+    if message.tool_calls:
+        said["tool_calls"] = [
+            {"name": call.function.name, "arguments": _text(call.function.arguments)}
+            for call in message.tool_calls
+        ]
+    return said
+
+
+def _said(asked: Asked, prepared: Prepared, number: int) -> Any:
     """One prompt, as the client gave it."""
     if isinstance(asked, ChatRequest):
-        return [{"role": m.role, "content": _text(m.text)} for m in asked.messages]
+        said = [_message(message) for message in asked.messages]
+        if not (prepared.tools or has_calls(asked.messages)):
+            return said
+        return {"messages": said, "tools": list(prepared.tools.shown) if prepared.tools else []}
     assert isinstance(asked, CompletionRequest)
     prompt = asked.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)

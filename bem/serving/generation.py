@@ -6,20 +6,35 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from bem.engine.request import Request, Result
 from bem.errors import EngineError, MissingExtra, QueueFull, Refused
-from bem.serving.answers import Face, Receipt, about, usage
+from bem.serving.answers import Face, Receipt, about, finished, usage
 from bem.serving.detokenizer import Detokenizer
 from bem.serving.driver import Driver, Event, Job, Progress
 from bem.serving.prompts import Prepared
+from bem.serving.tools import Call, CallReader, said_calls
 
 DONE = "data: [DONE]\n\n"
 
 
+class Answers(Protocol):
+    """Where the choices of one request come from; see `Answering`."""
+
+    def give_up(self) -> None: ...
+
+    async def next(self) -> tuple[int, Progress | Result]: ...
+
+    async def results(self) -> list[Result]: ...
+
+    def readers(self, tokenizer: Any) -> list[Any]:
+        """What turns the tokens of each choice into text, as `Detokenizer` does."""
+        ...
+
+
 class Answering:
-    """All choices of one request."""
+    """All choices of one request, as the engine gives them."""
 
     def __init__(self, driver: Driver, engine: str, requests: Sequence[Request], streams: bool):
         """Submits them; the event loop that runs hears of them."""
@@ -65,6 +80,10 @@ class Answering:
             raise Refused(400, event.error, None, "no_answer_fits")
         return index, event
 
+    def readers(self, tokenizer: Any) -> list[Any]:
+        """A detokenizer for each choice."""
+        return [Detokenizer(tokenizer, job.request.stop) for job in self.jobs]
+
     async def results(self) -> list[Result]:
         """All of them, in order."""
         found: dict[int, Result] = {}
@@ -73,6 +92,28 @@ class Answering:
             if isinstance(event, Result):
                 found[index] = event
         return [found[index] for index in range(len(self.jobs))]
+
+
+class Decided:
+    """Choices that need no engine: a request that is refused."""
+
+    def __init__(self, decided: Sequence[Result]):
+        self.left, self.decided = list(enumerate(decided)), list(decided)
+
+    def give_up(self) -> None:
+        """Nothing runs."""
+
+    async def next(self) -> tuple[int, Progress | Result]:
+        """(choice, its end)."""
+        return self.left.pop(0)
+
+    async def results(self) -> list[Result]:
+        """All of them."""
+        return self.decided
+
+    def readers(self, tokenizer: Any) -> list[Any]:
+        """A detokenizer for each choice."""
+        return [Detokenizer(tokenizer) for _ in self.decided]
 
 
 def refusal_of(error: BaseException) -> BaseException:
@@ -90,7 +131,10 @@ def refusal_of(error: BaseException) -> BaseException:
 class _Choice:
     """One answer that is being streamed."""
 
-    detokenizer: Detokenizer
+    detokenizer: Any
+    """As `Answers.readers` gives it."""
+    reader: CallReader | None = None
+    """Looks for calls of tools, where there are any."""
     tokens: int = 0
     characters: int = 0
     begun: bool = False
@@ -104,7 +148,7 @@ class Stream:
 
     def __init__(
         self,
-        answering: Answering,
+        answering: Answers,
         face: Face,
         receipt: Receipt,
         prepared: Prepared,
@@ -114,8 +158,11 @@ class Stream:
         """keep: called with all answers before the last event is sent."""
         self.answering, self.face, self.receipt = answering, face, receipt
         self.prepared, self.with_usage, self.keep = prepared, with_usage, keep
-        stops = prepared.requests[0].stop
-        self.choices = [_Choice(Detokenizer(face.tokenizer, stops)) for _ in prepared.requests]
+        tools = prepared.tools
+        self.choices = [
+            _Choice(reader, tools and CallReader(tools))
+            for reader in answering.readers(face.tokenizer)
+        ]
 
     async def events(self, first: tuple[int, Progress | Result]) -> AsyncIterator[str]:
         """All of them; first: what was waited for before the headers went out."""
@@ -145,19 +192,33 @@ class Stream:
         ids = news.token_ids[new]
         choice.held += news.logprobs[new]
         choice.tokens += len(ids)
+        text, calls = self._said(choice, news, ids)
+        said = text or calls or (isinstance(news, Progress) and news.actions)
+        if choice.begun and choice.result is None and not said:
+            return None
+        piece = self.face.delta(index, text, choice.held, not choice.begun, choice.characters)
+        if calls and choice.reader is not None:
+            first = choice.reader.calls - len(calls)
+            piece["delta"]["tool_calls"] = said_calls(calls, first)
+        if isinstance(news, Progress) and news.actions:
+            piece["bem"] = {"actions": [asdict(action) for action in news.actions]}
+        choice.held, choice.begun = [], True
+        choice.characters += len(text)
+        if not isinstance(news, Result):
+            return piece
+        called = choice.reader is not None and choice.reader.calls > 0
+        return {**self.face.ended(piece, news), "finish_reason": finished(news, called)}
+
+    def _said(
+        self, choice: _Choice, news: Progress | Result, ids: Sequence[int]
+    ) -> tuple[str, list[Call]]:
+        """(text, calls of tools) that can be sent now."""
         if isinstance(news, Result):
             choice.result = news
             text = choice.detokenizer.finish(news.text)  # which may end before its last tokens do
         else:
             text = choice.detokenizer.push(ids)
-            if choice.begun and not (text or news.actions):
-                return None
-        piece = self.face.delta(index, text, choice.held, not choice.begun, choice.characters)
-        if isinstance(news, Progress) and news.actions:
-            piece["bem"] = {"actions": [asdict(action) for action in news.actions]}
-        choice.held, choice.begun = [], True
-        choice.characters += len(text)
-        return self.face.ended(piece, news) if isinstance(news, Result) else piece
+        return choice.reader.push(text, choice.result is not None) if choice.reader else (text, [])
 
     @property
     def results(self) -> list[Result]:

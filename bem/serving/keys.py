@@ -130,6 +130,11 @@ class KeyRing:
         self._seen = None if path is None else _mark(path)
         self._keys = () if path is None else read_keys(path).keys
 
+    @property
+    def names(self) -> list[str]:
+        """Of the keys that are known now."""
+        return [key.name for key in self._keys]
+
     def owner(self, header: str | None) -> Key:
         """Who sent an `Authorization` header.
 

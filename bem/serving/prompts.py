@@ -19,7 +19,9 @@ from bem.evidence.passages import Passage
 from bem.evidence.rerank import load_reranker
 from bem.evidence.retriever import Evidence, Retriever
 from bem.serving.schemas import Asked, ChatRequest, CompletionRequest, Message
-from bem.training.data import encode, end_of_turn
+from bem.serving.tools import Tools, call_form, has_calls, messages_of, tools_of
+from bem.training.chat import turns_of_messages
+from bem.training.data import encode, end_of_turn, prompt_of
 from bem.training.example import Example
 from bem.vision.eyes import VisionRecord
 
@@ -59,6 +61,8 @@ class Prepared:
     """The prompt of each choice, if it is to stand before the answer."""
     vision: VisionRecord | None = None
     """What is seen on the picture; None: there is none."""
+    tools: Tools | None = None
+    """What the answers may call."""
 
 
 class Writer:
@@ -85,8 +89,9 @@ class Writer:
             Refused: something that cannot be done.
         """
         check_supported(asked)
+        tools = tools_of(asked, self.tokenizer)
         evidence = self._evidence(asked)
-        prompts = self._prompts(asked, evidence)
+        prompts = self._prompts(asked, evidence, tools)
         n = asked.n or 1
         if len(prompts) * n > self.config.max_choices:
             raise Refused(
@@ -100,11 +105,12 @@ class Writer:
             most = self._most(asked, prompt)
             seeds = _seeds(asked, n)
             requests += [
-                self._request(asked, prompt, most, seed, owner, route, evidence) for seed in seeds
+                self._request(asked, prompt, most, seed, owner, route, evidence, tools)
+                for seed in seeds
             ]
         echo = isinstance(asked, CompletionRequest) and asked.echo
         echoed = tuple(prompt.ids for prompt in prompts for _ in range(n)) if echo else ()
-        return Prepared(tuple(requests), tuple(prompts), evidence, echoed)
+        return Prepared(tuple(requests), tuple(prompts), evidence, echoed, tools=tools)
 
     def _request(
         self,
@@ -115,21 +121,23 @@ class Writer:
         owner: str,
         route: str | None,
         evidence: Evidence | None,
+        tools: Tools | None,
     ) -> Request:
         limit = self.config.timeout_s
         return Request(
             prompt.ids,
             max_new_tokens=most,
             sampling=_sampling(asked, seed),
-            stop=tuple(asked.stop),
+            stop=(*asked.stop, *(tools.stop if tools else ())),
             stop_token_ids=(*(asked.stop_token_ids or ()), *prompt.ends),
             ignore_eos=bool(asked.ignore_eos),
             logprobs=_logprobs(asked),
             prompt_logprobs=_logprobs(asked) if _echoes(asked) else None,
-            grammar=grammar_of(asked),
+            grammar=tools.grammar if tools and tools.grammar else grammar_of(asked),
             turn_starts=prompt.turn_starts,
             evidence=None if evidence is None else evidence.record.features(),
             route=asked.bem.route if route is None else route,
+            strength=1.0 if asked.bem.strength is None else asked.bem.strength,
             key=owner,
             tenant=owner,
             timeout_s=min(asked.bem.timeout_s or limit, limit),
@@ -163,10 +171,12 @@ class Writer:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def _prompts(self, asked: Asked, evidence: Evidence | None) -> list[Prompt]:
+    def _prompts(
+        self, asked: Asked, evidence: Evidence | None, tools: Tools | None
+    ) -> list[Prompt]:
         shown = [] if evidence is None else [p.shown for p in reversed(evidence.passages)]
         if isinstance(asked, ChatRequest):
-            return [self._conversation(asked.messages, shown)]
+            return [self._conversation(asked.messages, shown, tools)]
         assert isinstance(asked, CompletionRequest)
         given = asked.prompt
         if isinstance(given, str):
@@ -185,18 +195,28 @@ class Writer:
             raise Refused(400, "The prompt has no token: give it at least one.", "prompt")
         return Prompt(ids)
 
-    def _conversation(self, messages: Sequence[Message], shown: list[str]) -> Prompt:
+    def _conversation(
+        self, messages: Sequence[Message], shown: list[str], tools: Tools | None
+    ) -> Prompt:
+        tokenizer, schemas = self.tokenizer, list(tools.shown) if tools else None
         self._check_length("".join(message.text for message in messages), "messages")
+        self._check_length(str(schemas or ""), "tools")
         try:
-            example = example_of(messages, shown)
-            encoded = encode(example, self.tokenizer, UNLIMITED, with_answer=False)
-            end = end_of_turn(self.tokenizer)
+            if schemas or has_calls(messages):
+                call_form(tokenizer, repr(tokenizer.chat_template))  # or calls would be left out
+                said = messages_of(messages, shown)
+                ids, starts = prompt_of(turns_of_messages(said, tokenizer, schemas), tokenizer)
+            else:
+                example = example_of(messages, shown)
+                encoded = encode(example, tokenizer, UNLIMITED, with_answer=False)
+                ids = encoded.input_ids
+                starts = [i for i, start in enumerate(encoded.turn_starts) if start]
+            end = end_of_turn(tokenizer)
         except Refused:
             raise
         except BemError as error:
             raise Refused(400, str(error).removeprefix("Row 'request': "), "messages") from error
-        starts = tuple(i for i, start in enumerate(encoded.turn_starts) if start)
-        return Prompt(tuple(encoded.input_ids), starts, (end,))
+        return Prompt(tuple(ids), tuple(starts), (end,))
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse what can never fit before it is cut into tokens, for which others would wait."""
@@ -240,6 +260,8 @@ def example_of(messages: Sequence[Message], evidence: Sequence[str] = ()) -> Exa
         Refused: it begins with an answer, or does not end with a question.
     """
     said: list[tuple[str, str]] = []
+    if any(message.tool_calls for message in messages):
+        raise Refused(400, "A conversation with calls of tools is not taken here.", "messages")
     for message in messages:
         role = "system" if message.role == "developer" else message.role
         if said and said[-1][0] == role:
@@ -267,15 +289,15 @@ def check_supported(asked: Asked) -> None:
     Raises:
         Refused: names the field.
     """
-    odd: dict[str, bool] = {"bem.strength": asked.bem.strength is not None}
+    odd: dict[str, bool] = {}
     if isinstance(asked, CompletionRequest):
         odd["echo with stream"] = bool(asked.echo and asked.stream)
         odd["max_tokens 0 without echo and logprobs"] = asked.max_tokens == 0 and not _echoes(asked)
         odd["suffix"] = bool(asked.suffix)
         odd["best_of"] = asked.best_of not in (None, asked.n or 1)
     if isinstance(asked, ChatRequest):
-        odd["tools"] = bool(asked.tools)
-        odd["tool_choice"] = asked.tool_choice not in (None, "none", "auto")
+        if asked.tools and asked.tool_choice != "none" and grammar_of(asked) is not None:
+            raise Refused(400, "Give tools or a form for the answer, not both.", "tools")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise Refused(400, "top_logprobs needs logprobs: true.", "top_logprobs")
     if asked.stream_options is not None and not asked.stream:
@@ -362,7 +384,7 @@ def _logprobs(asked: Asked) -> int | None:
 
 def _question(asked: Asked) -> str:
     if isinstance(asked, ChatRequest):
-        return asked.messages[-1].text
+        return next((m.text for m in reversed(asked.messages) if m.role == "user"), "")
     assert isinstance(asked, CompletionRequest)
     if not isinstance(asked.prompt, str):
         raise Refused(400, "Evidence needs a prompt that is one text.", "prompt")

@@ -33,10 +33,15 @@ class Resident:
     host: str
     """The engine's name: the version for which it was made."""
     experts: tuple[str, ...] = ()
+    acting: str = ""
+    """The same as the engine calls it: under a guard, another name than that of the release."""
     users: int = 0
     """Requests that are being answered by it."""
     used: int = field(default=0)
     """When it was last asked for, counted in requests."""
+
+    def __post_init__(self) -> None:
+        self.acting = self.acting or self.version
 
     @property
     def guest(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -43,16 +43,25 @@ RETRY_S = 30.0
 class Residents:
     """The versions that a server has in memory; used from one event loop."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: ServingConfig, driver: Driver):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: ServingConfig,
+        driver: Driver,
+        guarded: Callable[[Any], Any] = lambda adapted: adapted,
+    ):
         """
         Args:
             model: the base; nothing runs on it or is attached to it, copies of it are.
+            guarded: what every version passes before it serves.
         Raises:
             CheckpointError: there is no store, or no release in it is whole.
             BaseMismatch: the store serves another base.
             ConfigError: a canary that the store does not have.
         """
         self.model, self.tokenizer, self.config, self.driver = model, tokenizer, config, driver
+        self._guarded = guarded
         self.chunks = ChunkStore(int(config.cache_gib * GIB))
         self.store = None if config.store is None else Store(config.store)
         self.problems: tuple[str, ...] = ()
@@ -174,33 +183,35 @@ class Residents:
 
     async def _loaded(self, release: Release | None) -> Resident:
         adapted = await self._off_loop(self._attached, release)
-        host = await self._host(adapted)
+        host, acting = await self._host(release, adapted)
         if host is None:
             resident = await self._off_loop(self._alone, release, adapted)
             self.driver.add(resident.host, resident.engine)
         else:
-            version = adapted.version.digest
-            resident = Resident(version, release, adapted, host.engine, host.host, host.experts)
+            assert release is not None
+            version, engine = release.version, host.engine
+            resident = Resident(version, release, adapted, engine, host.host, host.experts, acting)
         self._kept(resident)
         if release is None:
             self.bare = resident
         return resident
 
-    async def _host(self, adapted: Any) -> Resident | None:
-        """A version whose engine takes this one in too: a router over as many experts of the same ranks."""
-        if not isinstance(adapted, Mounted):
-            return None
-        version = adapted.version.digest
+    async def _host(self, release: Release | None, adapted: Any) -> tuple[Resident | None, str]:
+        """A version whose engine takes this one in too, and what it is called there: a router over as many experts
+        of the same ranks."""
+        if release is None or not isinstance(adapted, Mounted):
+            return None, ""
+        version = release.version
         hosts = {r.host: r for r in self._resident.values() if isinstance(r.adapted, Mounted)}
         for resident in hosts.values():
             engine = resident.engine
             try:
-                await self.driver.call(lambda engine=engine: engine.keep(version, adapted))
+                acting = await self.driver.call(lambda e=engine: e.keep(version, adapted))
             except BemError as error:
                 log.info("version %s has an engine of its own: %s", version[:SHORT], error)
             else:
-                return resident
-        return None
+                return resident, acting
+        return None, ""
 
     def _make_room(self) -> None:
         kept = {id(self.bare), id(self.current)}
@@ -229,9 +240,9 @@ class Residents:
         """A release on a copy of the base."""
         copy: Any = with_shared_weights(self.model)
         if release is None:
-            return copy
+            return self._guarded(copy)
         assert self.store is not None
-        return attach_release(self.store, release, copy)
+        return self._guarded(attach_release(self.store, release, copy))
 
     def _alone(self, release: Release | None, adapted: Any) -> Resident:
         """A version with an engine of its own."""
@@ -245,8 +256,9 @@ class Residents:
             store=self.chunks,
         )
         experts = adapted.router.space.experts if isinstance(adapted, Mounted) else ()
-        version = acts_of(adapted).version.digest
-        return Resident(version, release, adapted, engine, version, tuple(experts))
+        acting = acts_of(adapted).version.digest
+        version = acting if release is None else release.version
+        return Resident(version, release, adapted, engine, version, tuple(experts), acting)
 
     def _made(self, release: Release | None) -> Resident:
         resident = self._alone(release, self._attached(release))

@@ -41,12 +41,14 @@ class BemFields(Part):
 
     route: str | None = None
     """Expert that answers, instead of the router's choice; "base": none."""
-    strength: float | None = None
-    """Not yet supported: the strength of a route."""
+    strength: float | None = Field(default=None, ge=0, le=4)
+    """Factor on what the experts do in every chunk, within the trust region; 1: as trained."""
     evidence: list[Text] | None = Field(default=None, max_length=64)
     """Passages that the answer is to rest on; the best of them are shown."""
     retrieve: bool = False
     """Look for evidence in the server's index."""
+    kappa: float | None = Field(default=None, ge=0, le=1)
+    """Raises the safety knob for this answer; less than its level changes nothing."""
     conversation: str | None = Field(default=None, max_length=256)
     """Keeps a conversation on one version while a canary runs; default: how it began."""
     timeout_s: float | None = Field(default=None, gt=0)
@@ -141,11 +143,31 @@ class ImagePart(Part):
     image_url: ImageUrl
 
 
+class CalledFunction(Part):
+    name: str = Field(max_length=256)
+    arguments: Text
+    """JSON."""
+
+
+class ToolCall(Part):
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Part):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart | ImagePart] | None = None
     name: str | None = None
     refusal: str | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
+    """assistant: what it called."""
+    tool_call_id: str | None = Field(None, max_length=256)
+    """tool: the call whose result this is."""
+    # what OpenAI's client writes into an answer that has none of it, and sends back
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
     @property
     def text(self) -> str:
@@ -161,6 +183,28 @@ class Message(Part):
         return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
+class Function(Part):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of its arguments; None: it takes none."""
+    strict: bool | None = None
+
+
+class Tool(Part):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Part):
+    name: str = Field(max_length=128)
+
+
+class NamedTool(Part):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(Asked):
     """`POST /v1/chat/completions`."""
 
@@ -170,8 +214,8 @@ class ChatRequest(Asked):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     # who asks and how it is billed: taken, not used
     metadata: dict[str, str] | None = None

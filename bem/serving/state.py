@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from bem.runs.release import SHORT, Release
 from bem.serving.answers import Receipt
 from bem.serving.driver import Driver
 from bem.serving.feedback import Ledger
+from bem.serving.guarding import Guarding
 from bem.serving.history import History
 from bem.serving.keys import KeyRing, Quotas
+from bem.serving.learner import LearnerProcess
+from bem.serving.learning import Learning
 from bem.serving.metrics import Metrics
 from bem.serving.pictures import Sight
 from bem.serving.prompts import Limits, Prepared, Writer
@@ -53,18 +57,29 @@ class Serving:
         self.metrics = Metrics(config.base)
         self.history = History(time.monotonic)
         self.driver = Driver(self._observe)
-        self.residents = Residents(model, self.tokenizer, config, self.driver)
+        self.guard = Guarding(config.policy, self.metrics, self.tokenizer)
+        guarded = self.guard.on_model
+        self.residents = Residents(model, self.tokenizer, config, self.driver, guarded)
         limits = Limits(self.residents.bare.engine.max_tokens, text_config(model).vocab_size)
         self.writer = Writer(self.tokenizer, config, limits, _retriever(config))
         self.sight = Sight(config)
         self.keys = KeyRing(None if config.keys is None else Path(config.keys))
+        self.guard.warn_of(self.keys.names)
         self.quotas = Quotas(time.monotonic)
         self.feedback = None if config.feedback is None else Ledger(config.feedback)
+        self.learner = LearnerProcess(config) if config.learn else None
+        self.learning = Learning(self.learner, self.feedback, self.residents.store)
+        self.metrics.registry.register(self.learning)
         self.draining = False
         self._writes = ThreadPoolExecutor(1, "writer")
-        self._watch: asyncio.Task[None] | None = None
+        self._beside: list[asyncio.Task[None]] = []
+        """What runs beside the answers: who watches the store, who keeps the learner alive."""
 
     def _observe(self, engine: str, stats: StepStats) -> None:
+        if self.guard.basis is not None:  # engines know guarded versions by another name
+            known = {r.acting: r.version for r in list(self.residents)}
+            told = (replace(r, version=known.get(r.version, r.version)) for r in stats.finished)
+            stats = replace(stats, finished=tuple(told))
         self.metrics.step(engine, stats, self.residents.chunks)
         self.history.step(stats)
 
@@ -72,18 +87,24 @@ class Serving:
 
     async def __aenter__(self) -> Serving:
         self.driver.start()
-        self._watch = asyncio.ensure_future(self.residents.watch())
+        self.guard.start()
+        self._beside = [asyncio.ensure_future(self.residents.watch())]
+        if self.learner is not None:
+            self._beside.append(asyncio.ensure_future(self.learner.run()))
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         self.draining = True
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in self._beside:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+                await task
+        if self.learner is not None:
+            await asyncio.to_thread(self.learner.stop)
         self.residents.close()
         self._writes.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.driver.stop)
+        await asyncio.to_thread(self.guard.close)
         if self.feedback is not None:
             self.feedback.close()
 
@@ -135,7 +156,7 @@ class Serving:
     async def names(self) -> dict[str, dict[str, Any]]:
         """Name of each model that can be asked for -> what it is."""
         residents = self.residents
-        front, kept = residents.current, await asyncio.to_thread(self._releases)
+        front, kept = residents.current, await asyncio.to_thread(self.kept)
         listed = {
             "bem": {"version": front.version},
             "bem:base": {"version": residents.bare.version},
@@ -146,7 +167,8 @@ class Serving:
             listed.setdefault(name, {"version": release.version, "source": release.source})
         return listed
 
-    def _releases(self) -> list[Release]:
+    def kept(self) -> list[Release]:
+        """Releases that can be asked for by version, the one that was mentioned last first."""
         store = self.residents.store
         try:
             return [] if store is None else store.known()
@@ -181,8 +203,9 @@ class Serving:
         ]
         return sorted(said, key=lambda version: not version["current"])
 
-    def metrics_text(self) -> bytes:
+    async def metrics_text(self) -> bytes:
         """For Prometheus."""
+        await asyncio.to_thread(self.learning.read)
         residents = self.residents
         versions = [resident.version for resident in residents]
         current, problems = residents.current.version, len(residents.problems)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from bem.bases.limits import own_ends
@@ -13,11 +15,30 @@ from bem.errors import MeasurementError
 from bem.training.data import Encoded, check_fits, collate, end_of_turn
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Decoded:
+    """Answers to a batch of prompts, and what reading them left behind."""
+
+    answers: list[list[int]]
+    """Token ids, without what follows an answer's end."""
+    prompts: dict[str, Tensor]
+    """As they were read: see `collate`."""
+    cache: Any
+    """Keys, values and control of prompts and answers; None: the model keeps none."""
+
+
 def greedy_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Encoded], max_new_tokens: int
 ) -> list[list[int]]:
-    """Token ids of each answer, without what follows its end.
+    """`Decoded.answers` of `greedy_decoded`."""
+    return greedy_decoded(model, tokenizer, prompts, max_new_tokens).answers
+
+
+@torch.no_grad()
+def greedy_decoded(
+    model: Any, tokenizer: Any, prompts: Sequence[Encoded], max_new_tokens: int
+) -> Decoded:
+    """Answers, and the cache behind them.
 
     At every step the most likely token, whatever the base's generation_config says.
 
@@ -30,6 +51,7 @@ def greedy_answers(
     """
     check_fits(model, tokenizer, prompts, max_new_tokens, MeasurementError)
     settings = greedy_generation(model, tokenizer, max_new_tokens)
+    settings.return_dict_in_generate = True
     batch = collate(prompts, settings.pad_token_id)  # pyright: ignore[reportArgumentType]
     batch = {key: value.to(model.device) for key, value in batch.items()}
     output = model.generate(
@@ -41,10 +63,10 @@ def greedy_answers(
     )
     ends = ends_of(model, tokenizer)
     answers = []
-    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+    for row in output.sequences[:, batch["input_ids"].shape[1] :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
         answers.append(row[:stop])
-    return answers
+    return Decoded(answers, batch, output.past_key_values)
 
 
 class _Greedy(GenerationConfig):

@@ -46,24 +46,43 @@ def turns_of(example: Example, tokenizer: Any) -> list[tuple[str, str | None]]:
     Raises:
         DataError: the chat template refuses the conversation.
     """
-    form = chat_form(tokenizer)
     if not tokenizer.chat_template:
-        return _plain_turns(example, form.opening)
+        return _plain_turns(example, chat_form(tokenizer).opening)
     messages = [{"role": "system", "content": example.system}] if example.system else []
+    for user, assistant in example.history:
+        messages.append({"role": "user", "content": user})
+        messages.append({"role": "assistant", "content": assistant})
+    return turns_of_messages([*messages, {"role": "user", "content": example.prompt}], tokenizer)
+
+
+def turns_of_messages(
+    messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[str, Any]] | None = None
+) -> list[tuple[str, str | None]]:
+    """`turns_of` a conversation as a chat template takes it, with calls of tools and what they returned.
+
+    Args:
+        messages: the last one is not an answer.
+        tools: shown to the model, as JSON schemas.
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
+    end = tokenizer.convert_ids_to_tokens(chat_form(tokenizer).end)
     turns: list[tuple[str, str | None]] = []
     shown = ""
     told_apart = True
-    for user, assistant in example.history:
-        messages.append({"role": "user", "content": user})
-        opened = _render(tokenizer, messages, opens=True)
-        messages.append({"role": "assistant", "content": assistant})
-        closed = _render(tokenizer, messages, opens=False)
-        told_apart &= opened.startswith(shown) and closed.startswith(opened + assistant)
-        turns.append((opened[len(shown) :], assistant))
-        shown = opened + assistant + tokenizer.convert_ids_to_tokens(form.end)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opened = render(tokenizer, messages[:i], True, tools)
+        closed = render(tokenizer, messages[: i + 1], False, tools)
+        answer = message["content"]
+        if message.get("tool_calls"):  # only the template knows how they are written
+            answer = closed[len(opened) :].partition(end)[0]
+        told_apart &= opened.startswith(shown) and closed.startswith(opened + answer)
+        turns.append((opened[len(shown) :], answer))
+        shown = opened + answer + end
         shown = shown if closed.startswith(shown) else closed
-    messages.append({"role": "user", "content": example.prompt})
-    final = _render(tokenizer, messages, opens=True)
+    final = render(tokenizer, messages, True, tools)
     if not (told_apart and final.startswith(shown)):
         return [(final, None)]
     return [*turns, (final[len(shown) :], None)]
@@ -101,9 +120,9 @@ def _probed(tokenizer: Any, template: str) -> ChatForm:
     end, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if tokenizer.chat_template:
         probe = [{"role": "user", "content": "x"}]
-        opened = _render(tokenizer, probe, opens=True)
-        asked = _render(tokenizer, probe, opens=False)
-        closed = _render(tokenizer, [*probe, {"role": "assistant", "content": "x"}], opens=False)
+        opened = render(tokenizer, probe, opens=True)
+        asked = render(tokenizer, probe, opens=False)
+        closed = render(tokenizer, [*probe, {"role": "assistant", "content": "x"}], opens=False)
         mark = opened[len(asked) :] if opened.startswith(asked) else ""
         if closed.startswith(opened + "x"):
             special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -123,9 +142,21 @@ def _probed(tokenizer: Any, template: str) -> ChatForm:
     return ChatForm(end, bos, "" if tokenizer.chat_template else " ", mark_length)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], opens: bool) -> str:
+def render(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    opens: bool,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """What the chat template writes; opens: with the mark behind which the answer comes.
+
+    Raises:
+        DataError: it refuses the conversation.
+    """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=opens
+        )
     except (
         Exception
     ) as error:  # a template is a program of the base's makers and may raise anything

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +17,17 @@ from bem.control.chunks import chunk_starts
 from bem.routing.modes import mode
 from bem.routing.mounted import Mounted
 from bem.training.data import IGNORED, Encoded, collate
+from bem.training.hidden import LowerBlocks
 from bem.training.losses import answer_columns, answer_logits, answer_targets, token_nll
 
 Floats = NDArray[np.float32]
+KEPT = 1 << 30
+"""Bytes of hidden states that are kept from one pass to the next; batches beyond are read from the first block on."""
 
 
 class LossReader:
-    """Reads the same conversations again and again, under one route after the other."""
+    """Reads the same conversations again and again, under one route after the other: the blocks below the
+    experts once."""
 
     def __init__(
         self,
@@ -34,6 +40,10 @@ class LossReader:
         """size: rows read at once; on_pass: called after every pass over all rows."""
         self.mounted, self.on_pass = mounted, on_pass
         self.device = mounted.base.device
+        layer = mounted.router_config.router_layer
+        assert layer is not None  # `mount` has filled it in
+        self._lower, self._room = LowerBlocks(mounted.base, layer), KEPT
+        self._known: dict[int, Any] = {}
         self.batches: list[tuple[list[int], dict[str, Tensor], Tensor]] = []
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         plain = [replace(row, route=[]) for row in rows]
@@ -74,9 +84,21 @@ class LossReader:
                 others = options.new_tensor(rest).expand(*options.shape, 3)
                 route = torch.cat([options[..., None], others], -1)
                 route = torch.where(options[..., None] < 0, -1, route)
-                losses[chosen] = self._read(batch, number, route)
+                with self._lower_known(chosen[0]):
+                    losses[chosen] = self._read(batch, number, route)
         self.on_pass()
         return losses.astype(np.float32)
+
+    @contextmanager
+    def _lower_known(self, batch: int) -> Iterator[None]:
+        """One pass over a batch, named by its first row, inside."""
+        known = self._known.get(batch)
+        with self._lower.giving(known) as given:
+            yield
+        if known is None and given:
+            states = given[0][0] if isinstance(given[0], tuple) else given[0]
+            if states.nbytes <= self._room:
+                self._known[batch], self._room = given[0], self._room - states.nbytes
 
     def _read(self, batch: dict[str, Tensor], number: Tensor, route: Tensor) -> NDArray[np.float64]:
         inputs = {k: v.to(self.device) for k, v in {**batch, "route": route}.items()}

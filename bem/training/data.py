@@ -34,6 +34,7 @@ __all__ = [
     "end_of_turn",
     "examples_from_rows",
     "load_hf",
+    "prompt_of",
     "read_jsonl",
 ]
 
@@ -92,7 +93,7 @@ def encode(
             raise DataError(
                 f"max_length {max_length} is less than the {form.mark_length} tokens that open an answer."
             )
-        draft = _draft(example, tokenizer, form, train_history)
+        draft = _draft(turns_of(example, tokenizer), tokenizer, form, train_history)
         options = _options(example, len(draft.answers) + 1)
         prompt_length = len(draft.ids)
         if with_answer:
@@ -126,10 +127,26 @@ class _Draft:
         self.add(tokens, labelled)
 
 
-def _draft(example: Example, tokenizer: Any, form: ChatForm, train_history: bool) -> _Draft:
+def prompt_of(
+    turns: Sequence[tuple[str, str | None]], tokenizer: Any
+) -> tuple[list[int], list[int]]:
+    """(token ids, positions that predict the first tokens of its answers) of a conversation, as `encode` writes it.
+
+    Args:
+        turns: see `turns_of_messages`.
+    Raises:
+        DataError: the tokenizer cannot write it.
+    """
+    draft = _draft(turns, tokenizer, chat_form(tokenizer), train_history=False)
+    return draft.ids, [max(0, first - 1) for first in draft.answers]
+
+
+def _draft(
+    turns: Sequence[tuple[str, str | None]], tokenizer: Any, form: ChatForm, train_history: bool
+) -> _Draft:
     """The prompt, earlier turns included."""
     draft = _Draft()
-    for text, answer in turns_of(example, tokenizer):
+    for text, answer in turns:
         tokens = token_ids(tokenizer, text)
         if not draft.ids and form.bos is not None and tokens[:1] != [form.bos]:
             tokens = [form.bos, *tokens]

@@ -67,3 +67,48 @@ def _without_blocks_above(base: Any, layer: int) -> Iterator[None]:
         yield
     finally:
         blocks.extend(above)
+
+
+class LowerBlocks:
+    """The blocks below one layer, for forward passes over the same tokens again and again: no adapter acts there
+    (what is adapted lies above what the router reads), so they are read once."""
+
+    def __init__(self, base: Any, layer: int):
+        """layer: the lowest that may be adapted."""
+        self.blocks = [base.get_submodule(path) for path in find_sites(base).blocks[:layer]]
+
+    @contextmanager
+    def giving(self, known: Any) -> Iterator[list[Any]]:
+        """Forward passes inside.
+
+        Args:
+            known: what the uppermost of them gave to these tokens, as a pass noted it; None: nothing is known, and
+                the next pass computes them.
+        Yields:
+            what it gives, pass by pass.
+        """
+        given: list[Any] = []
+        computes = self.blocks[-1].forward if self.blocks else None
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            assert computes is not None
+            given.append(_copied(computes(*args, **kwargs)))  # who reads it may write to it
+            return _copied(given[-1])
+
+        # without a hook: those of others see what a block gives, known or not
+        changed = self.blocks[-1:] if known is None else self.blocks
+        before = [block.__dict__.get("forward") for block in changed]
+        for block in changed:
+            block.forward = noted if known is None else lambda *_, **__: _copied(known)
+        try:
+            yield given
+        finally:
+            for block, own in zip(changed, before, strict=True):
+                del block.forward
+                if own is not None:  # of a library that had put it there (accelerate)
+                    block.forward = own
+
+
+def _copied(out: Any) -> Any:
+    """A block's hidden states, with whatever else it gives."""
+    return (out[0].clone(), *out[1:]) if isinstance(out, tuple) else out.clone()

@@ -14,12 +14,14 @@ The trainee has four numbers instead of a model (`tests/online/toys.py`): what i
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import random
 import signal
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,8 +39,9 @@ from bem.runs.upkeep import check  # noqa: E402
 from bem.training.state import read_state  # noqa: E402
 from tests.online.toys import CONFIG, SKILLS, Toy  # noqa: E402
 
-CHANGES_EVERY = 250
-"""Events after which other answers are right: so that something is promoted, watched and rolled back."""
+DAY, MORNING = 400, 250
+"""Other answers are right after the morning, and the first ones again the next day: so that something is promoted,
+and rolled back when the world turns back while it is watched."""
 
 
 def work(folder: Path, total: int, pipe: int) -> None:
@@ -47,7 +50,7 @@ def work(folder: Path, total: int, pipe: int) -> None:
     with opened(folder) as loop:
         while log.last() < total:
             for i in range(log.last(), min(log.last() + 8, total)):
-                right = 1.0 + (i // CHANGES_EVERY) % 2
+                right = 1.0 + (i % DAY >= MORNING)
                 user, skill = f"u{i * 7 % 60}", i * 13 % SKILLS
                 log.record(Served(f"r{i}", "", f"skill {skill}", "0", user))
                 said = Feedback(f"e{i}", f"r{i}", "correction", user, text=f"{skill} {right}")
@@ -78,6 +81,20 @@ def killed(folder: Path, total: int, after_s: float) -> tuple[bool, int]:
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
         raise SystemExit(f"the worker failed with {os.WEXITSTATUS(status)}")
     return os.WIFEXITED(status), acknowledged[-1] if acknowledged else 0
+
+
+def stage(folder: Path) -> str:
+    """What the learner was about when it was killed."""
+    desk = Desk(folder / "online")
+    snapshots = sorted(desk.snapshots.glob("[0-9]*.pt"))
+    if not snapshots:
+        return "before its first snapshot"
+    plain = json.loads(read_state(snapshots[-1], "cpu", "snapshot")["plain"])
+    if plain["pending"]:
+        return f"within a move ({plain['pending']['move']})"
+    if desk.journal_size() > plain["journal"]:
+        return "behind a snapshot, with decisions noted that it does not hold"
+    return "watching" if plain["watching"] else "in a trial" if plain["trial"] else "learning"
 
 
 def examine(folder: Path, acknowledged: int, seen: int) -> list[str]:
@@ -128,6 +145,7 @@ def main() -> None:
 def run(top: Path, options: argparse.Namespace, rng: random.Random) -> str:
     """The page."""
     folder, wrong, acknowledged, kills = top / "killed", [], 0, 0
+    stages: Counter[str] = Counter()
     folder.mkdir()
     while kills < options.kills:
         finished, last = killed(folder, options.events, rng.uniform(0.001, options.longest))
@@ -136,6 +154,8 @@ def run(top: Path, options: argparse.Namespace, rng: random.Random) -> str:
         if finished:
             break
         kills += 1
+        stages[stage(folder)] += 1
+        stages["with new events acknowledged since the kill before"] += acknowledged > seen
     log = FeedbackLog(folder / "feedback.db")
     total = log.last()
     log.close()
@@ -151,6 +171,7 @@ def run(top: Path, options: argparse.Namespace, rng: random.Random) -> str:
         "# Kills of an online learner\n\n"
         f"`python benchmarks/faults/online_kills.py --kills {options.kills}` on {platform.machine()}: {kills} kills at "
         f"random instants, 0.001 to {options.longest:g} CPU seconds after each start.\n\n"
+        f"- Killed: {', '.join(f'{what} {n}' for what, n in sorted(stages.items()))}.\n"
         f"- {total} events in the log; acknowledged and lost, holes, torn snapshots, damaged files of the store: "
         f"{len(wrong)}{': ' + '; '.join(wrong[:5]) if wrong else ''}.\n"
         f"- Moves of the store meanwhile: {moves.count('promote')} promotions, {moves.count('rollback')} rollbacks.\n"

@@ -1,6 +1,8 @@
 """`bem online`: the loop on a recorded stream, and what it says of itself."""
 
+import io
 import json
+import sys
 
 import pytest
 
@@ -67,3 +69,11 @@ def test_mistakes_are_one_message(replayed, tmp_path, capsys):
     assert code == 3 and "is no learner's folder" in out
     code, out = bem_command(capsys, "online", "why", "beef", "--folder", replayed[0] / "online")
     assert code == 3 and "nothing is noted of 'beef'" in out
+
+
+def test_a_server_that_could_never_learn_does_not_start(capsys, monkeypatch):
+    code, out = bem_command(capsys, "serve", "--learn", "--port", "0")
+    assert code == 3 and "give keys" in " ".join(out.split())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"learn!\n")))
+    code, out = bem_command(capsys, "online", "learn")
+    assert code == 3 and "bem serve --learn" in " ".join(out.split())

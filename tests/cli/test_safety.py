@@ -8,6 +8,8 @@ import torch
 import bem
 from bem.bases.load import load_base
 from bem.cli import main
+from bem.safety.audit import AuditLog
+from bem.safety.guard import Met, Ruling
 from tests.safety.test_fit import BLUE, RED
 
 
@@ -30,6 +32,19 @@ def test_a_question_without_a_subject_is_one_message(capsys):
     assert code == 3 and "give a text, or --basis" in out
     code, out = run(capsys, "report", "/nowhere")
     assert code == 3
+
+
+def test_an_audit_log_is_counted(capsys, tmp_path):
+    ruling = Ruling("refuse", "", (Met("harm", "refuse", 0.9, ""),))
+    for place in ("prompts", "prompts", "answers"):
+        AuditLog(tmp_path / "audit.jsonl").note("id", "-", place, "a text", ruling)
+    code, out = run(capsys, "report", "--audit", tmp_path / "audit.jsonl")
+    rows = [line.split() for line in out.splitlines() if "refuse" in line]
+    assert code == 0 and [[w for w in row if w.isalnum()] for row in rows] == [
+        ["answers", "harm", "refuse", "1"],
+        ["prompts", "harm", "refuse", "2"],
+    ]
+    assert run(capsys, "report", "--audit", tmp_path / "none")[0] == 3
 
 
 def test_from_prompts_to_a_checked_adapter(capsys, micro_base, tmp_path):

@@ -1,5 +1,6 @@
 """Versions side by side in one pass act as they do alone."""
 
+import pytest
 import torch
 
 from bem.adapters.checks_models import tiny_model
@@ -20,23 +21,25 @@ def other_router(subject):
     return shadow
 
 
-def test_rows_under_three_versions_share_every_pass_and_keep_their_own_tokens(tokenizer):
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 0, 1, 2), (0, 0, 1, 1, 1, 2)])
+def test_rows_under_three_versions_share_every_pass_and_keep_their_own_tokens(numbers, tokenizer):
+    """Whether the rows of a version stand side by side or not."""
     subject = adapted("router")
     releases = [subject.shadow(), changed_expert(subject, "c"), other_router(subject)]
     asked = prompts(20, 33, 9, 14, 27, 12)
-    wanted = [plain(releases[i % 3], ids, 30) for i, ids in enumerate(asked)]
+    wanted = [plain(releases[numbers[i]], ids, 30) for i, ids in enumerate(asked)]
     assert wanted != [plain(releases[0], ids, 30) for ids in asked]
     engine = engine_of(subject, tokenizer, slots=6, prefill_tokens=200)
-    numbers = []
+    asks = []
     for i, ids in enumerate(asked):
-        subject.adopt(releases[i % 3])
-        numbers.append(engine.submit(Request(ids, max_new_tokens=30, ignore_eos=True)))
+        subject.adopt(releases[numbers[i]])
+        asks.append(engine.submit(Request(ids, max_new_tokens=30, ignore_eos=True)))
         engine.step()
     assert engine.step().passes == 1
     results = {}
     while engine.busy:
         results |= {r.id: r for r in engine.step().finished}
-    assert [list(results[n].token_ids) for n in numbers] == wanted
+    assert [list(results[n].token_ids) for n in asks] == wanted
 
 
 def test_only_states_of_one_form_are_mixed_and_a_pack_alone_stays_itself():

@@ -211,3 +211,13 @@ def test_evidence_that_cannot_be_used_is_refused_before_it_waits(subject, tokeni
 def test_requests_that_make_no_sense_are_refused(values, message):
     with pytest.raises(EngineError, match=message):
         Request([3], **values)
+
+
+def test_generate_that_ends_in_an_error_leaves_nothing_behind(subject, tokenizer):
+    engine = Engine(subject, tokenizer, slots=1)
+    other = engine.submit(asked(prompts(9)[0]))
+    with pytest.raises(EngineError, match="the prompt has no token"):
+        engine.generate([asked(ids) for ids in prompts(5, 7)] + [asked([])])
+    assert [s.id for s in (*engine.waiting, *engine.running)] == [other]
+    results = [r for _ in range(12) for r in engine.step().finished]
+    assert [r.id for r in results] == [other] and not engine.busy

@@ -30,8 +30,9 @@ def test_leaves_go_before_their_parents_and_the_least_recently_used_first():
     store = ChunkStore(4 * ONE)
     chain(store, "a", "b", "c")
     store.put(block("x"))
-    store.hold(["a", "b", "c"])
-    store.let_go(["a", "b", "c"])  # used after x was
+    running = [store.blocks[name] for name in "abc"]
+    store.hold(running)
+    store.let_go(running)  # used after x was
     store.put(block("y"))
     assert list(store.blocks) == ["c", "b", "a", "y"]  # x went
     store.put(block("z"))
@@ -46,16 +47,17 @@ def test_leaves_go_before_their_parents_and_the_least_recently_used_first():
 def test_what_runs_or_is_pinned_stays_and_a_block_that_finds_no_room_is_refused():
     store = ChunkStore(2 * ONE)
     chain(store, "a", "b")
-    store.hold(["a"])
+    running = [store.blocks["a"]]
+    store.hold(running)
     store.pin(["b"])
     assert not store.put(block("c"))
     store.read("text")
-    store.refused("decision")
+    store.refused("decision", "no room")
     assert store.why_missing(None, "decision", "text") == "no room"
     assert store.why_missing(None, "another", "text") == "changed"
     store.pin(["b"], pinned=False)
     assert store.put(block("c")) and list(store.blocks) == ["a", "c"]
-    store.let_go(["a"])
+    store.let_go(running)
     assert not store.put(Block("d", "root", (1,), [], None, "v", frozenset(), 3 * ONE))
     with pytest.raises(EngineError, match="no block"):
         store.pin(["b"])
@@ -95,3 +97,18 @@ def test_purging_takes_what_was_computed_under_a_digest_and_all_behind_it():
 def test_a_negative_budget_is_refused():
     with pytest.raises(EngineError, match="at least 0 bytes"):
         ChunkStore(-1)
+
+
+def test_who_runs_on_a_purged_block_gives_back_that_one_and_not_the_one_computed_since():
+    store = ChunkStore(ONE)
+    store.put(block("a"))
+    first = [store.blocks["a"]]
+    store.hold(first)
+    store.purge("v")
+    store.put(block("a"))
+    second = [store.blocks["a"]]
+    store.hold(second)
+    store.let_go(first)
+    assert not store.put(block("b")), "the second one still runs"
+    store.let_go(second)
+    assert store.put(block("b"))

@@ -47,6 +47,20 @@ def test_one_metric_that_is_worse_rolls_back():
     assert status.decision == "ROLLBACK" and status.reason.startswith("format")
 
 
+def test_an_example_of_one_metric_is_evidence_on_that_one_alone():
+    canary = Canary({"em": Margins(0.1, 0.1), "format": Margins(0.1, 0.1)})
+    for _ in range(60):  # (1 + .9 .1 / .9)^60 = 304; the mean with seven smaller bets is above 20
+        canary.paired({"em": 0.5}, {"em": 0.5}, only=("em",))
+    assert canary.shown("em") and not canary.shown("format")
+    assert (canary.bets_on("em"), canary.bets_on("format")) == (60, 0)
+    assert canary.status().decision == "HOLD" and "format" in canary.reason
+    for _ in range(60):
+        canary.paired({"format": 0.5}, {"format": 0.5}, only=("format",))
+    assert canary.decision == "PROMOTE"
+    lacking = Canary({"em": Margins(), "format": Margins()})
+    assert lacking.paired({"em": 0.5}, {}, only=("em",)).decision == "ROLLBACK"
+
+
 def failing():
     raise RuntimeError("out of memory")
 

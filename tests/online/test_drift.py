@@ -88,6 +88,24 @@ def test_killed_and_restarted_it_gives_the_same_alarm_at_the_same_event(killed):
     assert second.alarm == whole.alarm and second.to_json() == whole.to_json()
 
 
+def test_a_fall_in_the_peak_of_a_known_rhythm_is_found_and_its_trough_is_none():
+    """Half a standard deviation up and down within 1,000 scores; the fall is as deep and comes at the peak."""
+    rng, t = np.random.default_rng(0), np.arange(12_000)
+    x = 0.7 + 0.05 * np.sin(2 * np.pi * t / 1000) + rng.normal(0, 0.1, len(t))
+    known, unknown = DriftDetector(period=1000), DriftDetector()
+    assert set(known.update_many(x)[1000:]) <= {DriftStatus.STABLE, DriftStatus.WARNING}
+    x[9100:] -= 0.05
+    known.reset()
+    statuses, _ = known.update_many(x), unknown.update_many(x)
+    assert known.alarm is not None and 9100 < known.alarm.event <= 9400
+    assert unknown.alarm is None or unknown.alarm.event > known.alarm.event
+    again, pieces = DriftDetector(period=1000), []
+    for at in range(0, len(x), 777):
+        pieces += again.update_many(x[at : at + 777])
+        again = DriftDetector.from_json(again.to_json())
+    assert pieces == statuses and again.alarm == known.alarm
+
+
 def test_the_alarm_names_the_slice_that_fell():
     rng = np.random.default_rng(0)
     names = [["code", "qa", "style"][i] for i in rng.integers(0, 3, 4000)]
@@ -172,7 +190,15 @@ def test_what_is_no_score_is_refused_and_not_taken_in(wrong):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"window_size": 50}, {"sensitivity": 0.0}, {"sensitivity": 2.0}, {"bounds": (1.0, 0.0)}],
+    [
+        {"window_size": 50},
+        {"sensitivity": 0.0},
+        {"sensitivity": 2.0},
+        {"bounds": (1.0, 0.0)},
+        {"period": 1001},
+        {"period": 39},
+        {"period": float("nan")},
+    ],
 )
 def test_settings_that_cannot_be_honoured_are_errors(settings):
     with pytest.raises(ValueError, match=r"got"):

@@ -63,6 +63,20 @@ def test_a_rhythm_is_found_with_its_amplitude():
     assert learn(x, 2e6, None).rhythm == pytest.approx(0.5 / x.std(), abs=0.08)
 
 
+def test_a_season_of_known_period_is_learned_and_leaves_the_noise():
+    """Level .7, cosine .03 and sine .04: an amplitude of .05, half a standard deviation of the noise."""
+    rng, t = np.random.default_rng(0), np.arange(2000)
+    season = 0.03 * np.cos(2 * np.pi * t / 900) + 0.04 * np.sin(2 * np.pi * t / 900)
+    x = 0.7 + season + rng.normal(0, 0.1, 2000)
+    r = learn(x, 2e6, None, period=900)
+    assert r.mean == pytest.approx(0.7, abs=0.008)
+    assert r.season == pytest.approx((0.03, 0.04), abs=0.01)
+    assert r.expected(t) == pytest.approx(season, abs=0.02)
+    unknown = learn(x, 2e6, None)
+    assert r.rhythm == pytest.approx(0.05 / x.std(), abs=0.1)
+    assert r.slack * r.block_sd < unknown.slack * unknown.block_sd - 0.02
+
+
 def test_a_constant_reference_still_has_a_noise():
     assert learn(np.full(1000, 0.7), 2e6, None).sd == 1e-9
     assert learn(np.ones(1000), 2e6, (0.0, 1.0)).sd == pytest.approx(1 / math.sqrt(1000))

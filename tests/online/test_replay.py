@@ -96,6 +96,20 @@ def test_a_batch_gives_no_source_more_than_its_share():
     assert chances[:12].sum() == pytest.approx(0.15) and chances[12] == pytest.approx(0.85)
 
 
+def test_reservoir_and_trusted_stratum_are_drawn_from_apart():
+    replay = filled(n=40)  # one item of each of 40 sources
+    replay.trust(item("t", "curated"))
+    assert {i.source for i in replay.draw_trusted(5)} == {"curated"}
+    drawn = replay.draw_offered(2000)
+    assert replay.is_fair and len({i.id for i in drawn}) == 40
+    few = Replay(100)
+    for i in range(19):  # of 5 % each: 95 %
+        few.offer(item(i, f"u{i}"))
+    assert not few.is_fair and few.draw_offered(4) == [] and few.draw_trusted(4) == []
+    few.offer(item(19, "u19"))
+    assert few.is_fair and len(few.draw_offered(4)) == 4
+
+
 def test_too_few_sources_without_a_trusted_item_are_an_error():
     replay = Replay(100)
     replay.offer(item(1))

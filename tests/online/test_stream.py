@@ -86,3 +86,9 @@ def test_an_id_that_stands_twice_and_an_empty_file_are_refused(tmp_path):
         read_stream(write(tmp_path, row, row))
     with pytest.raises(DataError, match="holds no stream"):
         read_stream(write(tmp_path))
+
+
+@pytest.mark.parametrize("prompt", [[3, 4], {"messages": [], "tools": []}])
+def test_what_no_row_can_hold_is_passed_over(prompt):
+    event = Event(1, Feedback("e", "r1", "score", "u1", score=1.0), served(prompt=prompt))
+    assert turn_of(event) is None

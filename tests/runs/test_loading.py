@@ -6,7 +6,7 @@ import torch
 import bem
 from bem.errors import BaseMismatch
 from bem.routing.mount import blank_expert, mount
-from bem.runs.loading import attach_release, load_current
+from bem.runs.loading import attach_release, base_of, load_current
 from bem.runs.release import read_content
 from bem.runs.store import Store
 from tests.conftest import make_llama
@@ -90,3 +90,19 @@ def test_while_nothing_is_promoted_or_after_a_rollback_to_it_the_bare_base_is_ta
     store.rollback(reason="x")
     attached, taken = load_current(store, make_llama())
     assert attached is None and taken.why == "entry 3 put it into use"
+
+
+def test_the_base_is_that_of_what_is_in_use_or_of_what_was_put_in_last(store, tmp_path):
+    bases = {"first": "somewhere/small", "second": "somewhere/large", "nameless": ""}
+    contents = {}
+    for name, base in bases.items():
+        attached = trained("v1" if name == "second" else "s0")
+        attached.base.name_or_path = base
+        contents[name] = read_content(attached.save(tmp_path / name))
+    store.add(contents["nameless"], "nameless")
+    assert base_of(store) is None
+    store.add(contents["first"], "first")
+    assert base_of(store) == ("somewhere/small", "float32")
+    store.promote(contents["second"], make_grounds(tmp_path))
+    store.add(contents["first"], "again")
+    assert base_of(store) == ("somewhere/large", "float32")

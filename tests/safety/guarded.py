@@ -10,13 +10,13 @@ from tests.conftest import make_llama
 VARIANTS = ("s0", "pt1", "v1", "v2", "v3", "v4")
 
 
-def make_basis(model, blocks=(1, 2), s=3, d=32) -> SafetyBasis:
+def make_basis(model, blocks=(1, 2), s=3, d=32, high=2.0) -> SafetyBasis:
     generator = torch.Generator().manual_seed(5)
     layers = []
     for block in blocks:
         drawn = torch.randn(d, s, generator=generator)
         layers.append(
-            ProtectedLayer(block, torch.linalg.qr(drawn).Q, torch.zeros(s), torch.full((s,), 2.0))
+            ProtectedLayer(block, torch.linalg.qr(drawn).Q, torch.zeros(s), torch.full((s,), high))
         )
     return SafetyBasis(base_digest(model), tuple(layers), {"tried": []})
 

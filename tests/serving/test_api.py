@@ -90,6 +90,20 @@ def test_a_route_in_the_body_is_a_name_said_otherwise(api):
     assert named.choices[0].text == routed.choices[0].text
 
 
+def test_a_strength_scales_what_the_experts_do_and_is_said(server, api):
+    found = {}
+    for strength in (0.0, 1.0, 4.0):
+        answer = complete(
+            api, model="bem:a", seed=3, extra_body={"bem": {"strength": strength}}, max_tokens=24
+        )
+        assert {a["strength"] for a in answer.choices[0].bem["actions"]} == {strength}
+        found[strength] = answer.choices[0].text
+        fields = {"route": "a", "strength": strength}
+        assert found[strength] == replayed(server, answer.bem["version"], PROMPT, 24, 3, **fields)
+    assert len(set(found.values())) > 1
+    assert found[0.0] == complete(api, model="bem:base", seed=3, max_tokens=24).choices[0].text
+
+
 def test_the_version_of_an_answer_can_be_asked_for_again(api):
     first = complete(api, seed=5)
     again = complete(api, model=f"bem@{first.bem['version']}", seed=5)
@@ -221,9 +235,19 @@ REFUSED = [
     ({"stop": [""]}, openai.BadRequestError, "stop.0"),
     ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "colour"),
     ({"extra_body": {"bem": {"route": "nobody"}}}, openai.BadRequestError, None),
-    ({"extra_body": {"bem": {"strength": 2.0}}}, openai.BadRequestError, "bem.strength"),
+    ({"extra_body": {"bem": {"strength": 5.0}}}, openai.BadRequestError, "bem.strength"),
+    (
+        {"model": "bem:base", "extra_body": {"bem": {"strength": 0.5}}},
+        openai.BadRequestError,
+        "bem.strength",
+    ),
     ({"extra_body": {"bem": {"retrieve": True}}}, openai.BadRequestError, "bem.retrieve"),
     ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options"),
+    (
+        {"extra_body": {"structured_outputs": {"json": 3}}},
+        openai.BadRequestError,
+        "structured_outputs.json",
+    ),
 ]
 
 

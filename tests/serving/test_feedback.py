@@ -1,5 +1,7 @@
 """What is said of an answer is kept once, on disk, by who got the answer, and names what acted."""
 
+import signal
+
 import openai
 import pytest
 
@@ -7,6 +9,7 @@ from bem.errors import Refused
 from bem.online.feedback import FeedbackLog
 from bem.serving.client import Client
 from bem.serving.keys import add_key
+from tests.online import postgres
 from tests.serving.running import client, served
 from tests.serving.test_api import PROMPT, chat, complete
 
@@ -95,3 +98,21 @@ def test_a_server_that_keeps_none_says_so():
             said(server, None, request="x", kind="score", score=1.0)
         with pytest.raises(openai.APIStatusError):
             client(server).post("/feedback", body={}, cast_to=object)
+
+
+def test_feedback_on_postgresql_is_not_acknowledged_while_the_database_is_away():
+    with postgres.running() as database, served(feedback=database.url) as server:
+        answer = complete(client(server), max_tokens=2)
+        fields = {"request": answer.id, "kind": "score", "score": 1.0}
+        database.end(signal.SIGKILL)
+        with pytest.raises(Refused) as refused:
+            said(server, None, **fields)
+        assert (refused.value.status, refused.value.code) == (503, "not_kept")
+        with pytest.raises(openai.InternalServerError) as not_kept:  # nor is an answer given
+            complete(client(server), max_tokens=2)
+        assert not_kept.value.status_code == 503
+        database.start()
+        assert said(server, None, **fields)["new"]
+        assert not said(server, None, **fields)["new"]
+        (event,) = FeedbackLog(database.url).read()
+        assert event.request.id == answer.id

@@ -1,8 +1,10 @@
 """A chunk's losses equal losses that are computed one by one."""
 
+import numpy as np
 import pytest
 import torch
 
+import bem.training.chunk_losses as module
 from bem.config import CloningConfig
 from bem.training.chunk_losses import chunk_numbers
 from bem.training.data import Example, collate, encode
@@ -60,3 +62,14 @@ def test_dropout_of_a_model_that_was_left_in_training_mode_has_no_part_in_them(t
     model.model.train()
     again = trace(model, rows, 0, CloningConfig(switch_cost=0.1))
     assert (again.experts == traces.experts).all() and model.model.training
+
+
+def test_they_are_the_same_to_the_bit_where_the_blocks_below_the_experts_are_read_each_time(
+    traced, monkeypatch
+):
+    model, rows, traces = traced
+    assert model.router_config.router_layer == 1, "there are blocks below"
+    monkeypatch.setattr(module, "KEPT", 0)
+    again = trace(model, rows, 0, CloningConfig(switch_cost=0.1))
+    for name, value in vars(traces).items():
+        np.testing.assert_array_equal(value, getattr(again, name), err_msg=name)

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bem.training.data import Example, encode
-from bem.training.hidden import hidden_states
+from bem.training.hidden import LowerBlocks, hidden_states
 from tests.conftest import make_llama, make_tokenizer
 from tests.routing.mounted import mounted
 
@@ -62,3 +62,24 @@ def test_the_model_is_whole_after_an_error_too():
         list(hidden_states(model, too_long, 1, 0))
     assert len(model.model.layers) == 4
     assert not model.model.layers[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_lower_blocks_are_computed_once_and_give_the_same_logits_to_the_bit(make, layer):
+    model, ids, computed = make(), torch.tensor([rows()[2].input_ids]), []
+    lower = LowerBlocks(model, layer)
+    for block in lower.blocks:
+        inside = next(block.children())
+        inside.register_forward_hook(lambda *_: computed.append(1))
+    with torch.no_grad():
+        with lower.giving(None) as given:
+            first = model(ids).logits
+        with lower.giving(given[0] if layer else None):
+            second = model(ids).logits
+    assert torch.equal(first, second) and len(given) == (layer > 0) and len(computed) == layer
+    with pytest.raises(ZeroDivisionError), lower.giving(given[0] if layer else None):
+        raise ZeroDivisionError
+    with torch.no_grad():
+        model(ids)
+    assert len(computed) == 2 * layer, "the model is whole again"

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from bem.adapters.attached import Attached
 from bem.experiments.measuring.cache_use import CacheUse, cache_use, counted
-from bem.training.answers import greedy_answers
+from bem.training.answers import Decoded, greedy_decoded
 from bem.training.data import Encoded
-from bem.training.row_losses import answer_losses
+from bem.training.row_losses import answer_losses, losses_behind
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,16 @@ def give(
     """
     started = time.perf_counter()
     prompts = [prompt for prompt, _ in batch]
-    generated, uses = _generate(attached.model, tokenizer, prompts, max_new_tokens)
-    losses, gates = answer_losses(attached, [whole for _, whole in batch], pad_id)
+    wholes = [whole for _, whole in batch]
+    decoded, uses = _generate(attached.model, tokenizer, prompts, max_new_tokens)
+    found = None
+    if isinstance(attached, Attached):  # what others compute may depend on how a text is cut
+        found = losses_behind(attached, decoded, prompts, wholes, pad_id)
+    losses, gates = found or answer_losses(attached, wholes, pad_id)
     seconds = (time.perf_counter() - started) / len(batch)
     return [
         Given(ids, loss, gate, use, seconds)
-        for ids, loss, gate, use in zip(generated, losses, gates, uses, strict=True)
+        for ids, loss, gate, use in zip(decoded.answers, losses, gates, uses, strict=True)
     ]
 
 
@@ -69,12 +74,12 @@ def batch_order(prompts: Sequence[Encoded], wholes: Sequence[Encoded]) -> list[i
 @torch.inference_mode()
 def _generate(
     model: Any, tokenizer: Any, prompts: list[Encoded], max_new_tokens: int
-) -> tuple[list[list[int]], list[CacheUse]]:
-    """Greedy answers without what follows their end, and the cache use of each row."""
+) -> tuple[Decoded, list[CacheUse]]:
+    """Greedy answers, and the cache use of each row."""
     with counted(model) as calls:
-        answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
+        decoded = greedy_decoded(model, tokenizer, prompts, max_new_tokens)
     lengths = [len(prompt) for prompt in prompts]
-    return answers, [
+    return decoded, [
         cache_use(calls, length, len(answer))
-        for length, answer in zip(lengths, answers, strict=True)
+        for length, answer in zip(lengths, decoded.answers, strict=True)
     ]

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from bem.experiments.routing.stages import RoutingArtifacts
-from bem.routing.explain import Explained, explain
+from bem.routing.explain import Explained, explained
+from bem.routing.modes import mode
 from bem.routing.mounted import Mounted
 from bem.tasks.conversations import skill_of
-from bem.training.data import Example
+from bem.training.data import Example, collate
+from bem.training.decisions import READ
+from bem.training.hidden import run_up_to
 
 SHOWN = 4
 """Conversations that the report shows chunk by chunk; the longest plans first."""
@@ -59,7 +62,7 @@ def conversations_of(
         skill; `shown`: a few conversations chunk by chunk.
     """
     chosen = np.random.default_rng(0).permutation(len(artifacts.held_out))[:rows]
-    read = [_read(mounted, artifacts, artifacts.held_out[int(i)]) for i in chosen]
+    read = _read(mounted, artifacts, [artifacts.held_out[int(i)] for i in chosen])
     skills, owner = list(artifacts.skills.owner), artifacts.skills.owner
     options = ["base", *artifacts.skills.experts]
     use = _use(read, skills, options)
@@ -81,12 +84,27 @@ def conversations_of(
     }
 
 
-def _read(mounted: Mounted, artifacts: RoutingArtifacts, row: Example) -> Transcript:
-    encoded = artifacts.encoded(row)
-    chunks = explain(mounted, encoded.input_ids, encoded.turn_starts)
-    decode = artifacts.inputs.tokenizer.decode
-    texts = [decode(encoded.input_ids[chunk.start : chunk.stop]) for chunk in chunks]
-    return Transcript(row, chunks, texts)
+def _read(
+    mounted: Mounted, artifacts: RoutingArtifacts, rows: Sequence[Example]
+) -> list[Transcript]:
+    """In batches, and no further up than the router reads."""
+    layer = mounted.router_config.router_layer
+    assert layer is not None  # `mount` has filled it in
+    encoded = [artifacts.encoded(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]))
+    size, decode = artifacts.config.eval_batch_size, artifacts.inputs.tokenizer.decode
+    read: dict[int, Transcript] = {}
+    for at in range(0, len(rows), size):
+        some = order[at : at + size]
+        batch = collate([encoded[i] for i in some], artifacts.inputs.pad_id)
+        batch.pop("route", None)
+        with mode(mounted.model, training=False), mounted.router.watched() as tape:
+            run_up_to(mounted.model, mounted.base, layer, batch, READ)
+        for row, i in enumerate(some):
+            chunks = explained(mounted, tape, row, encoded[i].turn_starts)
+            texts = [decode(encoded[i].input_ids[chunk.start : chunk.stop]) for chunk in chunks]
+            read[i] = Transcript(rows[i], chunks, texts)
+    return [read[i] for i in range(len(rows))]
 
 
 def _use(read: Sequence[Transcript], skills: Sequence[str], options: Sequence[str]) -> np.ndarray:
