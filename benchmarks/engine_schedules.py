@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from bem.files import write_text  # noqa: E402
 from tests.engine.schedules import Played, played  # noqa: E402
 
-SAVED_EVERY = 50
+SAVED_EVERY = 10
 NOTHING: dict[str, Any] = {"next": 0, "seconds": 0.0, "counts": {}, "failed": []}
 
 

@@ -148,6 +148,9 @@ def main() -> None:
         "",
         *quality(heads, hidden, targets),
         "",
+        "Four bits move the distribution. A Q4_1 file holds its head in Q8_0 blocks: as two halves of four bits these are computed "
+        "exactly but for the scales' rounding. The head of `dtype: int4` is in bfloat16 so far.",
+        "",
     ]
     args.out.write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))

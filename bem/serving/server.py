@@ -113,12 +113,17 @@ class Server:
         self._server.should_exit = True
 
 
+BACKLOG = 2048
+"""Connections that wait to be taken, as uvicorn has it."""
+
+
 def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen(BACKLOG)  # whoever reads the address may connect at once, and waits
     except OSError as error:
         made.close()
         raise ConfigError(

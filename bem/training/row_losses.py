@@ -94,7 +94,8 @@ def _behind(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 def _begins_with(row: Encoded, prompt: Encoded) -> bool:
     """Is the prompt read as the beginning of the row?"""
     n = row.prompt_length
-    same = row.input_ids[:n] == prompt.input_ids and row.relevance == prompt.relevance
+    told = (row.relevance, row.vision) == (prompt.relevance, prompt.vision)
+    same = told and row.input_ids[:n] == prompt.input_ids
     turns = row.turn_starts[: n - 1] == prompt.turn_starts[: n - 1]
     return n == len(prompt) and same and turns and row.route[: n - 1] == prompt.route[: n - 1]
 
