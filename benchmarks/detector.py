@@ -42,6 +42,10 @@ EARLIER = (
     "(0.842 [0.809, 0.875] and 0.550 [0.499, 0.600]); the last flagged the mere beginning of a request, so that beginnings "
     "were added. The numbers above are of the detector that ships."
 )
+BESIDE = (
+    "Beside it, a probe on hidden states of smollm2-135m ([probe.md](probe.md)): XSTest 0.799 [0.734, 0.865] by words and states "
+    "together, 0.729 by words alone."
+)
 UNSEEN = ("qa_strategy", "tool_bfcl", "qa_xquad_en", "qa_hotpot500", "gen_e2e")
 PER_SET = 60
 HOMOGLYPHS = str.maketrans("aceopxyi", "асеорхуі")
@@ -254,6 +258,7 @@ def main() -> None:
         f"Trained and calibrated as `{json.dumps(dict(detector.weights.about))}`; limits "
         + ", ".join(f"{c.name} {c.limit:.3f}" for c in detector.weights.categories) + ".\n",
         "## Ranking\n", "(alt-profanity-check was itself trained on the tweets, dev side included.)\n", *table_of_areas(s, scorers),
+        "\n" + BESIDE,
         "\n" + EARLIER,
         "\n## At its limits\n", *table_of_flags(s, detector),
         "\n## Disguises, on harmful instructions\n", *table_of_disguises(s, detector),

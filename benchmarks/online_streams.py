@@ -43,7 +43,7 @@ def by_date(data: str | None) -> list[list[Example]]:
 
 def of_functions(_: str | None) -> list[list[Example]]:
     """Tasks made from the standard library."""
-    names = ("lookup", "sig2json")
+    names = ("sig2doc", "sig2json")
     return [
         [replace(r, instruction=EMBEDDED[n].instruction, task=n) for r in embedded(n, "train")]
         for n in names
@@ -62,7 +62,9 @@ STREAMS = {
         by("domain", ["restaurant", "laptop"], "gen_rnnlg"),
     ),
     "tldr": Stream("shell commands, the older half, then the newer", "tokens", by_date),
-    "embedded": Stream("arguments of a function, then `def` line to JSON", "tokens", of_functions),
+    "embedded": Stream(
+        "docstring of a `def` line, then its arguments as JSON", "tokens", of_functions
+    ),
 }
 
 

@@ -348,7 +348,7 @@ def routing(eyes: Eyes, data: Path) -> Lines:
     rng = np.random.default_rng([SEED, 6])
     taught: list[Example] = []
     for by_picture in (True, False):
-        rows, skills = conversations(data, "train", 30, by_picture)
+        rows, skills = conversations(data, "train", 50, by_picture)
         shown = skills if by_picture else [int(s) for s in rng.integers(0, 3, len(rows))]
         taught += sighted(rows, pictures_for(shown, "shown", SEED), eyes)
     model, tokenizer = load_base("bem-tiny")
@@ -369,7 +369,7 @@ def routing(eyes: Eyes, data: Path) -> Lines:
         "|---|---|---|---|---|",
     ]
     for by_picture in (True, False):
-        rows, skills = conversations(data, "dev", 30, by_picture)
+        rows, skills = conversations(data, "dev", 40, by_picture)
         shown = skills if by_picture else [int(s) for s in rng.integers(0, 3, len(rows))]
         alone = choices(rows)
         for condition in ("none", "shown", "shuffled", "blank", "noise"):

@@ -272,7 +272,17 @@ def test_promote_is_refused_without_a_verdict_that_says_so(capsys, tmp_path):
 
 def test_doctor_tells_what_there_is(capsys):
     _, out, _ = bem_command(capsys, "doctor")
-    for what in ("python", "cpu", "threads", "torch", "gpu", "bf16", "disk", "bem-tiny"):
+    for what in (
+        "python",
+        "cpu",
+        "threads",
+        "torch",
+        "gpu",
+        "bf16",
+        "disk",
+        "bem-tiny",
+        "vision tower",
+    ):
         assert what in out
 
 

@@ -70,7 +70,7 @@ def _begin() -> tuple[AdapterTrainee, list[Turn], list[Turn]]:
     )
     marks = marks_by("tokens", tokenizer, LONGEST)
     trainee = AdapterTrainee(attach(model, "s0", rank=8), tokenizer, marks, config)
-    return trainee, _turns("sig2json", tokenizer, EVENTS), _turns("lookup", tokenizer, TRUSTED)
+    return trainee, _turns("sig2json", tokenizer, EVENTS), _turns("sig2doc", tokenizer, TRUSTED)
 
 
 def _turns(task: str, tokenizer: Any, count: int) -> list[Turn]:

@@ -29,6 +29,9 @@ SLACK = 0.6
 """k' in standard deviations of a block mean: best for falls of 1.2 of these; for .5 sd of a score, 2.2 of these, near best."""
 ALLOWANCE = 1.5
 """Standard errors by which the mean of the reference may lie too high."""
+SEASONED = 6.0
+"""Times the variance of the mean, where a season was fitted: level, cosine and sine add up to 3 at any phase, and at the
+worst of all phases, which comes again every day, to about twice that."""
 LEAST_BLOCKS = 10
 OVERSHOOT = 1.166  # Siegmund's correction for a chart that is looked at in steps
 
@@ -96,10 +99,10 @@ def learn(
         least = (bounds[1] - bounds[0]) / math.sqrt(n)
     sd = max(float(scores.std(ddof=1)), least)
     z = (scores - mean) / sd
-    season, fitted = (0.0, 0.0), 1
+    season, fitted = (0.0, 0.0), 1.0
     if period is not None:
         (level, *season), z = _without_season(z, period)
-        mean, season, fitted = mean + level * sd, (season[0] * sd, season[1] * sd), 3
+        mean, season, fitted = mean + level * sd, (season[0] * sd, season[1] * sd), SEASONED
     short = _short_memory(z)
     rhythm, noise = _without_rhythm(z, short)
     block, inflation = _blocks(noise, short)

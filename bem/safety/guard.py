@@ -117,7 +117,8 @@ class PolicyGuard:
             kappas += [step.kappa] if step.kappa is not None else []
             say = step.say or say
             hidden += finds if step.do == "redact" else []
-        action: Action = max((m.action for m in met), key=ORDER.index, default="allow")
+        actions: list[Action] = [m.action for m in met]
+        action: Action = "allow" if not actions else max(actions, key=lambda a: ORDER.index(a))
         found = sorted(set(hidden), key=lambda each: each.start)  # two steps may name one kind
         return Ruling(
             action, redact(text, found), tuple(met), max(kappas, default=None), say, tuple(found)

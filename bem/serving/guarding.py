@@ -269,7 +269,7 @@ def texts_of(asked: Asked, decode: Callable[[list[int]], str]) -> list[str]:
     if isinstance(asked, ChatRequest):
         runs = groupby(asked.messages, key=lambda m: "system" if m.role == "developer" else m.role)
         found += ["\n".join(_all_of(m) for m in run) for _, run in runs]
-        found += [json.dumps(asked.tools)] if asked.tools else []
+        found += [json.dumps(tool.model_dump(mode="json")) for tool in asked.tools or ()]
         return found
     assert isinstance(asked, CompletionRequest)
     given: Any = asked.prompt

@@ -23,7 +23,11 @@ from bem.training.data import Encoded
 from bem.training.linear import fit_linear, left_out
 from bem.training.reader_start import NEVER, Start, Turn, unit_features, write_unit
 
-ROUNDS = 3
+PENALTIES = (1e-3, 1e-2, 1e-1)
+"""On pi's weights, tried in the first round."""
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Of the text's logits, which turns that the picture decides have made timid."""
+ROUNDS = 4
 """Of expectation maximisation."""
 PENALTY = 1e-3
 """On the sum of W's squared weights, beside a mean cross-entropy; what is seen lies in [0, 1]."""
@@ -56,11 +60,12 @@ def fit_picture(
     """
     wanted = torch.stack([turn.wanted for turn in taught.turns])[:, start.options]
     features = unit_features(taught.hidden, taught.numbers, taught.turns, start.recipe)
-    has, penalty = taught.seen[:, 0] > 0, start.recipe.penalty
-    by_text = (start.logits.softmax(-1) * wanted).sum(-1)
-    pi = torch.full_like(by_text, 0.5)
+    has, penalty, scale = taught.seen[:, 0] > 0, None, 1.0
+    pi = torch.full((len(wanted),), 0.5)
     asked = torch.stack([1 - pi, pi], -1)
     for _ in range(ROUNDS):
+        scale = _scale(start.logits, wanted, asked[:, 0])
+        by_text = ((scale * start.logits).softmax(-1) * wanted).sum(-1)
         votes = _votes(taught, wanted, asked[:, 1])
         by_picture = (votes.softmax(-1) * wanted).sum(-1)
         asked = pi * by_picture / (pi * by_picture + (1 - pi) * by_text)
@@ -68,19 +73,38 @@ def fit_picture(
         asked[~has] = torch.tensor(
             [0.5, 0.5]
         )  # says nothing of whether a picture would have counted
+        penalty = penalty or _penalty(features, asked, taught.folds)
         pi = left_out(features, asked, taught.folds, penalty).softmax(-1)[:, 1].clamp(LEAST, MOST)
     sight = policy.actor.sight
     assert sight is not None
+    assert penalty is not None
     model = fit_linear(features, asked, 2, penalty)
     write_unit(
         policy.reader, sight.asked, taught.hidden, taught.numbers, taught.turns, start.recipe, model
     )
     with torch.no_grad():
+        policy.actor.expert_bias.weight[start.options] *= scale
+        policy.actor.expert_bias.bias[start.options] *= scale
         sight.vote.weight.zero_()
         sight.vote.weight[:, 0] = NEVER  # of options that no row wants, as the text's
         sight.vote.weight[start.options] = fit_votes(taught.seen, wanted, asked[:, 1])
     share = (taught.seen[:, 0] * pi)[:, None]
-    return start.logits + share * (votes - start.logits)
+    return scale * start.logits + share * (votes - scale * start.logits)
+
+
+def _scale(logits: Tensor, wanted: Tensor, weight: Tensor) -> float:
+    """Of the text's logits: what fits the turns best that the text decides."""
+    losses = [
+        float((weight * F.cross_entropy(s * logits, wanted, reduction="none")).mean())
+        for s in SCALES
+    ]
+    return SCALES[losses.index(min(losses))]
+
+
+def _penalty(features: Tensor, asked: Tensor, folds: Tensor) -> float:
+    """The one whose cross-entropy on left-out folds is least."""
+    losses = [float(F.cross_entropy(left_out(features, asked, folds, p), asked)) for p in PENALTIES]
+    return PENALTIES[losses.index(min(losses))]
 
 
 def _votes(taught: Taught, wanted: Tensor, weight: Tensor) -> Tensor:

@@ -74,7 +74,9 @@ def losses_behind(
     logits = model(**given, attention_mask=seen, past_key_values=decoded.cache).logits
     sums, counts = answer_nll(logits[:, :-1], batch["labels"][:, 1:])
     magnitude = attached.gate_magnitude() if hasattr(attached, "gate_magnitude") else None
-    gates = [None] * len(rows) if magnitude is None else magnitude[:, 1].tolist()
+    gates: list[float | None] = [None] * len(rows)
+    if magnitude is not None:
+        gates = magnitude[:, 1].tolist()
     return (sums / counts).tolist(), gates
 
 

@@ -110,7 +110,7 @@ def draw(
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-def _paint(canvas: NDArray[np.float32], thing: Thing, colour: NDArray[np.float32]) -> None:
+def _paint(canvas: NDArray[np.float32], thing: Thing, colour: NDArray[np.floating]) -> None:
     mask = _mask(thing.shape, thing.size)
     target = canvas[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
     mask = mask[: target.shape[0], : target.shape[1], None]  # NLVR lets some touch the edge

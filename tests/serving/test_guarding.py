@@ -15,6 +15,8 @@ from openai import BadRequestError, InternalServerError
 
 from bem.safety.basis import read_basis
 from bem.safety.detector import ViolationDetector
+from bem.serving.guarding import texts_of
+from bem.serving.schemas import ChatRequest, CompletionRequest
 from tests.conftest import make_llama
 from tests.safety.guarded import make_basis
 from tests.serving.running import add_adapter, add_router, base, client, served
@@ -126,6 +128,22 @@ def test_history_system_evidence_and_another_turn_are_judged_too(guarded):
     refused = create(model="bem", messages=cut, max_tokens=4).choices[0].finish_reason
     limit = guarded.serving.guard.policy.rules.prompts["harm"][0].above
     assert (refused == "content_filter") == (score > limit)
+
+
+def test_tools_calls_and_token_ids_are_read_too():
+    function = {"name": "look", "description": MILD}
+    call = {"id": "c1", "function": {"name": "look", "arguments": '{"at": "my shed"}'}}
+    said = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "what it returned"},
+    ]
+    tools = [{"type": "function", "function": function}]
+    texts = texts_of(ChatRequest.model_validate({"messages": said, "tools": tools}), str)
+    assert len(texts) == 4 and texts[0] == "ab" and MILD in texts[3]
+    assert "my shed" in texts[1] and texts[2].startswith("what it returned")
+    prompts = CompletionRequest.model_validate({"prompt": [[1, 2], [3]]})
+    assert texts_of(prompts, str) == ["[1, 2]", "[3]"]
 
 
 def test_what_is_redacted_never_reaches_the_model(guarded):

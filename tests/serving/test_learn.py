@@ -25,7 +25,7 @@ WORDS = ["function", "value", "docstring", "return"]
 
 def config_of(home, base):
     """Of a server that learns."""
-    learn = LearningConfig(folder=str(home / "online"), score="tokens", rank=4, wait_s=0.1, online=ONLINE)  # fmt: skip
+    learn = LearningConfig(folder=str(home / "online"), score="tokens", rank=4, niceness=0, wait_s=0.1, online=ONLINE)  # fmt: skip
     where = {"store": str(home / "store"), "feedback": str(home / "feedback.db"), "learn": learn}
     return ServingConfig(base=str(base), port=0, watch_s=0.1, max_new_tokens=2, **where)
 
