@@ -62,7 +62,9 @@ STREAMS = {
         by("domain", ["restaurant", "laptop"], "gen_rnnlg"),
     ),
     "tldr": Stream("shell commands, the older half, then the newer", "tokens", by_date),
-    "embedded": Stream("docstring of a `def` line, then its arguments as JSON", "tokens", of_functions),
+    "embedded": Stream(
+        "docstring of a `def` line, then its arguments as JSON", "tokens", of_functions
+    ),
 }
 
 
