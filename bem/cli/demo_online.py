@@ -20,7 +20,7 @@ EVENTS, TRUSTED = 256, 48
 WORDS = {"promote": "promoted", "reject": "rejected", "rollback": "rolled back"}
 TITLE = (
     f"bem-tiny learns from corrections: {EVENTS} questions (the `def` line of a function, its arguments as JSON), the "
-    "right answer behind every answer. What it learned is used only once its trial says that nothing is lost"
+    "right answer behind every answer. What it learned is used only once its trial rules out a loss of 10 points"
 )
 
 
