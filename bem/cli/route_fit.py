@@ -89,7 +89,7 @@ def fit(
         model, tokenizer = load_base(base, device_of(device))
         found = fit_router(
             model, tokenizer, experts, given, other or held_out,
-            seed=seed, max_length=max_length, batch_size=batch_size, **tower,
+            seed=seed, max_length=max_length, batch_size=batch_size, **tower,  # pyright: ignore[reportArgumentType]
             on_progress=lambda stage, done, of: display.show(Event(stage, done=done, total=of)),
         )  # fmt: skip
         folder = found.save(out)
