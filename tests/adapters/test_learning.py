@@ -214,9 +214,13 @@ def test_the_forward_pass_names_its_columns_and_all_that_the_base_takes():
     before = inspect.signature(model.forward)
     attached = bem.attach(model, "v2", rank=4)
     names = list(inspect.signature(attached.base.forward).parameters)
-    assert set(before.parameters) | {"turn_starts", "evidence", "conditioning", "route"} == set(
-        names
-    )
+    assert set(before.parameters) | {
+        "turn_starts",
+        "evidence",
+        "conditioning",
+        "route",
+        "vision",
+    } == set(names)
     assert names[-1] == list(before.parameters)[-1]  # **kwargs stays last: Trainer looks for it
     attached.detach()
     assert inspect.signature(model.forward) == before and "forward" not in model.__dict__

@@ -138,6 +138,6 @@ def test_a_policy_that_cannot_be_meant_is_refused(tmp_path, rules, message):
 
 
 def test_the_policy_that_ships_holds_for_the_detector_that_ships():
-    PolicyGuard(load_policy("configs/policy.yaml"), lambda text: None, LIMITS)
+    PolicyGuard(load_policy("deploy/policy.yaml"), lambda text: None, LIMITS)
     with pytest.raises(ConfigError, match="no policy that can be read"):
         load_policy("configs/nowhere.yaml")
