@@ -155,7 +155,12 @@ def _trouble(check: Check, verdict: Verdict) -> str:
         return "no useful gain" if certain else "the gain is not certain"
     if check.kind in ("regression", "slice"):
         place = f" on {check.slice}" if check.slice else ""
-        return f"{check.metric}{place} {'fell' if certain else 'may have fallen'} ({value})"
+        fall = (
+            f"{check.metric}{place} fell"
+            if certain
+            else f"a fall of {check.metric}{place} is not excluded"
+        )
+        return f"{fall} ({value})"
     if check.kind == "budget":
         return f"{value} {'FLOPs per token' if check.metric == 'flops' else check.metric}"
     if check.kind in ("latency", "memory"):
