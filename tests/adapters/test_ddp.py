@@ -51,7 +51,7 @@ def test_two_gloo_processes_equal_one(variant):
         process.start()
     found = queue.get(timeout=120)
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=180)  # a busy machine takes its time to end them
     assert [p.exitcode for p in processes] == [0, 0]
     attached = probe.perturbed(
         bem.attach(tiny_model("llama"), variant, rank=4, chunk_size=8, **SETTINGS.get(variant, {}))
