@@ -17,25 +17,8 @@ from typing import Any
 
 from locust import HttpUser, between, events, task
 
-WORDS = [
-    "the",
-    "value",
-    "of",
-    "a",
-    "file",
-    "that",
-    "this",
-    "function",
-    "returns",
-    "when",
-    "its",
-    "name",
-    "is",
-    "a",
-    "list",
-    "of",
-    "numbers",
-]
+TEXT = "the value of a file that this function returns when its name is a list of numbers"
+WORDS = TEXT.split()
 
 
 class Talker(HttpUser):

@@ -36,25 +36,8 @@ import psutil  # noqa: E402
 from bem.serving.client import Client  # noqa: E402
 from benchmarks.serving import shared  # noqa: E402
 
-WORDS = [
-    "the",
-    "value",
-    "of",
-    "a",
-    "file",
-    "that",
-    "this",
-    "function",
-    "returns",
-    "when",
-    "its",
-    "name",
-    "is",
-    "a",
-    "list",
-    "of",
-    "numbers",
-]
+TEXT = "the value of a file that this function returns when its name is a list of numbers"
+WORDS = TEXT.split()
 
 
 class Peer:
