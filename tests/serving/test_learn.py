@@ -1,6 +1,7 @@
 """A server that learns: corrections come in over HTTP, and what was learned from them answers, or nothing changes."""
 
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,15 +80,17 @@ def test_corrections_become_a_version_that_answers_and_a_killed_learner_takes_no
         wait_for(lambda: learner.pid not in (None, pid) and learner.restarts == 1, 600)
         wait_for(lambda: told(server)["moves"]["promoted"], 900)
         wait_for(lambda: server.serving.residents.current.version != bare, 30)
-        version = taught(server, 161)
-        promoted = Store(tmp_path / "store").journal.ledger().moves()[0]
-        assert promoted.version == version and promoted.by == "bem serve --learn"
+        version = taught(server, 161)  # a quick learner may have made more than one by now
+        moves = Store(tmp_path / "store").journal.ledger().moves()
+        promoted = next(move for move in moves if move.version == version)
+        assert promoted.event == "promote" and promoted.by == "bem serve --learn"
         page = told(server)
         made = next(c for c in page["candidates"] if c["version"] == version)
-        assert made["metrics"] and page["ledger"][-1]["version"] == version
+        assert made["metrics"] and version in [move["version"] for move in page["ledger"]]
         assert page["scores"] and page["restarts"] == 1 and page["ended"] == "signal 9"
         text = metrics(server)
-        assert 'bem_online_moves_total{move="promoted"} 1.0' in text
+        (count,) = re.findall(r'^bem_online_moves_total\{move="promoted"\} (\S+)$', text, re.M)
+        assert page["moves"]["promoted"] <= float(count) <= told(server)["moves"]["promoted"]
         assert "bem_online_restarts_total 1.0" in text and "bem_online_up 1.0" in text
     desk = Desk(tmp_path / "online")
     with desk.writing():  # the learner ended with its server
